@@ -1,0 +1,287 @@
+//! What a schedule promises beyond being right: balance, order, cuts, a lower bound, and the same digest
+//! everywhere.
+
+use expect_test::expect;
+use xfer_plan::{
+    DType, DestinationParam, DeviceMesh, Manifest, Op, OpKind, ParamMap, Placement, Plan, PlanOptions,
+    RailDecl, Rank, ReceiverManifest, ReceiverRank, RegionIndex, SourcePiece, TrainerManifest, TrainerRank,
+    plan, shard_box,
+};
+
+const RAIL: RailDecl = RailDecl { bytes_per_second: 1_000_000 };
+
+/// `trainers` ranks, each with the part of every tensor that `placements` gives it; `receivers` ranks that
+/// want, of every tensor, what `map` says. All elements are single bytes.
+fn manifest(
+    tensors: &[(&str, &[u64])],
+    mesh: &[u64],
+    placements: &[Placement],
+    receivers: u64,
+    map: impl Fn(u64, &str, &[u64]) -> ParamMap,
+) -> Manifest {
+    let (dtype, region) = (DType::U8, RegionIndex(0));
+    let mesh = DeviceMesh::new(mesh).unwrap();
+    let trainer = |rank| {
+        let mut trainer =
+            TrainerManifest { host: "t".into(), rails: vec![RAIL], ..TrainerManifest::default() };
+        let mut offset = 0;
+        for (tensor, shape) in tensors {
+            let bounds = shard_box(shape, &mesh, placements, rank).unwrap();
+            let piece = SourcePiece {
+                tensor: tensor.to_string(),
+                dtype,
+                shape: shape.to_vec(),
+                bounds,
+                region,
+                offset,
+            };
+            offset += piece.bytes().unwrap();
+            trainer.pieces.push(piece);
+        }
+        trainer.regions.push(offset);
+        trainer
+    };
+    let receiver = |rank| {
+        let mut receiver =
+            ReceiverManifest { host: "r".into(), rails: vec![RAIL], ..ReceiverManifest::default() };
+        let mut offset = 0;
+        for (tensor, shape) in tensors {
+            let map = map(rank, tensor, shape);
+            let shape = map.shape(|_| Some(shape.to_vec())).unwrap();
+            let param = DestinationParam { name: tensor.to_string(), dtype, shape, region, offset, map };
+            offset += param.bytes().unwrap();
+            receiver.params.push(param);
+        }
+        receiver.regions.push(offset);
+        receiver
+    };
+    Manifest {
+        trainers: (0..mesh.ranks()).map(trainer).collect(),
+        receivers: (0..receivers).map(receiver).collect(),
+        options: PlanOptions { chunk_bytes_max: 1024, ..PlanOptions::default() },
+    }
+}
+
+fn whole(_: u64, tensor: &str, _: &[u64]) -> ParamMap {
+    ParamMap::tensor(tensor)
+}
+
+fn checked(manifest: &Manifest) -> Plan {
+    let plan = plan(manifest).unwrap();
+    plan.check(manifest).unwrap();
+    plan
+}
+
+fn ops(plan: &Plan) -> impl Iterator<Item = &Op> {
+    plan.trainers.iter().flat_map(|part| &part.ops)
+}
+
+#[test]
+fn the_digest_is_the_same_everywhere() {
+    let columns =
+        |rank, tensor: &str, shape: &[u64]| ParamMap::tensor(tensor).shard(shape, 1, 2, rank).unwrap();
+    let manifest = manifest(
+        &[("a", &[7, 6]), ("b", &[4, 4])],
+        &[2, 2],
+        &[Placement::Replicate, Placement::Shard(0)],
+        2,
+        columns,
+    );
+    let plan = checked(&manifest);
+    expect![[r#"
+        675b5158cb314cc40e5b44453c05b615c2b3de507291c054b31607a6391e6eae
+        plan 2d838a2a22e552fde5db1878c00d491ff2f524a193f577f75096c72fd61eff12: 4 trainer(s) to 2 inference rank(s), 2 parameter name(s)
+          moves 58 B in 8 operations (0 direct, 8 gathered, 0 by rows), 8 WRITEs
+          egress  from 13 B to 16 B a rank
+          ingress from 29 B to 29 B a rank
+          lower bound 0.029 ms: inference 0 receives 29 B at 1.00 MB/s"#]].assert_eq(&format!("{}\n{}", plan.manifest_digest, plan));
+    // The whole plan, as a person reads it.
+    let lines =
+        plan.trainers.iter().enumerate().flat_map(|(rank, part)| part.ops.iter().map(move |op| (rank, op)));
+    let lines: Vec<String> = lines
+        .map(|(rank, op)| {
+            format!(
+                "trainer {rank} -> {} {} {:?}: {} x {} B, {}+{} -> {}+{}",
+                op.to,
+                plan.name(op.param),
+                op.kind(),
+                op.rows,
+                op.row_bytes,
+                op.source.offset,
+                op.source.stride,
+                op.destination.offset,
+                op.destination.stride,
+            )
+        })
+        .collect();
+    expect![[r#"
+        trainer 0 -> inference 0 a Gather: 4 x 3 B, 0+6 -> 0+3
+        trainer 0 -> inference 1 b Gather: 2 x 2 B, 26+4 -> 21+2
+        trainer 1 -> inference 0 a Gather: 3 x 3 B, 0+6 -> 12+3
+        trainer 1 -> inference 1 b Gather: 2 x 2 B, 20+4 -> 25+2
+        trainer 2 -> inference 1 a Gather: 4 x 3 B, 3+6 -> 0+3
+        trainer 2 -> inference 0 b Gather: 2 x 2 B, 24+4 -> 21+2
+        trainer 3 -> inference 1 a Gather: 3 x 3 B, 3+6 -> 12+3
+        trainer 3 -> inference 0 b Gather: 2 x 2 B, 18+4 -> 25+2"#]]
+    .assert_eq(&lines.join("\n"));
+    let text = serde_json::to_string(&manifest).unwrap();
+    assert_eq!(checked(&serde_json::from_str(&text).unwrap()), plan);
+    let mut other = manifest.clone();
+    other.trainers[0].host.push('x');
+    assert_ne!(checked(&other).digest, plan.digest, "the digest covers the manifest too");
+}
+
+#[test]
+fn no_two_trainers_feed_one_receiver() {
+    // 4 trainers own a quarter each, 4 receivers want all of it: at every step each receiver has one sender.
+    let manifest = manifest(&[("w", &[16, 1024])], &[4], &[Placement::Shard(0)], 4, whole);
+    let plan = checked(&manifest);
+    let steps = plan.trainers[0].ops.len();
+    assert_eq!(steps, 16);
+    for step in 0..steps {
+        let mut fed: Vec<ReceiverRank> = plan.trainers.iter().map(|part| part.ops[step].to).collect();
+        fed.sort();
+        assert_eq!(fed, [0, 1, 2, 3].map(ReceiverRank), "step {step}");
+    }
+}
+
+#[test]
+fn trainers_start_at_different_receivers() {
+    let starts = |trainers: u64, receivers| {
+        let manifest = manifest(&[("w", &[64, 8])], &[trainers], &[Placement::Shard(0)], receivers, whole);
+        checked(&manifest).trainers.iter().map(|part| part.ops[0].to.0).collect::<Vec<_>>()
+    };
+    assert_eq!(starts(2, 8), [0, 4]);
+    assert_eq!(starts(8, 2), [0, 0, 0, 0, 1, 1, 1, 1]);
+    assert_eq!(starts(3, 3), [0, 1, 2]);
+}
+
+#[test]
+fn long_operations_go_first() {
+    let manifest = manifest(
+        &[("bias", &[1, 8]), ("w", &[3, 1000]), ("norm", &[1, 16])],
+        &[1],
+        &[Placement::Replicate],
+        1,
+        whole,
+    );
+    let sizes: Vec<u64> = checked(&manifest).trainers[0].ops.iter().map(Op::bytes).collect();
+    assert_eq!(sizes, [1024, 1024, 952, 16, 8]);
+}
+
+#[test]
+fn replicas_share_the_work() {
+    // Everything is on all 4 trainers, in tensors of very different sizes.
+    let tensors: &[(&str, &[u64])] =
+        &[("huge", &[100, 4096]), ("small", &[3, 100]), ("tall", &[5000, 4]), ("bias", &[64])];
+    let manifest = manifest(tensors, &[4], &[Placement::Replicate], 2, whole);
+    let plan = checked(&manifest);
+    let sent: Vec<u64> = plan.trainers.iter().map(|part| part.bytes).collect();
+    let (least, most) = (sent.iter().min().unwrap(), sent.iter().max().unwrap());
+    // Blocks have at most 16 chunks.
+    assert!(most - least <= 16 * 1024, "{sent:?}");
+}
+
+#[test]
+fn a_faster_trainer_sends_more() {
+    let mut manifest = manifest(&[("w", &[400, 1024])], &[2], &[Placement::Replicate], 1, whole);
+    manifest.trainers[1].rails = vec![RAIL; 3];
+    let plan = checked(&manifest);
+    let sent: Vec<u64> = plan.trainers.iter().map(|part| part.bytes).collect();
+    assert!((3 * sent[0]).abs_diff(sent[1]) <= 4 * 16 * 1024, "{sent:?}");
+}
+
+#[test]
+fn replicas_fill_up_around_what_is_unique() {
+    // Trainer 0 alone owns `mine`; both own `shared`, half as large: trainer 1 sends all of that.
+    let mut manifest =
+        manifest(&[("mine", &[8, 1024]), ("shared", &[4, 1024])], &[2], &[Placement::Replicate], 1, whole);
+    manifest.trainers[1].pieces.remove(0);
+    let sent: Vec<u64> = checked(&manifest).trainers.iter().map(|part| part.bytes).collect();
+    assert_eq!(sent, [8192, 4096]);
+}
+
+#[test]
+fn tails_are_kept() {
+    for len in [1, 1023, 1024, 1025, 16_384, 16_385] {
+        let manifest = manifest(&[("w", &[len])], &[1], &[Placement::Replicate], 1, whole);
+        let plan = checked(&manifest);
+        assert_eq!(ops(&plan).map(Op::bytes).sum::<u64>(), len);
+        assert_eq!(ops(&plan).count() as u64, len.div_ceil(1024));
+    }
+}
+
+#[test]
+fn the_shape_of_an_operation_follows_the_rows() {
+    let half =
+        |rank: u64, tensor: &str, shape: &[u64]| ParamMap::tensor(tensor).shard(shape, 1, 2, rank).unwrap();
+    let kinds = |row: u64, gather_row_bytes_max, gather_chunk_bytes_max| {
+        let mut manifest = manifest(&[("w", &[64, 2 * row])], &[1], &[Placement::Replicate], 2, half);
+        manifest.options.gather_row_bytes_max = gather_row_bytes_max;
+        manifest.options.gather_chunk_bytes_max = gather_chunk_bytes_max;
+        let plan = checked(&manifest);
+        let kinds: Vec<OpKind> = ops(&plan).map(Op::kind).collect();
+        assert!(kinds.iter().all(|kind| *kind == kinds[0]));
+        let ops = kinds.len();
+        (kinds[0], ops, ops_writes(&plan))
+    };
+    // 2 x 64 rows of 32 bytes; 32 rows fit into a chunk.
+    assert_eq!(kinds(32, 33, 1 << 20), (OpKind::Gather, 4, 4));
+    assert_eq!(kinds(32, 33, 512), (OpKind::Gather, 8, 8));
+    assert_eq!(kinds(32, 32, 1 << 20), (OpKind::Rows, 4, 128));
+    assert_eq!(kinds(32, 0, 1 << 20), (OpKind::Rows, 4, 128));
+    // Rows of a chunk and more are written one by one; staging would gain nothing.
+    assert_eq!(kinds(1024, 1 << 20, 1 << 20), (OpKind::Direct, 128, 128));
+    assert_eq!(kinds(1500, 1 << 20, 1 << 20), (OpKind::Direct, 256, 256));
+}
+
+fn ops_writes(plan: &Plan) -> u64 {
+    let writes = ops(plan).map(Op::writes).sum();
+    assert_eq!(plan.trainers.iter().map(|part| part.writes).sum::<u64>(), writes);
+    assert_eq!(plan.receivers.iter().map(|part| part.writes).sum::<u64>(), writes);
+    writes
+}
+
+#[test]
+fn neighbours_are_joined_within_a_parameter() {
+    // Eight experts, one after the other at the source, stacked at the destination: one run of 800 bytes.
+    let names: Vec<String> = (0..8).map(|expert| format!("e{expert}")).collect();
+    let tensors: Vec<(&str, &[u64])> = names.iter().map(|name| (name.as_str(), &[10, 10][..])).collect();
+    let mut manifest = manifest(&tensors, &[1], &[Placement::Replicate], 1, whole);
+    assert_eq!(ops(&checked(&manifest)).count(), 8, "not across parameters");
+    let param = &mut manifest.receivers[0].params;
+    param.truncate(1);
+    param[0].map = ParamMap::concat(0, names.iter().map(ParamMap::tensor));
+    param[0].shape = vec![80, 10];
+    assert_eq!(ops(&checked(&manifest)).count(), 1);
+}
+
+#[test]
+fn the_bound_names_who_limits() {
+    let bound = |trainers: u64, receivers| {
+        let manifest = manifest(&[("w", &[100, 10])], &[trainers], &[Placement::Shard(0)], receivers, whole);
+        let bound = checked(&manifest).bound;
+        (bound.limited_by, bound.bytes, bound.seconds())
+    };
+    assert_eq!(bound(1, 4), (Some(Rank::Trainer(TrainerRank(0))), 4000, 0.004));
+    assert_eq!(bound(4, 1), (Some(Rank::Receiver(ReceiverRank(0))), 1000, 0.001));
+    let mut slow = manifest(&[("w", &[100, 10])], &[4], &[Placement::Shard(0)], 4, whole);
+    slow.receivers[2].rails[0].bytes_per_second = 1000;
+    assert_eq!(checked(&slow).bound.limited_by, Some(Rank::Receiver(ReceiverRank(2))));
+    assert_eq!(checked(&slow).bound.seconds(), 1.0);
+}
+
+#[test]
+fn nothing_to_move_is_a_plan() {
+    for manifest in [
+        Manifest::default(),
+        manifest(&[], &[3], &[Placement::Replicate], 2, whole),
+        manifest(&[("empty", &[0, 5])], &[3], &[Placement::Shard(0)], 2, whole),
+        manifest(&[("w", &[4, 5])], &[3], &[Placement::Shard(0)], 0, whole),
+    ] {
+        let plan = checked(&manifest);
+        assert_eq!(ops(&plan).count(), 0);
+        assert_eq!((plan.bound.limited_by, plan.bound.seconds()), (None, 0.0));
+        assert!(plan.to_string().ends_with("nothing moves"), "{plan}");
+    }
+}

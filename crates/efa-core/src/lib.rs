@@ -1,0 +1,49 @@
+//! Safe libfabric for one-sided transfers: EFA, verbs, TCP and shared memory behind one set of types.
+//!
+//! A [`Rail`] is one endpoint with its completion queue, peers, registrations and table of operations in flight. It owns
+//! every buffer from post to completion: a lease goes in by value and comes back with its [`Completion`], on success and
+//! on failure alike, so memory that a NIC may touch can be neither freed nor aliased. A rail is used by one thread at a
+//! time: it can be sent to another, never shared.
+//!
+//! libfabric is opened at run time ([`Library::open`]); a program that uses this crate starts without it.
+//!
+//! What is **not** here: threads, retries, deadlines and connection state. The caller polls.
+//!
+//! ```compile_fail,E0277
+//! fn shared<T: Sync>() {}
+//! shared::<efa_core::Rail>(); // a rail has one user at a time
+//! ```
+
+mod address;
+mod completion;
+mod error;
+mod hints;
+mod in_flight;
+mod info;
+mod library;
+mod memory;
+mod object;
+mod peer;
+mod post;
+mod rail;
+mod region;
+mod table;
+mod wait;
+
+pub use address::{ADDRESS_BYTES_MAX, AddressLengthError, RailAddress};
+pub use completion::{Completion, Fault, Held, OpDone, OpKind};
+pub use error::{
+    CallError, CloseFailed, Errno, InfoError, MemoryError, OpError, PeerError, PostError, RailError,
+    RangeError, RegionError,
+};
+pub use hints::Hints;
+pub use in_flight::OpId;
+pub use info::{Facts, Info, ParseProviderError, Provider};
+pub use libfabric_sys::{OpenError, Tried, Version};
+pub use library::Library;
+pub use memory::{Lease, LeaseMut, Memory, MemoryRef, Target};
+pub use peer::{PEERS_MAX, PeerId};
+pub use post::{Read, Receive, RejectReason, Rejected, Send, WRITES_PER_DOORBELL_MAX, Write};
+pub use rail::{COMPLETIONS_PER_POLL_MAX, Rail, RailConfig};
+pub use region::{Closed, REGIONS_MAX, RegionId, RemoteRegion, RemoteSpan};
+pub use wait::Waker;

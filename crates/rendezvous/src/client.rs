@@ -1,0 +1,254 @@
+//! A member's connection to the controller.
+//!
+//! It lives on a thread of its own, so that heartbeats go out while the process computes, holds an interpreter lock or
+//! blocks its async runtime: silence then means what it should mean. The thread ends when the [`Client`] is dropped.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout, timeout_at};
+
+use crate::controller::heartbeat_interval;
+use crate::error::RendezvousError;
+use crate::frame;
+use crate::handshake::{self, Secret};
+use crate::protocol::{FRAME_BYTES_MAX, ToController, ToMember};
+
+/// Messages that may wait on either side; the protocol has one outstanding at a time.
+const QUEUE_MAX: usize = 64;
+
+/// Pause between attempts to reach a controller that is not up yet.
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
+
+/// How long a goodbye may take.
+const LINGER_MAX: Duration = Duration::from_secs(2);
+
+/// Where the controller is and how long to wait for it.
+#[derive(Debug, Clone)]
+pub struct ClientConfig {
+    /// `host:port`.
+    pub controller: String,
+    /// The job's secret.
+    pub secret: Secret,
+    /// How long to try to reach it, and the longest silence of it.
+    pub deadline: Duration,
+}
+
+/// An authenticated connection to the controller.
+pub struct Client {
+    incoming: mpsc::Receiver<Result<ToMember, RendezvousError>>,
+    outgoing: mpsc::Sender<ToController>,
+    progress: Arc<AtomicU64>,
+    peer: SocketAddr,
+    local: SocketAddr,
+}
+
+impl Client {
+    /// Reaches the controller, retrying until the deadline, and proves itself.
+    pub async fn connect(config: ClientConfig) -> Result<Self, RendezvousError> {
+        let (opened_in, opened) = oneshot::channel();
+        let (incoming_in, incoming) = mpsc::channel(QUEUE_MAX);
+        let (outgoing, outgoing_out) = mpsc::channel(QUEUE_MAX);
+        let progress = Arc::new(AtomicU64::new(0));
+        let lost = |reason: String| RendezvousError::Unreachable {
+            address: config.controller.clone(),
+            waited: Duration::ZERO,
+            reason,
+        };
+        let link = Link {
+            incoming: incoming_in,
+            outgoing: outgoing_out,
+            progress: progress.clone(),
+            config: config.clone(),
+        };
+        let spawned = std::thread::Builder::new().name("rendezvous".into()).spawn(move || {
+            match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime.block_on(link.run(opened_in)),
+                Err(error) => tracing::error!(%error, "no runtime for the control connection"),
+            }
+        });
+        spawned.map_err(|error| lost(error.to_string()))?;
+        let (peer, local) = opened.await.map_err(|_| lost("its thread ended".into()))??;
+        Ok(Self { incoming, outgoing, progress, peer, local })
+    }
+
+    /// The address of this end: the interface that reaches the controller.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// The counter that heartbeats report as this rank's progress in bytes.
+    pub fn progress(&self) -> Arc<AtomicU64> {
+        self.progress.clone()
+    }
+
+    /// Queues a message to be sent. Never waits.
+    pub fn send(&self, message: ToController) -> Result<(), RendezvousError> {
+        let lost =
+            |reason: &str| RendezvousError::Lost { peer: self.peer, stage: "sending", reason: reason.into() };
+        self.outgoing.try_send(message).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => lost("it does not read its messages"),
+            mpsc::error::TrySendError::Closed(_) => lost("the connection has ended"),
+        })
+    }
+
+    /// The next message, heartbeats left out. It never waits for longer than the controller's own deadlines: a
+    /// controller that falls silent is an error. `stage` is what the caller waits for, for that error.
+    pub async fn receive(&mut self, stage: &'static str) -> Result<ToMember, RendezvousError> {
+        match self.incoming.recv().await {
+            Some(Ok(ToMember::Refused { reason })) => Err(RendezvousError::Refused { reason }),
+            Some(Ok(message)) => Ok(message),
+            Some(Err(RendezvousError::Lost { peer, reason, .. })) => {
+                Err(RendezvousError::Lost { peer, stage, reason })
+            }
+            Some(Err(RendezvousError::Deadline { peer, waited, .. })) => {
+                Err(RendezvousError::Deadline { peer, stage, waited })
+            }
+            Some(Err(error)) => Err(error),
+            None => Err(RendezvousError::Lost {
+                peer: self.peer,
+                stage,
+                reason: "the connection has ended".into(),
+            }),
+        }
+    }
+
+    /// Says goodbye and waits until it has been sent or the deadline has passed.
+    pub async fn leave(mut self, reason: Option<String>) {
+        let _ = self.send(ToController::Leave { reason });
+        let Self { outgoing, incoming, .. } = &mut self;
+        *outgoing = mpsc::channel(1).0;
+        // The thread drops its end when the socket is done.
+        let _ = timeout(LINGER_MAX, async { while incoming.recv().await.is_some() {} }).await;
+    }
+}
+
+/// The thread's side.
+struct Link {
+    incoming: mpsc::Sender<Result<ToMember, RendezvousError>>,
+    outgoing: mpsc::Receiver<ToController>,
+    progress: Arc<AtomicU64>,
+    config: ClientConfig,
+}
+
+type Opened = Result<(SocketAddr, SocketAddr), RendezvousError>;
+
+impl Link {
+    async fn run(self, opened: oneshot::Sender<Opened>) {
+        let (stream, peer) = match self.open().await {
+            Ok((stream, peer, local)) => {
+                if opened.send(Ok((peer, local))).is_err() {
+                    return;
+                }
+                (stream, peer)
+            }
+            Err(error) => {
+                let _ = opened.send(Err(error));
+                return;
+            }
+        };
+        let Self { incoming, outgoing, progress, config } = self;
+        let (reader, writer) = stream.into_split();
+        let mut reading = std::pin::pin!(read_all(reader, peer, config.deadline, &incoming));
+        tokio::select! {
+            () = &mut reading => {}
+            written = write_all(writer, peer, config.deadline, outgoing, &progress) => match written {
+                // Closing a socket with unread bytes resets it, and a reset can overtake our goodbye.
+                Ok(()) => drop(timeout(LINGER_MAX, reading).await),
+                Err(error) => drop(incoming.send(Err(lost(peer, &error.to_string()))).await),
+            }
+        }
+    }
+
+    async fn open(&self) -> Result<(TcpStream, SocketAddr, SocketAddr), RendezvousError> {
+        let until = Instant::now() + self.config.deadline;
+        let unreachable = |reason: String| RendezvousError::Unreachable {
+            address: self.config.controller.clone(),
+            waited: self.config.deadline,
+            reason,
+        };
+        let mut stream = loop {
+            let reason = match timeout_at(until, TcpStream::connect(&self.config.controller)).await {
+                Ok(Ok(stream)) => break stream,
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => "no answer".into(),
+            };
+            if Instant::now() + RETRY_PAUSE > until {
+                return Err(unreachable(reason));
+            }
+            sleep(RETRY_PAUSE).await;
+        };
+        let addresses = stream.peer_addr().and_then(|peer| Ok((peer, stream.local_addr()?)));
+        let (peer, local) = addresses.map_err(|error| unreachable(error.to_string()))?;
+        stream.set_nodelay(true).map_err(|source| RendezvousError::Io { peer, source })?;
+        match timeout_at(until, handshake::prove(&mut stream, peer, &self.config.secret)).await {
+            Ok(proved) => proved?,
+            Err(_) => {
+                let waited = self.config.deadline;
+                return Err(RendezvousError::Deadline { peer, stage: "the handshake", waited });
+            }
+        }
+        Ok((stream, peer, local))
+    }
+}
+
+fn lost(peer: SocketAddr, reason: &str) -> RendezvousError {
+    RendezvousError::Lost { peer, stage: "a message", reason: reason.into() }
+}
+
+/// Forwards what comes, until the connection ends or falls silent.
+async fn read_all(
+    mut from: impl tokio::io::AsyncRead + Unpin,
+    peer: SocketAddr,
+    silence_max: Duration,
+    incoming: &mpsc::Sender<Result<ToMember, RendezvousError>>,
+) {
+    loop {
+        let received = timeout(silence_max, frame::read(&mut from, peer, FRAME_BYTES_MAX)).await;
+        let (message, last) = match received {
+            Ok(Ok(Some(ToMember::Heartbeat))) => continue,
+            Ok(Ok(Some(message))) => (Ok(message), false),
+            Ok(Ok(None)) => (Err(lost(peer, "it closed the connection; its log says why")), true),
+            Ok(Err(error)) => (Err(lost(peer, &error.to_string())), true),
+            Err(_) => {
+                (Err(RendezvousError::Deadline { peer, stage: "a sign of life", waited: silence_max }), true)
+            }
+        };
+        if incoming.send(message).await.is_err() || last {
+            return;
+        }
+    }
+}
+
+/// Sends what is asked for, and heartbeats, until the client is dropped.
+async fn write_all(
+    mut to: impl tokio::io::AsyncWrite + Unpin,
+    peer: SocketAddr,
+    deadline: Duration,
+    mut outgoing: mpsc::Receiver<ToController>,
+    progress: &AtomicU64,
+) -> Result<(), RendezvousError> {
+    let mut beats = interval(heartbeat_interval(deadline));
+    beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut joined = false;
+    loop {
+        let message = tokio::select! {
+            message = outgoing.recv() => match message {
+                Some(message) => message,
+                None => break,
+            },
+            // The controller hears a join before anything else.
+            _ = beats.tick(), if joined => {
+                ToController::Heartbeat { progress: progress.load(Ordering::Relaxed) }
+            }
+        };
+        joined = true;
+        frame::write(&mut to, &message, peer, FRAME_BYTES_MAX).await?;
+    }
+    to.shutdown().await.map_err(|source| RendezvousError::Io { peer, source })
+}

@@ -1,0 +1,409 @@
+//! The controller against a world of scripted and of random members, without sockets and in made-up time.
+
+use proptest::prelude::*;
+use xfer_plan::{DType, DestinationParam, ParamMap, RailDecl, RegionIndex, SourcePiece, TensorBox};
+
+use super::*;
+
+const DEADLINE: Duration = Duration::from_secs(30);
+const T0: Rank = Rank::Trainer(TrainerRank(0));
+const T1: Rank = Rank::Trainer(TrainerRank(1));
+const I0: Rank = Rank::Receiver(ReceiverRank(0));
+
+fn world() -> World {
+    World { trainers: 2, inference: 1 }
+}
+
+/// Two trainers with one row each of a tensor that the one inference rank needs whole.
+fn join(member: Rank) -> Join {
+    let rails = vec![RailDecl { bytes_per_second: 1000 }];
+    let (host, region) = ("host".to_owned(), RegionIndex(0));
+    let manifest = match member {
+        Rank::Trainer(rank) => MemberManifest::Trainer(TrainerManifest {
+            host,
+            regions: vec![8],
+            rails,
+            pieces: vec![SourcePiece {
+                tensor: "w".into(),
+                dtype: DType::U8,
+                shape: vec![2, 8],
+                bounds: TensorBox::new(&[u64::from(rank.0), 0], &[1, 8]).unwrap(),
+                region,
+                offset: 0,
+            }],
+        }),
+        Rank::Receiver(_) => MemberManifest::Inference(ReceiverManifest {
+            host,
+            regions: vec![16],
+            rails,
+            params: vec![DestinationParam {
+                name: "w".into(),
+                dtype: DType::U8,
+                shape: vec![2, 8],
+                region,
+                offset: 0,
+                map: ParamMap::tensor("w"),
+            }],
+        }),
+    };
+    Join { job: "job".into(), member, world: world(), manifest, endpoint: vec![1, 2, 3] }
+}
+
+fn connection(member: Rank) -> ConnectionId {
+    ConnectionId(match member {
+        Rank::Trainer(rank) => u64::from(rank.0),
+        Rank::Receiver(rank) => 100 + u64::from(rank.0),
+    })
+}
+
+struct Bench {
+    controller: Controller,
+    now: Duration,
+    log: Vec<Action>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let config = ControllerConfig {
+            job: "job".into(),
+            world: world(),
+            deadline: DEADLINE,
+            options: PlanOptions::default(),
+            seed: [7; 32],
+        };
+        Self { controller: Controller::new(config).unwrap(), now: Duration::ZERO, log: Vec::new() }
+    }
+
+    fn started() -> Self {
+        let mut bench = Self::new();
+        for member in world().members() {
+            bench.say(member, ToController::Join(Box::new(join(member))));
+        }
+        let digest = bench.controller.digest;
+        for member in world().members() {
+            bench.say(member, ToController::Ready { digest });
+        }
+        assert!(bench.told(T0).contains(&ToMember::Start), "{:?}", bench.log);
+        bench.log.clear();
+        bench
+    }
+
+    fn event(&mut self, event: Event) {
+        self.controller.handle(event, self.now, &mut self.log);
+    }
+
+    fn say(&mut self, member: Rank, message: ToController) {
+        self.event(Event::Received(connection(member), message));
+    }
+
+    /// Time passes while `alive` say so.
+    fn pass(&mut self, seconds: u64, alive: &[Rank]) {
+        for _ in 0..seconds {
+            self.now += Duration::from_secs(1);
+            for member in alive {
+                self.say(*member, ToController::Heartbeat { progress: 0 });
+            }
+            self.event(Event::Tick);
+        }
+    }
+
+    fn told(&self, member: Rank) -> Vec<ToMember> {
+        let to = |action: &Action| match action {
+            Action::Send(to, ToMember::Heartbeat) if *to == connection(member) => None,
+            Action::Send(to, message) if *to == connection(member) => Some(message.clone()),
+            _ => None,
+        };
+        self.log.iter().filter_map(to).collect()
+    }
+
+    fn push_id(&self) -> PushId {
+        match &self.controller.phase {
+            Phase::Pushing(push) => push.id,
+            _ => panic!("no push"),
+        }
+    }
+
+    fn begin_to_writing(&mut self, version: u64) -> PushId {
+        self.say(T0, ToController::Begin { version });
+        self.say(T1, ToController::Begin { version });
+        let push = self.push_id();
+        self.say(I0, ToController::Prepared { push });
+        push
+    }
+
+    fn reason(&self, member: Rank) -> String {
+        match self.told(member).last() {
+            Some(ToMember::Abort { reason, .. } | ToMember::Refused { reason }) => reason.clone(),
+            other => panic!("{member} was told {other:?}"),
+        }
+    }
+}
+
+const WRITTEN: fn(PushId) -> ToController = |push| ToController::Written { push, bytes: 8, writes: 1 };
+
+#[test]
+fn a_version_is_committed_when_every_byte_is_reported_and_not_before() {
+    let mut bench = Bench::started();
+    let push = bench.begin_to_writing(1);
+    assert_eq!(bench.told(T0), [ToMember::Write { push, version: 1 }]);
+    bench.say(T0, WRITTEN(push));
+    assert_eq!(bench.controller.committed(), 0);
+    assert_eq!(bench.told(I0), [ToMember::Prepare { push, version: 1 }]);
+    bench.say(T1, WRITTEN(push));
+    assert_eq!(bench.controller.committed(), 1);
+    assert_eq!(bench.told(I0).last(), Some(&ToMember::Commit { push, version: 1 }));
+    bench.say(I0, ToController::Committed { push });
+    assert_eq!(bench.told(T1).last(), Some(&ToMember::Done { push, version: 1, unconfirmed: vec![] }));
+}
+
+#[test]
+fn fewer_bytes_than_planned_are_no_commit() {
+    let mut bench = Bench::started();
+    let push = bench.begin_to_writing(1);
+    bench.say(T0, WRITTEN(push));
+    bench.say(T1, ToController::Written { push, bytes: 7, writes: 1 });
+    assert_eq!(bench.controller.committed(), 0);
+    assert!(
+        bench.reason(T0).contains("trainer 1") && bench.reason(T0).contains("7 bytes"),
+        "{}",
+        bench.reason(T0)
+    );
+}
+
+#[test]
+fn a_lost_inference_rank_aborts_the_push_and_is_named() {
+    let mut bench = Bench::started();
+    bench.begin_to_writing(3);
+    bench.event(Event::Disconnected(connection(I0), "reset".into()));
+    let told = bench.told(T0);
+    let [.., ToMember::Abort { version: 3, reason }, ToMember::Refused { .. }] = &told[..] else {
+        panic!("{told:?}")
+    };
+    assert!(reason.contains("inference 0 was lost during version 3") && reason.contains("reset"), "{reason}");
+    assert!(bench.controller.has_ended());
+}
+
+#[test]
+fn a_silent_member_is_lost_before_its_stage_is_over() {
+    let mut bench = Bench::started();
+    bench.begin_to_writing(1);
+    bench.pass(16, &[T0, T1]);
+    let reason = bench.reason(T0);
+    assert!(
+        reason.contains("inference 0 was lost") && reason.contains("nothing was heard from it for 15s"),
+        "{reason}"
+    );
+}
+
+#[test]
+fn a_trainer_that_writes_nothing_is_named_at_the_deadline_and_the_job_goes_on() {
+    let mut bench = Bench::started();
+    let push = bench.begin_to_writing(1);
+    bench.say(T0, WRITTEN(push));
+    bench.pass(31, &[T0, T1, I0]);
+    let reason = bench.reason(I0);
+    assert!(reason.contains("waited 30s for trainer 1 to finish its writes"), "{reason}");
+    assert!(!bench.controller.has_ended());
+    // The late report of the dead attempt counts for nothing.
+    bench.say(T1, WRITTEN(push));
+    bench.log.clear();
+    let again = bench.begin_to_writing(1);
+    assert_ne!(again, push);
+    bench.say(T0, WRITTEN(again));
+    bench.say(T1, WRITTEN(again));
+    assert_eq!(bench.controller.committed(), 1);
+}
+
+#[test]
+fn a_trainer_that_makes_progress_is_not_late() {
+    let mut bench = Bench::started();
+    bench.begin_to_writing(1);
+    for progress in 1..100 {
+        bench.pass(1, &[I0]);
+        bench.say(T0, ToController::Heartbeat { progress });
+        bench.say(T1, ToController::Heartbeat { progress });
+    }
+    assert!(matches!(bench.controller.phase, Phase::Pushing(_)));
+}
+
+#[test]
+fn who_is_missing_is_named() {
+    let mut bench = Bench::new();
+    bench.say(T1, ToController::Join(Box::new(join(T1))));
+    bench.pass(31, &[T1]);
+    assert!(
+        bench.reason(T1).contains("waited 30s for trainer 0, inference 0 to join"),
+        "{}",
+        bench.reason(T1)
+    );
+
+    let mut bench = Bench::started();
+    bench.say(T0, ToController::Begin { version: 1 });
+    bench.pass(31, &[T0, T1, I0]);
+    assert!(bench.reason(T0).contains("trainer 1 to begin the version"), "{}", bench.reason(T0));
+}
+
+#[test]
+fn a_failure_that_is_no_loss_leaves_the_job_running() {
+    let mut bench = Bench::started();
+    let push = bench.begin_to_writing(1);
+    bench.say(T0, ToController::Failed { push, reason: "no staging".into() });
+    assert_eq!(bench.reason(I0), "trainer 0: no staging");
+    let push = bench.begin_to_writing(1);
+    bench.say(T0, WRITTEN(push));
+    bench.say(T1, WRITTEN(push));
+    assert_eq!(bench.controller.committed(), 1);
+}
+
+#[test]
+fn a_loss_after_the_decision_is_told_as_unconfirmed() {
+    let mut bench = Bench::started();
+    let push = bench.begin_to_writing(1);
+    bench.say(T0, WRITTEN(push));
+    bench.say(T1, WRITTEN(push));
+    bench.event(Event::Disconnected(connection(I0), "killed".into()));
+    let done = ToMember::Done { push, version: 1, unconfirmed: vec![I0] };
+    assert!(bench.told(T0).contains(&done), "{:?}", bench.told(T0));
+    assert_eq!(bench.controller.committed(), 1);
+}
+
+#[test]
+fn versions_only_rise_and_agree() {
+    let mut bench = Bench::started();
+    let push = bench.begin_to_writing(5);
+    bench.say(T0, WRITTEN(push));
+    bench.say(T1, WRITTEN(push));
+    bench.say(I0, ToController::Committed { push });
+    bench.say(T0, ToController::Begin { version: 5 });
+    assert!(bench.reason(T0).contains("not newer than the committed version 5"));
+    bench.say(T0, ToController::Begin { version: 6 });
+    bench.say(T1, ToController::Begin { version: 7 });
+    assert!(bench.reason(T0).contains("trainer 1 began version 7 while others began version 6"));
+}
+
+#[test]
+fn strangers_and_mistakes_are_refused_by_name() {
+    let wrong = |change: fn(&mut Join)| {
+        let mut bench = Bench::new();
+        let mut bad = join(T0);
+        change(&mut bad);
+        bench.say(T0, ToController::Join(Box::new(bad)));
+        bench.reason(T0)
+    };
+    assert!(wrong(|join| join.job = "other".into()).contains("another job"));
+    assert!(wrong(|join| join.world.trainers = 9).contains("expects 9 trainers"));
+    assert!(wrong(|join| join.member = Rank::Trainer(TrainerRank(7))).contains("no trainer 7"));
+    assert!(wrong(|join| join.member = I0).contains("other side's manifest"));
+    assert!(wrong(|join| join.endpoint = vec![0; ENDPOINT_BYTES_MAX + 1]).contains("endpoint of"));
+
+    let mut bench = Bench::new();
+    bench.say(T0, ToController::Join(Box::new(join(T0))));
+    bench.event(Event::Received(ConnectionId(55), ToController::Join(Box::new(join(T0)))));
+    assert!(bench.log.iter().any(|action| matches!(
+        action,
+        Action::Send(ConnectionId(55), ToMember::Refused { reason }) if reason.contains("joined already")
+    )));
+}
+
+#[test]
+fn a_rank_that_dies_while_others_join_may_come_back() {
+    let mut bench = Bench::new();
+    bench.say(T0, ToController::Join(Box::new(join(T0))));
+    bench.event(Event::Disconnected(connection(T0), "killed".into()));
+    for member in world().members() {
+        bench.say(member, ToController::Join(Box::new(join(member))));
+    }
+    assert!(matches!(bench.told(I0)[..], [ToMember::Planned(_)]));
+}
+
+#[test]
+fn a_manifest_without_a_plan_ends_the_job_with_the_planners_words() {
+    let mut bench = Bench::new();
+    bench.say(T0, ToController::Join(Box::new(join(T0))));
+    bench.say(T1, ToController::Join(Box::new(join(T1))));
+    let mut bad = join(I0);
+    if let MemberManifest::Inference(manifest) = &mut bad.manifest {
+        manifest.params[0].map = ParamMap::tensor("absent");
+    }
+    bench.say(I0, ToController::Join(Box::new(bad)));
+    assert!(
+        bench.reason(T0).contains("no plan") && bench.reason(T0).contains("absent"),
+        "{}",
+        bench.reason(T0)
+    );
+}
+
+#[test]
+fn when_all_trainers_have_left_the_inference_ranks_are_told() {
+    let mut bench = Bench::started();
+    bench.say(T0, ToController::Leave { reason: None });
+    assert!(!bench.controller.has_ended());
+    bench.say(T1, ToController::Leave { reason: None });
+    assert_eq!(bench.told(I0), [ToMember::Finished]);
+    assert!(bench.controller.has_ended());
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Say(u8, u8),
+    Lose(u8),
+    Pass(u8),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        20 => (0u8..3, 0u8..9).prop_map(|(who, what)| Step::Say(who, what)),
+        1 => (0u8..3).prop_map(Step::Lose),
+        2 => (0u8..20).prop_map(Step::Pass),
+    ];
+    prop::collection::vec(step, 0..80)
+}
+
+proptest! {
+    /// Members that say anything at any time: no panic, no commit without both reports of the same attempt, versions
+    /// only rise, and every ended job was reported as ended.
+    #[test]
+    fn no_order_of_messages_breaks_the_rules(steps in steps(), from_start in any::<bool>()) {
+        let mut bench = if from_start { Bench::new() } else { Bench::started() };
+        let members = [T0, T1, I0];
+        let mut written: BTreeSet<(Rank, PushId)> = BTreeSet::new();
+        let mut committed = 0;
+        for step in steps {
+            let push = match &bench.controller.phase {
+                Phase::Pushing(push) => push.id,
+                _ => PushId([9; 16]),
+            };
+            match step {
+                Step::Say(who, what) => {
+                    let member = members[usize::from(who)];
+                    let digest = bench.controller.digest;
+                    let version = committed + u64::from(what % 2);
+                    let message = match what {
+                        0 | 1 => ToController::Begin { version },
+                        2 => ToController::Prepared { push },
+                        3 => WRITTEN(push),
+                        4 => ToController::Committed { push },
+                        5 => ToController::Failed { push, reason: "r".repeat(10_000) },
+                        6 => ToController::Join(Box::new(join(member))),
+                        7 => ToController::Ready { digest },
+                        _ => ToController::Leave { reason: None },
+                    };
+                    if message == WRITTEN(push) {
+                        written.insert((member, push));
+                    }
+                    bench.say(member, message);
+                }
+                Step::Lose(who) => bench.event(Event::Disconnected(connection(members[usize::from(who)]), "x".into())),
+                Step::Pass(seconds) => bench.pass(u64::from(seconds), &members),
+            }
+            let now_committed = bench.controller.committed();
+            if now_committed != committed {
+                prop_assert!(now_committed > committed);
+                prop_assert!(written.contains(&(T0, push)) && written.contains(&(T1, push)));
+                committed = now_committed;
+            }
+        }
+        let ended = bench.log.iter().filter(|action| matches!(action, Action::Report(Report::Ended { .. }))).count();
+        prop_assert_eq!(ended, usize::from(bench.controller.has_ended()));
+    }
+}

@@ -1,0 +1,247 @@
+//! The messages of the control plane and their bounds.
+//!
+//! Every message is one frame of postcard bytes. What a message may hold is bounded here, once; a decoder that meets
+//! more refuses the frame, so no peer can make another allocate without limit.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use xfer_plan::{
+    Digest, ParamId, Rank, RankPlan, ReceiverManifest, ReceiverPart, ReceiverRank, TrainerManifest,
+    TrainerRank,
+};
+
+/// Raised whenever a message changes its meaning or its bytes. Both sides say theirs before anything else.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Bytes of a frame before the peer is authenticated: the handshake's messages are under 100 bytes.
+pub(crate) const HANDSHAKE_FRAME_BYTES_MAX: u32 = 256;
+
+/// Bytes of a frame between members: the manifest of a rank with 100 000 tensors of 100 bytes of name, shape and map,
+/// with room.
+pub(crate) const FRAME_BYTES_MAX: u32 = 64 << 20;
+
+/// Bytes of one rank's opaque endpoint: a rail's address and key is about 300 bytes, times 32 rails and some regions.
+pub const ENDPOINT_BYTES_MAX: usize = 64 << 10;
+
+/// Bytes of a reason that travels; longer ones are cut.
+pub const ABORT_REASON_BYTES_MAX: usize = 4 << 10;
+
+/// Bytes of a job's name.
+pub(crate) const JOB_BYTES_MAX: usize = 128;
+
+/// Ranks on one side of a job; the planner's own limit.
+pub(crate) const RANKS_MAX: u32 = 65_536;
+
+/// How many ranks a job has on each side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct World {
+    /// Trainer ranks, numbered from 0.
+    pub trainers: u32,
+    /// Inference ranks, numbered from 0.
+    pub inference: u32,
+}
+
+impl World {
+    /// Whether `member` is one of this world's ranks.
+    pub fn contains(self, member: Rank) -> bool {
+        match member {
+            Rank::Trainer(rank) => rank.0 < self.trainers,
+            Rank::Receiver(rank) => rank.0 < self.inference,
+        }
+    }
+
+    /// All ranks, trainers first.
+    pub fn members(self) -> impl Iterator<Item = Rank> {
+        let trainers = (0..self.trainers).map(|rank| Rank::Trainer(TrainerRank(rank)));
+        trainers.chain((0..self.inference).map(|rank| Rank::Receiver(ReceiverRank(rank))))
+    }
+}
+
+impl fmt::Display for World {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} trainers and {} inference ranks", self.trainers, self.inference)
+    }
+}
+
+/// What a rank has or needs; which of the two says on which side it is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum MemberManifest {
+    /// The pieces that a trainer owns.
+    Trainer(TrainerManifest),
+    /// The parameters that an inference rank needs.
+    Inference(ReceiverManifest),
+}
+
+/// A rank's request to take part.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Join {
+    /// Name of the job; must be the controller's.
+    pub job: String,
+    /// Who asks.
+    pub member: Rank,
+    /// What it takes the job's size to be; must be the controller's.
+    pub world: World,
+    /// What it has or needs.
+    pub manifest: MemberManifest,
+    /// How peers reach its memory. Opaque here: told, unread, to the members that the plan pairs with this one.
+    pub endpoint: Vec<u8>,
+}
+
+/// 128 random bits that name one attempt to push one version, so that nothing of an aborted attempt counts for the
+/// next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct PushId(pub [u8; 16]);
+
+impl fmt::Display for PushId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// Another member, as the plan pairs it with this one.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Peer {
+    /// Who it is.
+    pub member: Rank,
+    /// What it said of how to reach it.
+    pub endpoint: Vec<u8>,
+}
+
+/// One member's part of the agreed plan.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Planned {
+    /// Digest of the whole plan; the same for every member.
+    pub digest: Digest,
+    /// What this member does or expects.
+    pub part: PlannedPart,
+    /// The members that it exchanges bytes with.
+    pub peers: Vec<Peer>,
+    /// Lower bound of the whole push in seconds: the busiest NIC's bytes over its bandwidth.
+    pub bound_seconds: f64,
+    /// Bytes of the whole push.
+    pub bytes_total: u64,
+}
+
+/// See [`Planned`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum PlannedPart {
+    /// A trainer's operations, and the names of the parameters that they mention.
+    Trainer {
+        /// The operations.
+        plan: RankPlan,
+        /// Names of the parameters in its operations, by their id.
+        names: BTreeMap<ParamId, String>,
+    },
+    /// What must arrive at an inference rank.
+    Inference(ReceiverPart),
+}
+
+/// From a member to the controller.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum ToController {
+    /// First message after the handshake.
+    Join(Box<Join>),
+    /// Its rails are open, connected and warmed for the plan of this digest.
+    Ready {
+        /// The plan that it is ready for.
+        digest: Digest,
+    },
+    /// A trainer's weights of this version are final.
+    Begin {
+        /// The version to push.
+        version: u64,
+    },
+    /// An inference rank has stopped serving and marked itself torn (or turned to its shadow arena).
+    Prepared {
+        /// The attempt.
+        push: PushId,
+    },
+    /// Every write of a trainer has been delivered.
+    Written {
+        /// The attempt.
+        push: PushId,
+        /// Bytes delivered, compared with the plan.
+        bytes: u64,
+        /// Writes delivered, compared with the plan.
+        writes: u64,
+    },
+    /// An inference rank has made the version visible.
+    Committed {
+        /// The attempt.
+        push: PushId,
+    },
+    /// This member cannot go on with the attempt. It stays in the job.
+    Failed {
+        /// The attempt.
+        push: PushId,
+        /// What happened, for a person.
+        reason: String,
+    },
+    /// Sign of life; `progress` is the count of bytes delivered in this attempt.
+    Heartbeat {
+        /// Bytes delivered.
+        progress: u64,
+    },
+    /// An orderly goodbye. With a reason, a failure of this member that ends its part.
+    Leave {
+        /// Why, when it is not that its work is done.
+        reason: Option<String>,
+    },
+}
+
+/// From the controller to a member.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum ToMember {
+    /// All have joined: this is your part.
+    Planned(Box<Planned>),
+    /// All are ready.
+    Start,
+    /// To inference ranks: `push` of `version` begins.
+    Prepare {
+        /// The attempt.
+        push: PushId,
+        /// Its version.
+        version: u64,
+    },
+    /// To trainers: all inference ranks are prepared, write.
+    Write {
+        /// The attempt.
+        push: PushId,
+        /// Its version.
+        version: u64,
+    },
+    /// To inference ranks: every byte has landed everywhere; serve it.
+    Commit {
+        /// The attempt.
+        push: PushId,
+        /// Its version.
+        version: u64,
+    },
+    /// To trainers: the version is committed.
+    Done {
+        /// The attempt.
+        push: PushId,
+        /// Its version.
+        version: u64,
+        /// Inference ranks that were lost before they confirmed that they serve it. Empty when all is well.
+        unconfirmed: Vec<Rank>,
+    },
+    /// The attempt is over without a commit.
+    Abort {
+        /// The version that was not committed.
+        version: u64,
+        /// Who failed at what, for a person.
+        reason: String,
+    },
+    /// The job cannot go on: nothing further will be answered.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+    /// All trainers have left in good order; nothing more will come.
+    Finished,
+    /// Sign of life.
+    Heartbeat,
+}

@@ -1,0 +1,274 @@
+//! The controller's sockets: accepts connections, lets them prove themselves, and feeds the state machine.
+//!
+//! A connection costs little until it has proved itself: their number, the bytes that they may send and the time that
+//! they may take are bounded. After that its messages go through one queue into the one task that owns the
+//! [`Controller`].
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+
+use crate::controller::{Action, ConnectionId, Controller, ControllerConfig, Event, Report};
+use crate::error::RendezvousError;
+use crate::frame;
+use crate::handshake::{self, Secret};
+use crate::protocol::{FRAME_BYTES_MAX, ToController, ToMember};
+
+/// Connections that have not joined yet. A full job of 65 536 ranks joins in waves; the rest wait in the backlog.
+const UNJOINED_MAX: usize = 1024;
+
+/// A connection proves itself within this time, or goes.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
+
+/// Messages to one member that may wait for its socket. The protocol has one outstanding at a time, plus heartbeats.
+const OUTGOING_MAX: usize = 64;
+
+/// Events that may wait for the state machine; senders wait when it is full.
+const EVENTS_MAX: usize = 4096;
+
+/// How long a closed connection may take to read our last message.
+const LINGER_MAX: Duration = Duration::from_secs(2);
+
+/// Where and for whom to run a controller.
+#[derive(Debug, Clone)]
+pub struct ServerConfig {
+    /// `host:port`; port 0 takes a free one.
+    pub listen: String,
+    /// What members must know.
+    pub secret: Secret,
+    /// Allow a missing secret on an address that other hosts can reach.
+    pub insecure: bool,
+    /// The job.
+    pub controller: ControllerConfig,
+}
+
+/// A controller that listens.
+pub struct Server {
+    listener: TcpListener,
+    local: SocketAddr,
+    secret: Secret,
+    controller: Controller,
+}
+
+/// A controller that runs in the background of this process; dropping it ends the job.
+pub struct ServerHandle {
+    local: SocketAddr,
+    task: tokio::task::JoinHandle<Option<String>>,
+}
+
+impl ServerHandle {
+    /// Where it listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// Waits for the job's end: `None` in good order, otherwise the reason.
+    pub async fn ended(mut self) -> Option<String> {
+        match (&mut self.task).await {
+            Ok(reason) => reason,
+            Err(error) => Some(format!("the controller's task failed: {error}")),
+        }
+    }
+}
+
+impl Drop for ServerHandle {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Server {
+    /// Listens. Nothing is accepted before [`Server::run`].
+    pub async fn bind(config: ServerConfig) -> Result<Self, RendezvousError> {
+        let bind = |source| RendezvousError::Bind { address: config.listen.clone(), source };
+        let listener = TcpListener::bind(&config.listen).await.map_err(bind)?;
+        let local = listener.local_addr().map_err(bind)?;
+        if config.secret.is_none() && !config.insecure && !local.ip().is_loopback() {
+            return Err(RendezvousError::NeedsSecret { address: local });
+        }
+        let controller =
+            Controller::new(config.controller).map_err(|reason| RendezvousError::Refused { reason })?;
+        Ok(Self { listener, local, secret: config.secret, controller })
+    }
+
+    /// Where it listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// Runs in the background of the present tokio runtime.
+    pub fn spawn(self, observe: impl FnMut(Report) + Send + 'static) -> ServerHandle {
+        ServerHandle { local: self.local, task: tokio::spawn(self.run(observe)) }
+    }
+
+    /// Serves the job until its end: `None` in good order, otherwise the reason.
+    pub async fn run(self, mut observe: impl FnMut(Report)) -> Option<String> {
+        let Self { listener, secret, mut controller, .. } = self;
+        let start = Instant::now();
+        let mut ticks = interval(controller.tick_interval());
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (events_in, mut events) = mpsc::channel(EVENTS_MAX);
+        let unjoined = Arc::new(Semaphore::new(UNJOINED_MAX));
+        let mut outgoing: HashMap<ConnectionId, mpsc::Sender<ToMember>> = HashMap::new();
+        let mut tasks = JoinSet::new();
+        let mut connections = 0;
+        let mut actions = Vec::new();
+        let mut ended = None;
+        while !controller.has_ended() {
+            let event = tokio::select! {
+                accepted = accept(&listener, &unjoined) => {
+                    let (stream, peer, permit) = accepted;
+                    connections += 1;
+                    let connection = Connection { id: ConnectionId(connections), peer, events: events_in.clone() };
+                    let secret = secret.clone();
+                    tasks.spawn(async move {
+                        // The permit covers the handshake and the first message only.
+                        connection.serve(stream, &secret, permit).await;
+                    });
+                    continue;
+                }
+                Some(input) = events.recv() => match input {
+                    Input::Opened(connection, sender) => {
+                        outgoing.insert(connection, sender);
+                        continue;
+                    }
+                    Input::Event(event) => event,
+                },
+                _ = ticks.tick() => Event::Tick,
+                Some(_) = tasks.join_next(), if !tasks.is_empty() => continue,
+            };
+            if let Event::Disconnected(connection, _) = &event {
+                outgoing.remove(connection);
+            }
+            controller.handle(event, start.elapsed(), &mut actions);
+            // Carrying out an action can find a connection gone, which is an event in turn.
+            let mut next = std::mem::take(&mut actions);
+            while !next.is_empty() {
+                for action in next.drain(..) {
+                    match action {
+                        Action::Send(connection, message) => {
+                            let sent = outgoing.get(&connection).map(|sender| sender.try_send(message));
+                            if let Some(Err(mpsc::error::TrySendError::Full(_))) = sent {
+                                outgoing.remove(&connection);
+                                let event =
+                                    Event::Disconnected(connection, "it does not read its messages".into());
+                                controller.handle(event, start.elapsed(), &mut actions);
+                            }
+                        }
+                        Action::Close(connection) => drop(outgoing.remove(&connection)),
+                        Action::Report(report) => {
+                            tracing::debug!(?report);
+                            if let Report::Ended { reason } = &report {
+                                ended.clone_from(reason);
+                            }
+                            observe(report);
+                        }
+                    }
+                }
+                std::mem::swap(&mut next, &mut actions);
+            }
+        }
+        // Let the last messages leave.
+        drop((outgoing, events, listener));
+        let _ = timeout(LINGER_MAX, async { while tasks.join_next().await.is_some() {} }).await;
+        ended
+    }
+}
+
+type Permit = tokio::sync::OwnedSemaphorePermit;
+
+/// The next connection, once there is room for one that has not joined.
+async fn accept(listener: &TcpListener, unjoined: &Arc<Semaphore>) -> (TcpStream, SocketAddr, Permit) {
+    loop {
+        let Ok(permit) = unjoined.clone().acquire_owned().await else { std::future::pending().await };
+        match listener.accept().await {
+            Ok((stream, peer)) => return (stream, peer, permit),
+            Err(error) => {
+                // Out of file descriptors, or a connection that ended in the backlog: neither ends the job.
+                tracing::warn!(%error, "accept");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+enum Input {
+    Opened(ConnectionId, mpsc::Sender<ToMember>),
+    Event(Event),
+}
+
+struct Connection {
+    id: ConnectionId,
+    peer: SocketAddr,
+    events: mpsc::Sender<Input>,
+}
+
+impl Connection {
+    async fn serve(self, mut stream: TcpStream, secret: &Secret, permit: Permit) {
+        let first = timeout(HANDSHAKE_MAX, async {
+            stream.set_nodelay(true).map_err(|source| RendezvousError::Io { peer: self.peer, source })?;
+            handshake::accept(&mut stream, self.peer, secret).await?;
+            frame::read::<ToController>(&mut stream, self.peer, FRAME_BYTES_MAX).await
+        });
+        let first = match first.await {
+            Ok(Ok(Some(message))) => message,
+            Ok(Ok(None)) => return tracing::debug!(peer = %self.peer, "closed before it joined"),
+            Ok(Err(error)) => return tracing::warn!(peer = %self.peer, %error, "refused a connection"),
+            Err(_) => return tracing::warn!(peer = %self.peer, "did not join within {HANDSHAKE_MAX:?}"),
+        };
+        drop(permit);
+        let (sender, outgoing) = mpsc::channel(OUTGOING_MAX);
+        let (mut read_half, write_half) = stream.split();
+        let _ = self.events.send(Input::Opened(self.id, sender)).await;
+        let _ = self.events.send(Input::Event(Event::Received(self.id, first))).await;
+        let read = async {
+            loop {
+                match frame::read(&mut read_half, self.peer, FRAME_BYTES_MAX).await {
+                    Ok(Some(message)) => {
+                        let event = Input::Event(Event::Received(self.id, message));
+                        if self.events.send(event).await.is_err() {
+                            // The job is over; keep reading so that the last message is not lost to a reset.
+                            std::future::pending::<()>().await;
+                        }
+                    }
+                    Ok(None) => break "closed".to_owned(),
+                    Err(error) => break error.to_string(),
+                }
+            }
+        };
+        let reason = tokio::select! {
+            reason = read => reason,
+            reason = send_all(write_half, outgoing, self.peer) => reason,
+        };
+        let _ = self.events.send(Input::Event(Event::Disconnected(self.id, reason))).await;
+        // Closing a socket with unread bytes resets it, and a reset can overtake our last message.
+        let mut sink = [0; 1024];
+        let drain = async { while matches!(stream.read(&mut sink).await, Ok(1..)) {} };
+        let _ = timeout(LINGER_MAX, drain).await;
+    }
+}
+
+/// Sends what comes until the controller closes the queue or the socket fails.
+async fn send_all(
+    mut to: impl tokio::io::AsyncWrite + Unpin,
+    mut outgoing: mpsc::Receiver<ToMember>,
+    peer: SocketAddr,
+) -> String {
+    while let Some(message) = outgoing.recv().await {
+        if let Err(error) = frame::write(&mut to, &message, peer, FRAME_BYTES_MAX).await {
+            return error.to_string();
+        }
+    }
+    match to.shutdown().await {
+        Ok(()) => "closed by the controller".into(),
+        Err(error) => io::Error::to_string(&error),
+    }
+}

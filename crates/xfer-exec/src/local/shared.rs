@@ -1,0 +1,188 @@
+//! Memory of one host shared by file descriptor: made and sealed by its owner, attached by senders.
+
+use std::ffi::c_void;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use efa_core::{LeaseMut, Memory};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use rustix::mm::{MapFlags, ProtFlags};
+
+use super::{LocalError, call};
+
+/// A mapping of a whole file, readable and writable, shared.
+struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping is not tied to a thread; it is unmapped once, by its owner's drop.
+unsafe impl Send for Mapping {}
+// SAFETY: `&Mapping` gives out an address and a length only.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps the first `len` bytes of `file`, and makes their pages present: the first push is as fast as the next.
+    fn new(file: BorrowedFd<'_>, len: usize) -> Result<Self, LocalError> {
+        if len == 0 {
+            return Ok(Self { base: NonNull::dangling(), len });
+        }
+        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::POPULATE);
+        // SAFETY: a new mapping at an address that the kernel chooses overlaps nothing; it stays until `drop`.
+        let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, flags, file, 0) };
+        let base = base.map_err(call("mmap"))?.cast::<u8>();
+        NonNull::new(base)
+            .map(|base| Self { base, len })
+            .ok_or(LocalError::Call { call: "mmap", source: rustix::io::Errno::NOMEM })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            // SAFETY: `new` made exactly this mapping, and nobody holds its address any more: leases and `Attached`
+            // own the mapping that they point into.
+            let unmapped = unsafe { rustix::mm::munmap(self.base.as_ptr().cast::<c_void>(), self.len) };
+            if let Err(error) = unmapped {
+                tracing::error!(%error, "munmap of shared memory");
+            }
+        }
+    }
+}
+
+// SAFETY: the file is sealed against shrinking, so `base..base + len` stays valid until `drop` unmaps it, and never
+// moves. Other processes that have the file write through it only what the owner exposed to them.
+unsafe impl Memory for Mapping {
+    fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+}
+
+/// The file behind an arena; a sender that has it can map the arena.
+#[derive(Debug, Clone)]
+pub struct SharedFile {
+    file: Arc<OwnedFd>,
+    bytes: u64,
+}
+
+impl SharedFile {
+    /// `bytes` zero bytes, all of them backed by memory, and the file to share them by.
+    ///
+    /// # Errors
+    ///
+    /// [`LocalError::NoRoom`] when there is no memory for them, rather than a SIGBUS later.
+    pub fn create(bytes: u64) -> Result<(LeaseMut, Self), LocalError> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = rustix::fs::memfd_create("weightsync", flags).map_err(call("memfd_create"))?;
+        let no_room = |source| LocalError::NoRoom { bytes, source };
+        rustix::fs::ftruncate(&file, bytes).map_err(no_room)?;
+        if bytes > 0 {
+            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes).map_err(no_room)?;
+        }
+        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        rustix::fs::fcntl_add_seals(&file, seals).map_err(call("fcntl(F_ADD_SEALS)"))?;
+        let len = usize::try_from(bytes).map_err(|_| no_room(rustix::io::Errno::NOMEM))?;
+        let mapping = Mapping::new(file.as_fd(), len)?;
+        Ok((LeaseMut::new(mapping), Self { file: Arc::new(file), bytes }))
+    }
+
+    /// Its length.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+impl AsFd for SharedFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// Another process's arena, mapped here to be written to.
+pub struct Attached(Mapping);
+
+impl Attached {
+    /// Maps `file`, which the peer says is its region `region` of `expected` bytes.
+    pub fn new(file: &OwnedFd, region: u32, expected: u64) -> Result<Self, LocalError> {
+        let seals = rustix::fs::fcntl_get_seals(file).map_err(call("fcntl(F_GET_SEALS)"))?;
+        if !seals.contains(SealFlags::SHRINK | SealFlags::SEAL) {
+            return Err(LocalError::NotSealed);
+        }
+        let found = rustix::fs::fstat(file).map_err(call("fstat"))?.st_size;
+        let found = u64::try_from(found).unwrap_or(0);
+        match usize::try_from(expected) {
+            Ok(len) if found == expected => Ok(Self(Mapping::new(file.as_fd(), len)?)),
+            _ => Err(LocalError::Length { region, expected, found }),
+        }
+    }
+
+    /// Copies `from` to `offset`. `None`, and nothing copied, if it does not fit.
+    pub fn copy_in(&mut self, offset: u64, from: &[u8]) -> Option<()> {
+        let offset = usize::try_from(offset).ok()?;
+        let end = offset.checked_add(from.len())?;
+        if end > self.0.len {
+            return None;
+        }
+        // SAFETY: `offset <= len`, so the result is within the mapping (or one past its end, for no bytes).
+        let to = unsafe { self.0.base.as_ptr().add(offset) };
+        // SAFETY: `from` is borrowed from this process's own memory and cannot overlap another process's arena as
+        // mapped here; `offset + from.len()` is within the mapping, which `self` keeps, and whose file is sealed
+        // against shrinking. The owner forms no references to these bytes while they are exposed.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
+        Some(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_sender_copies_the_owner_reads() {
+        let (lease, file) = SharedFile::create(10_000).unwrap();
+        let target = lease.expose();
+        let mut attached = Attached::new(&file.file, 0, 10_000).unwrap();
+        attached.copy_in(9_990, &[7; 10]).unwrap();
+        assert_eq!(attached.copy_in(9_991, &[8; 10]), None);
+        assert_eq!(attached.copy_in(u64::MAX, &[8; 10]), None);
+        let mut read = [0; 11];
+        target.read(9_989, &mut read).unwrap();
+        assert_eq!(read, [0, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7]);
+    }
+
+    #[test]
+    fn an_empty_arena_works() {
+        let (_lease, file) = SharedFile::create(0).unwrap();
+        assert_eq!(Attached::new(&file.file, 0, 0).unwrap().copy_in(0, &[]), Some(()));
+    }
+
+    #[test]
+    fn a_file_of_another_length_is_refused() {
+        let (_lease, file) = SharedFile::create(4096).unwrap();
+        let error = Attached::new(&file.file, 3, 8192).err().unwrap();
+        assert!(matches!(error, LocalError::Length { region: 3, expected: 8192, found: 4096 }), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_could_shrink_is_refused() {
+        let file = rustix::fs::memfd_create("test", MemfdFlags::ALLOW_SEALING).unwrap();
+        rustix::fs::ftruncate(&file, 4096).unwrap();
+        assert!(matches!(Attached::new(&file, 0, 4096), Err(LocalError::NotSealed)));
+    }
+
+    #[test]
+    fn the_owner_cannot_shrink_it_either() {
+        let (_lease, file) = SharedFile::create(4096).unwrap();
+        assert!(rustix::fs::ftruncate(&file, 0).is_err());
+    }
+
+    #[test]
+    fn more_than_there_is_is_an_error() {
+        assert!(matches!(SharedFile::create(1 << 60), Err(LocalError::NoRoom { .. })));
+    }
+}

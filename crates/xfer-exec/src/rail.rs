@@ -1,0 +1,90 @@
+//! What a rail is to the driver: it takes WRITEs with their buffers, and gives the buffers back when the peer has them.
+//!
+//! A rail never keeps a buffer that it refused, never gives one back while it may still be read, and reports a WRITE as
+//! done only when its bytes are in the peer's memory (delivery-complete).
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::time::Duration;
+
+use xfer_plan::{ReceiverRank, RegionIndex};
+
+use crate::program::WriteId;
+
+/// A rail of this rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RailIndex(pub u16);
+
+impl RailIndex {
+    /// As an index.
+    pub fn index(self) -> usize {
+        usize::from(self.0)
+    }
+}
+
+impl fmt::Display for RailIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rail {}", self.0)
+    }
+}
+
+/// A WRITE as it is handed to a rail. `B` is the buffer it reads from, owned by the rail until it is done.
+#[derive(Debug)]
+pub struct RailWrite<B> {
+    /// Which WRITE this is.
+    pub id: WriteId,
+    /// Its bytes.
+    pub from: B,
+    /// The receiver.
+    pub to: ReceiverRank,
+    /// The receiver's region.
+    pub region: RegionIndex,
+    /// Where in that region.
+    pub offset: u64,
+}
+
+/// A WRITE that is over.
+#[derive(Debug)]
+pub struct Done<B> {
+    /// Which WRITE it was.
+    pub id: WriteId,
+    /// Its buffer, no longer read by anybody.
+    pub from: B,
+    /// Delivered, or why not.
+    pub result: Result<(), String>,
+}
+
+/// A rail that cannot go on. Every buffer that it holds comes back from [`Rail::close`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{rail}: {reason}")]
+pub struct RailError {
+    /// Which rail.
+    pub rail: String,
+    /// What happened and what to do.
+    pub reason: String,
+}
+
+/// One way to the memory of peers. Used by one thread.
+pub trait Rail: Send {
+    /// What it reads from.
+    type Buffer;
+
+    /// For messages: fabric, device, address.
+    fn name(&self) -> String;
+
+    /// WRITEs that may be in flight at once.
+    fn depth(&self) -> u32;
+
+    /// Takes WRITEs from the front of `writes` for as long as there is room; what stays was refused for now, which is
+    /// an ordinary outcome. An error concerns the WRITE at the front, which also stays.
+    fn post(&mut self, writes: &mut VecDeque<RailWrite<Self::Buffer>>) -> Result<(), RailError>;
+
+    /// Appends the WRITEs that are over. Never blocks.
+    fn poll(&mut self, done: &mut Vec<Done<Self::Buffer>>) -> Result<(), RailError>;
+
+    /// Waits until [`Rail::poll`] may find something, or the time is up.
+    fn wait(&mut self, at_most: Duration);
+
+    /// Ends every WRITE in flight and drops its buffer, once nobody can read it any more.
+    fn close(self: Box<Self>) -> Result<(), RailError>;
+}

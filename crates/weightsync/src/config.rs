@@ -1,0 +1,66 @@
+//! What a session is told about its job.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use rendezvous::{ClientConfig, Secret, World};
+
+use crate::fabric::Fabric;
+
+/// The longest that a rank waits without progress, unless told otherwise.
+pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(30);
+
+/// Staging memory of a trainer, unless told otherwise: 256 chunks of 1 MiB keep 32 rails of depth 8 busy.
+pub const WATERMARK_BYTES_DEFAULT: u64 = 256 << 20;
+
+/// What a rank needs to know to take part in a job. [`SessionConfig::new`] fills in the rest.
+#[derive(Debug, Clone)]
+pub struct SessionConfig {
+    /// The controller's `host:port`.
+    pub controller: String,
+    /// The job's name, the controller's too.
+    pub job: String,
+    /// How many ranks the job has.
+    pub world: World,
+    /// This rank, counted from 0 on its side.
+    pub rank: u32,
+    /// The job's secret.
+    pub secret: Secret,
+    /// How to reach peers.
+    pub fabric: Fabric,
+    /// The longest wait without progress; every wait has it.
+    pub deadline: Duration,
+    /// A trainer's staging memory in bytes.
+    pub watermark_bytes: u64,
+    /// The address that this rank's rail binds to; `None` takes the one that reaches the controller.
+    pub bind: Option<IpAddr>,
+    /// The rail's bandwidth for the lower bound; `None` takes the NIC's line rate, or over loopback and shared memory
+    /// what one thread copies here.
+    pub rail_bytes_per_second: Option<u64>,
+}
+
+impl SessionConfig {
+    /// Rank `rank` of the job `"default"`, without a secret, with the best fabric that both ends have.
+    pub fn new(controller: impl Into<String>, world: World, rank: u32) -> Self {
+        Self {
+            controller: controller.into(),
+            job: crate::JOB_DEFAULT.into(),
+            world,
+            rank,
+            secret: Secret::none(),
+            fabric: Fabric::Auto,
+            deadline: DEADLINE_DEFAULT,
+            watermark_bytes: WATERMARK_BYTES_DEFAULT,
+            bind: None,
+            rail_bytes_per_second: None,
+        }
+    }
+
+    pub(crate) fn client(&self) -> ClientConfig {
+        ClientConfig {
+            controller: self.controller.clone(),
+            secret: self.secret.clone(),
+            deadline: self.deadline,
+        }
+    }
+}

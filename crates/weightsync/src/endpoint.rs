@@ -1,0 +1,81 @@
+//! How a rank describes itself to its peers: where it is, its rail, and its regions with their keys.
+//!
+//! Travels as opaque bytes through the controller. What comes from a peer is bounded by the control plane and checked
+//! here before it is used.
+
+use efa_core::{RailAddress, RemoteRegion};
+use serde::{Deserialize, Serialize};
+use xfer_exec::local::{DoormanAddress, KEY_BYTES};
+
+use crate::fabric::FabricError;
+
+/// Regions of one rank. A rank of ours has one; 4096 leave room for arenas per allocator segment.
+const REGIONS_MAX: usize = 4096;
+
+/// See the module.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Endpoint {
+    /// [`crate::fabric::host_identity`].
+    pub(crate) host: String,
+    /// Its libfabric rail.
+    pub(crate) rail: Option<RailEndpoint>,
+    /// Its shared memory.
+    pub(crate) local: Option<LocalEndpoint>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct RailEndpoint {
+    /// libfabric's provider; both ends must have the same.
+    pub(crate) provider: String,
+    /// The endpoint's address.
+    pub(crate) address: RailAddress,
+    /// What may be written to, by region index. Empty for a trainer.
+    pub(crate) regions: Vec<RemoteRegion>,
+    /// Where warm-ups go.
+    pub(crate) scratch: Option<RemoteRegion>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct LocalEndpoint {
+    name: String,
+    key: [u8; KEY_BYTES],
+    /// Bytes of each region.
+    pub(crate) region_bytes: Vec<u64>,
+}
+
+impl LocalEndpoint {
+    pub(crate) fn new(address: &DoormanAddress, region_bytes: Vec<u64>) -> Self {
+        Self { name: address.name.clone(), key: address.key, region_bytes }
+    }
+
+    pub(crate) fn doorman(&self) -> DoormanAddress {
+        DoormanAddress { name: self.name.clone(), key: self.key }
+    }
+}
+
+impl Endpoint {
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, FabricError> {
+        let failed = |error: postcard::Error| FabricError::Rail(format!("this rank's endpoint: {error}"));
+        postcard::to_extend(self, Vec::new()).map_err(failed)
+    }
+
+    /// Decodes what `peer` sent.
+    pub(crate) fn decode(peer: &str, bytes: &[u8]) -> Result<Self, FabricError> {
+        let malformed = |reason: String| FabricError::Endpoint { peer: peer.to_owned(), reason };
+        let endpoint: Self = postcard::from_bytes(bytes).map_err(|error| malformed(error.to_string()))?;
+        let regions = endpoint.rail.as_ref().map_or(0, |rail| rail.regions.len());
+        let files = endpoint.local.as_ref().map_or(0, |local| local.region_bytes.len());
+        if regions.max(files) > REGIONS_MAX {
+            return Err(malformed(format!("{} regions, more than {REGIONS_MAX}", regions.max(files))));
+        }
+        Ok(endpoint)
+    }
+
+    /// What it offers, for a message.
+    pub(crate) fn offers(&self) -> String {
+        let rail = self.rail.as_ref().map(|rail| rail.provider.clone());
+        let local = self.local.as_ref().map(|_| "shared memory".to_owned());
+        let offers: Vec<String> = rail.into_iter().chain(local).collect();
+        if offers.is_empty() { "nothing".into() } else { offers.join(" and ") }
+    }
+}

@@ -1,0 +1,264 @@
+//! Which way the bytes go: what this host has, and what both ends of a pair have.
+//!
+//! A choice is never changed in silence. `auto` takes shared memory for peers on the same host, and otherwise the best
+//! libfabric provider here, which must be the peer's too. A host with RDMA NICs that libfabric cannot drive is an error
+//! and not a slow push over TCP.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use efa_core::{Hints, Info, InfoError, Library, Provider, Rail, RailConfig};
+use topology::{Roots, Snapshot};
+
+/// How to reach peers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Fabric {
+    /// Per peer the best that both ends have.
+    #[default]
+    Auto,
+    /// Shared memory; every peer must be on this host.
+    Local,
+    /// libfabric over TCP sockets: `tcp`, or `tcp;ofi_rxm` before libfabric 1.18.
+    Tcp,
+    /// libfabric's shared memory provider. For tests.
+    Shm,
+    /// AWS Elastic Fabric Adapter.
+    Efa,
+    /// InfiniBand or RoCE.
+    Verbs,
+}
+
+impl Fabric {
+    /// Every choice and its name.
+    pub const ALL: [(Self, &'static str); 6] = [
+        (Self::Auto, "auto"),
+        (Self::Local, "local"),
+        (Self::Tcp, "tcp"),
+        (Self::Shm, "shm"),
+        (Self::Efa, "efa"),
+        (Self::Verbs, "verbs"),
+    ];
+
+    /// Whether peers on this host may be reached by shared memory.
+    pub(crate) fn allows_local(self) -> bool {
+        matches!(self, Self::Auto | Self::Local)
+    }
+}
+
+impl fmt::Display for Fabric {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = Self::ALL.iter().find(|(fabric, _)| fabric == self).map_or("?", |(_, name)| name);
+        f.write_str(name)
+    }
+}
+
+impl FromStr for Fabric {
+    type Err = FabricError;
+
+    fn from_str(name: &str) -> Result<Self, FabricError> {
+        let found = Self::ALL.iter().find(|(_, known)| *known == name).map(|(fabric, _)| *fabric);
+        found.ok_or_else(|| FabricError::Unknown(name.to_owned()))
+    }
+}
+
+/// Why there is no way to peers.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FabricError {
+    /// Not a fabric.
+    #[error("unknown fabric '{0}'; choose one of auto, local, tcp, shm, efa, verbs")]
+    Unknown(String),
+    /// No libfabric, but one was asked for.
+    #[error("{fabric} needs libfabric: {source}")]
+    NoLibrary {
+        /// What was asked for.
+        fabric: Fabric,
+        /// Where it was looked for.
+        source: Box<efa_core::OpenError>,
+    },
+    /// libfabric has no such provider here.
+    #[error("no {fabric} rail here: {source}")]
+    NoProvider {
+        /// What was asked for.
+        fabric: Fabric,
+        /// libfabric's answer.
+        source: InfoError,
+    },
+    /// There are RDMA NICs, but this libfabric does not drive them.
+    #[error(
+        "this host has RDMA NICs ({devices}), but {library} drives none of them; install a libfabric with the efa or \
+         verbs provider (on AWS the EFA installer's), or ask for the slow way by name: fabric tcp"
+    )]
+    NicsUnused {
+        /// The NICs.
+        devices: String,
+        /// The library that was opened, or why none was.
+        library: String,
+    },
+    /// A rail did not open or connect.
+    #[error("{0}")]
+    Rail(String),
+    /// The two ends have nothing in common.
+    #[error("no common fabric with {peer}: here {here}, there {there}; choose the same fabric on both sides")]
+    NothingInCommon {
+        /// The peer.
+        peer: String,
+        /// What this rank has.
+        here: String,
+        /// What the peer has.
+        there: String,
+    },
+    /// Shared memory with a peer on another host.
+    #[error(
+        "{peer} is on another host (or in another network namespace): shared memory cannot reach it; choose fabric tcp, efa or verbs"
+    )]
+    NotLocal {
+        /// The peer.
+        peer: String,
+    },
+    /// Shared memory failed.
+    #[error("{peer}: {reason}")]
+    Local {
+        /// The peer, or this rank.
+        peer: String,
+        /// What happened.
+        reason: String,
+    },
+    /// What a peer said of itself makes no sense.
+    #[error("{peer} sent a malformed endpoint: {reason}")]
+    Endpoint {
+        /// The peer.
+        peer: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// The libfabric rail of a rank, and its bandwidth where the NIC tells it.
+pub(crate) struct OpenRail {
+    pub(crate) rail: Rail,
+    pub(crate) provider: Provider,
+    pub(crate) link_bytes_per_second: Option<u64>,
+}
+
+/// Opens this rank's rail. `None` where `fabric` can do without one: `local`, and `auto` without a libfabric.
+pub(crate) fn open(fabric: Fabric, source: IpAddr) -> Result<Option<OpenRail>, FabricError> {
+    let providers: &[fn(&Library) -> Provider] = match fabric {
+        Fabric::Local => return Ok(None),
+        Fabric::Auto => &[|_| Provider::Efa, |_| Provider::Verbs, Library::tcp_provider],
+        Fabric::Tcp => &[Library::tcp_provider],
+        Fabric::Shm => &[|_| Provider::Shm],
+        Fabric::Efa => &[|_| Provider::Efa],
+        Fabric::Verbs => &[|_| Provider::Verbs],
+    };
+    let library = match Library::open() {
+        Ok(library) => library,
+        Err(error) if fabric == Fabric::Auto => {
+            refuse_idle_nics("no libfabric")?;
+            tracing::info!(%error, "no libfabric: only peers on this host can be reached");
+            return Ok(None);
+        }
+        Err(error) => {
+            return Err(FabricError::NoLibrary { fabric, source: Box::new(error) });
+        }
+    };
+    let mut missing = None;
+    for provider in providers {
+        let provider = provider(&library);
+        if fabric == Fabric::Auto && !matches!(provider, Provider::Efa | Provider::Verbs) {
+            refuse_idle_nics(&format!("libfabric {} at {}", library.version(), library.path().display()))?;
+        }
+        let mut hints = Hints::new(provider);
+        if matches!(provider, Provider::Tcp | Provider::TcpRxm) {
+            hints = hints.source(source);
+        }
+        match library.infos(&hints) {
+            Ok(infos) => match infos.first() {
+                Some(info) => return open_rail(info).map(Some),
+                None => continue,
+            },
+            Err(error) => missing = Some(error),
+        }
+    }
+    match missing {
+        Some(source) => Err(FabricError::NoProvider { fabric, source }),
+        None => Err(FabricError::Rail(format!("libfabric has no {fabric} rail here"))),
+    }
+}
+
+fn open_rail(info: &Info) -> Result<OpenRail, FabricError> {
+    let rail = Rail::open(info, &RailConfig::for_info(info))
+        .map_err(|error| FabricError::Rail(error.to_string()))?;
+    tracing::info!(rail = rail.name(), "opened");
+    Ok(OpenRail {
+        rail,
+        provider: info.provider(),
+        link_bytes_per_second: info
+            .facts()
+            .link_bits_per_second
+            .map(|bits| bits / 8)
+            .filter(|bytes| *bytes > 0),
+    })
+}
+
+/// An error when this host has RDMA NICs: what was opened so far does not use them.
+fn refuse_idle_nics(library: &str) -> Result<(), FabricError> {
+    // A /sys that cannot be read names no NIC.
+    let Ok(snapshot) = Snapshot::read(&Roots::default()) else {
+        return Ok(());
+    };
+    let nics: Vec<_> =
+        snapshot.rdma_devices.iter().filter(|device| device.pci.is_some()).collect();
+    if nics.is_empty() {
+        return Ok(());
+    }
+    let devices = nics.iter().map(|device| device.name.clone()).collect::<Vec<_>>().join(", ");
+    Err(FabricError::NicsUnused { devices, library: library.to_owned() })
+}
+
+/// Names this host and its network namespace: ranks for which it is equal can share memory.
+pub(crate) fn host_identity() -> String {
+    let read =
+        |path: &str| std::fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default();
+    let namespace = std::fs::read_link("/proc/self/ns/net").map(|link| link.display().to_string());
+    format!("{} {}", read("/proc/sys/kernel/random/boot_id"), namespace.unwrap_or_default())
+}
+
+/// What one thread of this host copies per second: the bandwidth of a rail that is a memory copy. Measured over 16 MiB,
+/// more than one core's caches, in a few milliseconds.
+pub(crate) fn copy_bytes_per_second() -> u64 {
+    const BYTES: usize = 16 << 20;
+    const ROUNDS: usize = 3;
+    let (source, mut target) = (vec![1_u8; BYTES], vec![0_u8; BYTES]);
+    let mut best = Duration::MAX;
+    for _ in 0..ROUNDS {
+        let began = Instant::now();
+        target.copy_from_slice(std::hint::black_box(&source));
+        std::hint::black_box(&mut target);
+        best = best.min(began.elapsed());
+    }
+    (BYTES as f64 / best.as_secs_f64().max(1e-9)) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_fabrics_agree() {
+        for (fabric, name) in Fabric::ALL {
+            assert_eq!(name.parse::<Fabric>().unwrap(), fabric);
+            assert_eq!(fabric.to_string(), name);
+        }
+        let error = "rdma".parse::<Fabric>().unwrap_err().to_string();
+        assert!(error.contains("'rdma'") && error.contains("efa"), "{error}");
+    }
+
+    #[test]
+    fn a_copy_takes_time() {
+        let rate = copy_bytes_per_second();
+        assert!(rate > 1 << 20 && rate < 1 << 50, "{rate}");
+    }
+}

@@ -1,0 +1,94 @@
+//! What a push did, in figures.
+
+use std::borrow::Cow;
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+/// What happened between two moments, for a timeline.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Span {
+    /// Which stage.
+    pub name: Cow<'static, str>,
+    /// Microseconds since the Unix epoch.
+    pub start_us: u64,
+    /// Microseconds.
+    pub duration_us: u64,
+}
+
+/// A stage that runs: ends as a [`Span`].
+pub(crate) struct Stopwatch {
+    name: &'static str,
+    wall: SystemTime,
+    began: std::time::Instant,
+}
+
+impl Stopwatch {
+    pub(crate) fn start(name: &'static str) -> Self {
+        Self { name, wall: SystemTime::now(), began: std::time::Instant::now() }
+    }
+
+    /// Ends the stage and begins the next at the same moment.
+    pub(crate) fn next(&mut self, name: &'static str, spans: &mut Vec<Span>) {
+        let ended = std::mem::replace(self, Self::start(name));
+        spans.push(ended.end());
+    }
+
+    pub(crate) fn end(self) -> Span {
+        let start = self.wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Span { name: self.name.into(), start_us: micros(start), duration_us: micros(self.began.elapsed()) }
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A committed push, as one trainer saw it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PushReport {
+    /// The version that is now committed.
+    pub version: u64,
+    /// Bytes that this trainer wrote.
+    pub bytes: u64,
+    /// WRITEs that carried them.
+    pub writes: u64,
+    /// Of the bytes, those copied once on this side because their rows are too short for a WRITE each.
+    pub bytes_gathered: u64,
+    /// How often the rail had no room for a WRITE.
+    pub refusals: u64,
+    /// Seconds from the call to the commit confirmed by every inference rank.
+    pub seconds: f64,
+    /// Seconds of this trainer's writes alone.
+    pub write_seconds: f64,
+    /// Seconds that its gather thread was busy; within the writes.
+    pub gather_seconds: f64,
+    /// `bytes` over `write_seconds`, in 10^9 bytes per second.
+    pub gb_per_second: f64,
+    /// Lower bound of the whole push: the busiest NIC's bytes over its bandwidth.
+    pub bound_seconds: f64,
+    /// `bound_seconds` over `write_seconds`: 1 is as fast as the NICs allow.
+    pub bound_fraction: f64,
+    /// The stages, one after another.
+    pub stages: Vec<Span>,
+}
+
+/// A committed version, as one inference rank saw it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VersionReport {
+    /// The version that is now served.
+    pub version: u64,
+    /// Bytes that arrived.
+    pub bytes: u64,
+    /// Seconds from the stop of the old version to the commit of the new one.
+    pub seconds: f64,
+    /// `bytes` over `seconds`, in 10^9 bytes per second.
+    pub gb_per_second: f64,
+    /// The stages, one after another.
+    pub stages: Vec<Span>,
+}
+
+/// 10^9 bytes per second; 0 where no time has passed.
+pub(crate) fn gb_per_second(bytes: u64, seconds: f64) -> f64 {
+    if seconds > 0.0 { bytes as f64 / seconds / 1e9 } else { 0.0 }
+}

@@ -1,0 +1,536 @@
+//! The training side: declare what this rank owns, connect, then push version after version.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use efa_core::{Lease, LeaseMut, MemoryRef};
+use rendezvous::{
+    Client, Join, MemberManifest, Peer, Planned, PlannedPart, PushId, RendezvousError, ToController, ToMember,
+};
+use tokio::sync::oneshot;
+use xfer_exec::driver::{HostRail, Outcome, Sender, SenderConfig};
+use xfer_exec::local::{Attached, LocalRail, fetch};
+use xfer_exec::ofi::{OfiPeer, OfiRail};
+use xfer_exec::program::Route;
+use xfer_exec::{Program, RailIndex};
+use xfer_plan::{
+    DType, OpKind, RailDecl, Rank, ReceiverRank, RegionIndex, SourcePiece, TensorBox, TrainerManifest,
+    TrainerRank,
+};
+
+use crate::config::SessionConfig;
+use crate::endpoint::{Endpoint, RailEndpoint};
+use crate::error::Error;
+use crate::fabric::{self, FabricError, OpenRail};
+use crate::report::{PushReport, Stopwatch, gb_per_second};
+
+/// A tensor, or a rank's box of it, as it is declared.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TensorSpec {
+    /// The tensor's name, the same on every rank.
+    pub name: String,
+    /// Its element type.
+    pub dtype: DType,
+    /// Its global shape.
+    pub shape: Vec<u64>,
+    /// The box of it that this rank owns, stored row-major and without gaps.
+    pub bounds: TensorBox,
+}
+
+impl TensorSpec {
+    /// A tensor that this rank owns whole.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Declaration`] for a shape of more dimensions than a plan takes.
+    pub fn whole(name: impl Into<String>, dtype: DType, shape: &[u64]) -> Result<Self, Error> {
+        let name = name.into();
+        match TensorBox::whole(shape) {
+            Ok(bounds) => Ok(Self { name, dtype, shape: shape.to_vec(), bounds }),
+            Err(error) => Err(Error::Declaration { name, reason: error.to_string() }),
+        }
+    }
+
+    /// This rank's bytes of it.
+    pub fn bytes(&self) -> Result<u64, Error> {
+        let bytes = self.bounds.volume().and_then(|volume| volume.checked_mul(self.dtype.bytes()));
+        bytes.ok_or_else(|| Error::Declaration {
+            name: self.name.clone(),
+            reason: format!("the box {} of {} has more bytes than 2^64", self.bounds, self.dtype),
+        })
+    }
+}
+
+/// A declared tensor of a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TensorId(usize);
+
+#[derive(Debug, Clone)]
+struct Tensor {
+    name: String,
+    region: RegionIndex,
+    offset: usize,
+    len: usize,
+}
+
+/// A trainer that has not joined yet.
+pub struct Trainer {
+    config: SessionConfig,
+    regions: Vec<LeaseMut>,
+    tensors: Vec<Tensor>,
+    pieces: Vec<SourcePiece>,
+}
+
+impl Trainer {
+    /// A trainer that owns nothing yet.
+    pub fn new(config: SessionConfig) -> Self {
+        Self { config, regions: Vec::new(), tensors: Vec::new(), pieces: Vec::new() }
+    }
+
+    /// Takes over memory that tensors are in: one registration, however many tensors.
+    pub fn add_memory(&mut self, memory: LeaseMut) -> RegionIndex {
+        self.regions.push(memory);
+        RegionIndex((self.regions.len() - 1) as u32)
+    }
+
+    /// Declares a tensor at `offset_bytes` of a region of [`Trainer::add_memory`].
+    pub fn register_at(
+        &mut self,
+        spec: TensorSpec,
+        region: RegionIndex,
+        offset_bytes: u64,
+    ) -> Result<TensorId, Error> {
+        let bytes = spec.bytes()?;
+        let len = self.regions.get(region.index()).map_or(0, LeaseMut::len) as u64;
+        if offset_bytes.checked_add(bytes).is_none_or(|end| end > len) {
+            let reason = format!("{bytes} bytes at {offset_bytes} do not fit in {region} of {len} bytes");
+            return Err(Error::Declaration { name: spec.name, reason });
+        }
+        let TensorSpec { name, dtype, shape, bounds } = spec;
+        self.tensors.push(Tensor {
+            name: name.clone(),
+            region,
+            offset: offset_bytes as usize,
+            len: bytes as usize,
+        });
+        self.pieces.push(SourcePiece { tensor: name, dtype, shape, bounds, region, offset: offset_bytes });
+        Ok(TensorId(self.tensors.len() - 1))
+    }
+
+    /// Declares a tensor with memory of its own, which it must fill.
+    pub fn register(&mut self, spec: TensorSpec, memory: LeaseMut) -> Result<TensorId, Error> {
+        let bytes = spec.bytes()?;
+        if memory.len() as u64 != bytes {
+            let reason = format!("its box has {bytes} bytes, but the memory has {}", memory.len());
+            return Err(Error::Declaration { name: spec.name, reason });
+        }
+        let region = self.add_memory(memory);
+        self.register_at(spec, region, 0)
+    }
+
+    /// Declares many tensors in one fresh, zeroed region; the ids are in the order of `specs`.
+    pub fn allocate(&mut self, specs: Vec<TensorSpec>) -> Result<Vec<TensorId>, Error> {
+        let mut offsets = Vec::with_capacity(specs.len());
+        let mut end = 0_u64;
+        for spec in &specs {
+            let too_long =
+                || Error::Declaration { name: spec.name.clone(), reason: "the arena exceeds 2^64".into() };
+            let start = end.checked_next_multiple_of(crate::ALIGN_BYTES).ok_or_else(too_long)?;
+            end = start.checked_add(spec.bytes()?).ok_or_else(too_long)?;
+            offsets.push(start);
+        }
+        let memory = |reason: String| Error::Memory { what: "weights", reason };
+        let bytes = usize::try_from(end).map_err(|error| memory(error.to_string()))?;
+        let region = self.add_memory(LeaseMut::zeroed(bytes).map_err(|error| memory(error.to_string()))?);
+        specs.into_iter().zip(offsets).map(|(spec, offset)| self.register_at(spec, region, offset)).collect()
+    }
+
+    /// A tensor's bytes, to fill before connecting.
+    pub fn tensor_mut(&mut self, id: TensorId) -> Option<&mut [u8]> {
+        let tensor = self.tensors.get(id.0)?;
+        self.regions
+            .get_mut(tensor.region.index())?
+            .bytes_mut()
+            .get_mut(tensor.offset..tensor.offset + tensor.len)
+    }
+
+    /// Joins the job: exchanges manifests, takes this rank's part of the plan, connects and warms the rails, and
+    /// returns when every rank has done so.
+    ///
+    /// # Errors
+    ///
+    /// Whatever keeps this rank, or any other, from being ready within the deadline, by name.
+    pub async fn connect(self) -> Result<TrainerSession, Error> {
+        let Self { config, regions, tensors, pieces } = self;
+        let rank = TrainerRank(config.rank);
+        let mut client = Client::connect(config.client()).await?;
+        let source = config.bind.unwrap_or(client.local_addr().ip());
+        let opened = fabric::open(config.fabric, source)?;
+        let manifest = TrainerManifest {
+            host: fabric::host_identity(),
+            regions: regions.iter().map(|region| region.len() as u64).collect(),
+            rails: vec![RailDecl { bytes_per_second: rail_bytes_per_second(&config, opened.as_ref()) }],
+            pieces,
+        };
+        let endpoint = Endpoint {
+            host: manifest.host.clone(),
+            rail: opened.as_ref().map(|opened| RailEndpoint {
+                provider: opened.provider.to_string(),
+                address: opened.rail.address().clone(),
+                regions: Vec::new(),
+                scratch: None,
+            }),
+            local: None,
+        };
+        client.send(ToController::Join(Box::new(Join {
+            job: config.job.clone(),
+            member: Rank::Trainer(rank),
+            world: config.world,
+            manifest: MemberManifest::Trainer(manifest),
+            endpoint: endpoint.encode()?,
+        })))?;
+        let planned = match client.receive("every rank to join").await? {
+            ToMember::Planned(planned) => *planned,
+            other => return Err(unexpected("the plan", &other)),
+        };
+        let digest = planned.digest;
+        let (bound_seconds, progress) = (planned.bound_seconds, client.progress());
+        let memories: Vec<MemoryRef> = regions.iter().map(|region| region.memory().clone()).collect();
+        let region_bytes: Vec<u64> = regions.iter().map(|region| region.len() as u64).collect();
+        let connecting =
+            Connecting { config: config.clone(), endpoint, opened, memories, region_bytes, progress };
+        let connected = tokio::task::spawn_blocking(move || connecting.connect(rank, planned)).await;
+        let (sender, routes) = match connected.map_err(|error| std::io::Error::other(error.to_string()))? {
+            Ok(connected) => connected,
+            Err(error) => {
+                client.leave(Some(error.to_string())).await;
+                return Err(error);
+            }
+        };
+        client.send(ToController::Ready { digest })?;
+        match client.receive("every rank to connect").await? {
+            ToMember::Start => {}
+            other => return Err(unexpected("the start", &other)),
+        }
+        Ok(TrainerSession { client, sender, weights: Weights::Here(regions), tensors, routes, bound_seconds })
+    }
+}
+
+/// The bandwidth that goes into the lower bound: as given, the NIC's, or a memory copy's.
+pub(crate) fn rail_bytes_per_second(config: &SessionConfig, opened: Option<&OpenRail>) -> u64 {
+    let link = opened.and_then(|opened| opened.link_bytes_per_second);
+    config.rail_bytes_per_second.or(link).unwrap_or_else(fabric::copy_bytes_per_second)
+}
+
+pub(crate) fn unexpected(expected: &'static str, found: &ToMember) -> Error {
+    // The variant's name only: the rest can be long.
+    let found = format!("{found:?}").split(['(', ' ', '{']).next().unwrap_or_default().to_owned();
+    Error::Rendezvous(RendezvousError::Unexpected { expected, found })
+}
+
+/// Everything that is needed to get from a plan to rails.
+struct Connecting {
+    config: SessionConfig,
+    endpoint: Endpoint,
+    opened: Option<OpenRail>,
+    memories: Vec<MemoryRef>,
+    region_bytes: Vec<u64>,
+    progress: Arc<AtomicU64>,
+}
+
+impl Connecting {
+    /// Blocks while it attaches, connects and warms up.
+    fn connect(
+        self,
+        rank: TrainerRank,
+        planned: Planned,
+    ) -> Result<(Sender, BTreeMap<ReceiverRank, String>), Error> {
+        let PlannedPart::Trainer { plan, names } = planned.part else {
+            return Err(Error::Rendezvous(RendezvousError::Unexpected {
+                expected: "a trainer's part of the plan",
+                found: "an inference rank's".into(),
+            }));
+        };
+        let mut by_fabric = BTreeMap::new();
+        let mut by_memory = BTreeMap::new();
+        for Peer { member, endpoint } in planned.peers {
+            let Rank::Receiver(to) = member else { continue };
+            let peer = Endpoint::decode(&to.to_string(), &endpoint)?;
+            match self.choose(to, peer)? {
+                Way::Local(attached, bytes) => drop(by_memory.insert(to, (attached, bytes))),
+                Way::Fabric(peer) => drop(by_fabric.insert(to, peer)),
+            }
+        }
+        let mut rails: Vec<HostRail> = Vec::new();
+        let mut routes = BTreeMap::new();
+        let mut described = BTreeMap::new();
+        // A staging slot holds the longest gather, and all slots together the watermark.
+        let gathers = plan.ops.iter().filter(|op| op.kind() == OpKind::Gather);
+        let slot_bytes = gathers.map(|op| op.bytes()).max().unwrap_or(1).min(self.config.watermark_bytes);
+        let staging_bytes = usize::try_from(self.config.watermark_bytes).unwrap_or(usize::MAX);
+        let staging = LeaseMut::zeroed(staging_bytes)
+            .map_err(|error| Error::Memory { what: "staging", reason: error.to_string() })?;
+        if !by_memory.is_empty() {
+            let rail = RailIndex(rails.len() as u16);
+            let mut peers = BTreeMap::new();
+            for (to, (attached, region_bytes)) in by_memory {
+                routes.insert(to, Route { rail, region_bytes });
+                peers.insert(to, attached);
+            }
+            let local = LocalRail::new(peers);
+            described.extend(routes.keys().map(|to| (*to, xfer_exec::Rail::name(&local))));
+            rails.push(Box::new(local));
+        }
+        if let Some(opened) = self.opened.filter(|_| !by_fabric.is_empty()) {
+            let rail = RailIndex(rails.len() as u16);
+            for (to, peer) in &by_fabric {
+                let region_bytes = peer.regions.iter().map(|region| region.len).collect();
+                routes.insert(*to, Route { rail, region_bytes });
+                described.insert(*to, opened.rail.name().to_owned());
+            }
+            let mut memories = self.memories;
+            memories.push(staging.memory().clone());
+            let ofi = OfiRail::connect(opened.rail, &memories, by_fabric, self.config.deadline)
+                .map_err(|error| FabricError::Rail(error.to_string()))?;
+            rails.push(Box::new(ofi));
+        }
+        let program = Program::new(plan, names, &self.region_bytes, routes, slot_bytes)?;
+        let sender = Sender::start(SenderConfig {
+            name: rank.to_string(),
+            program,
+            rails,
+            staging,
+            slot_bytes,
+            deadline: self.config.deadline,
+            progress: self.progress,
+        })?;
+        Ok((sender, described))
+    }
+
+    /// The way to one peer.
+    fn choose(&self, to: ReceiverRank, peer: Endpoint) -> Result<Way, FabricError> {
+        let name = || to.to_string();
+        let same_host = peer.host == self.endpoint.host;
+        let offers = peer.offers();
+        if self.config.fabric.allows_local()
+            && same_host
+            && let Some(local) = &peer.local
+        {
+            let failed = |error: xfer_exec::local::LocalError| FabricError::Local {
+                peer: name(),
+                reason: error.to_string(),
+            };
+            let attach = |(region, bytes): (u32, &u64)| {
+                let file = fetch(&local.doorman(), region, self.config.deadline)?;
+                Attached::new(&file, region, *bytes)
+            };
+            let attached =
+                (0..).zip(&local.region_bytes).map(attach).collect::<Result<_, _>>().map_err(failed)?;
+            return Ok(Way::Local(attached, local.region_bytes.clone()));
+        }
+        if self.config.fabric == fabric::Fabric::Local && !same_host {
+            return Err(FabricError::NotLocal { peer: name() });
+        }
+        match (&self.opened, peer.rail) {
+            (Some(here), Some(RailEndpoint { provider, address, regions, scratch: Some(scratch) }))
+                if provider == here.provider.name() =>
+            {
+                Ok(Way::Fabric(OfiPeer { address, regions, scratch }))
+            }
+            _ => Err(FabricError::NothingInCommon {
+                peer: name(),
+                here: self.endpoint.offers(),
+                there: offers,
+            }),
+        }
+    }
+}
+
+enum Way {
+    Local(Vec<Attached>, Vec<u64>),
+    Fabric(OfiPeer),
+}
+
+/// Where the weights are.
+enum Weights {
+    /// With the session.
+    Here(Vec<LeaseMut>),
+    /// With the rails, until this answers.
+    Pushed(oneshot::Receiver<Outcome>),
+    /// Lost to a rail that did not close.
+    Lost,
+}
+
+/// A trainer that is part of a running job.
+pub struct TrainerSession {
+    client: Client,
+    sender: Sender,
+    weights: Weights,
+    tensors: Vec<Tensor>,
+    routes: BTreeMap<ReceiverRank, String>,
+    bound_seconds: f64,
+}
+
+impl TrainerSession {
+    /// Which rail leads to each inference rank that this trainer writes to.
+    pub fn routes(&self) -> &BTreeMap<ReceiverRank, String> {
+        &self.routes
+    }
+
+    /// A tensor's bytes, to change between pushes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Busy`] while a push that was given up half way still reads them.
+    pub fn tensor_mut(&mut self, id: TensorId) -> Result<&mut [u8], Error> {
+        if let Weights::Pushed(outcome) = &mut self.weights
+            && let Ok(outcome) = outcome.try_recv()
+        {
+            self.weights = thaw(outcome.regions);
+        }
+        let Weights::Here(regions) = &mut self.weights else {
+            return Err(Error::Busy);
+        };
+        let bytes = self.tensors.get(id.0).and_then(|tensor| {
+            let region = regions.get_mut(tensor.region.index())?;
+            region.bytes_mut().get_mut(tensor.offset..tensor.offset + tensor.len)
+        });
+        bytes.ok_or_else(|| Error::Declaration {
+            name: format!("tensor number {}", id.0),
+            reason: "it belongs to another session".into(),
+        })
+    }
+
+    /// A tensor's name.
+    pub fn name(&self, id: TensorId) -> Option<&str> {
+        self.tensors.get(id.0).map(|tensor| tensor.name.as_str())
+    }
+
+    /// Pushes the weights as they are now as `version`, which must be newer than the last committed one. Every trainer
+    /// of the job must push it. Returns when every inference rank serves it.
+    ///
+    /// The future may be dropped: the push is then ended in the background, and this session cannot push again.
+    ///
+    /// # Errors
+    ///
+    /// After [`Error::Aborted`] and [`Error::Push`] the version is not committed and may be pushed again, unless a rank
+    /// was lost. After [`Error::Unconfirmed`] it is committed.
+    pub async fn push(&mut self, version: u64) -> Result<PushReport, Error> {
+        let Weights::Here(_) = &self.weights else {
+            return Err(Error::Broken);
+        };
+        let whole = std::time::Instant::now();
+        let mut stages = Vec::new();
+        let mut stage = Stopwatch::start("wait for trainers");
+        self.client.send(ToController::Begin { version })?;
+        let push = match self.client.receive("the other trainers and the inference ranks").await? {
+            ToMember::Write { push, version: told } if told == version => push,
+            ToMember::Abort { reason, .. } => return Err(Error::Aborted { version, reason }),
+            other => return Err(unexpected("the start of the push", &other)),
+        };
+        stage.next("write", &mut stages);
+        let outcome = self.write(version).await?;
+        let delivered = match outcome.result {
+            Ok(delivered) => delivered,
+            Err(failure) => return Err(self.give_up(version, push, failure).await),
+        };
+        stage.next("commit", &mut stages);
+        let (bytes, writes) = (delivered.bytes, delivered.writes);
+        self.client.send(ToController::Written { push, bytes, writes })?;
+        match self.client.receive("the commit").await? {
+            ToMember::Done { unconfirmed, .. } if unconfirmed.is_empty() => {}
+            ToMember::Done { unconfirmed, .. } => {
+                return Err(Error::Unconfirmed { version, members: unconfirmed });
+            }
+            ToMember::Abort { reason, .. } => return Err(Error::Aborted { version, reason }),
+            other => return Err(unexpected("the commit", &other)),
+        }
+        stages.push(stage.end());
+        let write_seconds = outcome.timings.total.as_secs_f64();
+        Ok(PushReport {
+            version,
+            bytes,
+            writes,
+            bytes_gathered: delivered.bytes_gathered,
+            refusals: delivered.refusals,
+            seconds: whole.elapsed().as_secs_f64(),
+            write_seconds,
+            gather_seconds: outcome.timings.gather.as_secs_f64(),
+            gb_per_second: gb_per_second(bytes, write_seconds),
+            bound_seconds: self.bound_seconds,
+            bound_fraction: if write_seconds > 0.0 { self.bound_seconds / write_seconds } else { 0.0 },
+            stages,
+        })
+    }
+
+    /// Lends the weights to the rails and waits until they are back, whatever the controller says meanwhile.
+    async fn write(&mut self, version: u64) -> Result<Outcome, Error> {
+        let (reply, outcome) = oneshot::channel();
+        let Weights::Here(regions) = std::mem::replace(&mut self.weights, Weights::Pushed(outcome)) else {
+            return Err(Error::Broken);
+        };
+        let regions = regions.into_iter().map(LeaseMut::freeze).collect();
+        self.sender.push(regions, move |outcome| drop(reply.send(outcome)));
+        let mut ended: Option<Error> = None;
+        let outcome = loop {
+            let Weights::Pushed(outcome) = &mut self.weights else {
+                return Err(Error::Broken);
+            };
+            tokio::select! {
+                outcome = outcome => break outcome,
+                message = self.client.receive("its own writes"), if ended.is_none() => {
+                    let error = match message {
+                        Ok(ToMember::Abort { reason, .. }) => Error::Aborted { version, reason },
+                        Ok(other) => unexpected("an abort or nothing", &other),
+                        Err(error) => error.into(),
+                    };
+                    self.sender.abort(error.to_string());
+                    ended = Some(error);
+                }
+            }
+        };
+        let Ok(mut outcome) = outcome else {
+            self.weights = Weights::Lost;
+            return Err(Error::Broken);
+        };
+        self.weights = thaw(std::mem::take(&mut outcome.regions));
+        match ended {
+            Some(error) => Err(error),
+            None => Ok(outcome),
+        }
+    }
+
+    /// Tells the controller that this rank failed, and waits until it has told everybody.
+    async fn give_up(&mut self, version: u64, push: PushId, failure: xfer_exec::Failure) -> Error {
+        let told = self.client.send(ToController::Failed { push, reason: failure.to_string() });
+        if told.is_ok()
+            && let Err(error) = self.client.receive("the end of the failed push").await
+        {
+            // The controller knows more: it says which rank was lost.
+            return error.into();
+        }
+        Error::Push { version, failure }
+    }
+
+    /// Leaves the job in good order. The inference ranks go on serving what they have; when all trainers have left,
+    /// they are told.
+    pub async fn leave(self) {
+        self.client.leave(None).await;
+        let sender = self.sender;
+        let _ = tokio::task::spawn_blocking(move || sender.close()).await;
+    }
+
+    /// Bytes of one push of this rank that have been delivered so far, for a progress bar.
+    pub fn progress(&self) -> Arc<AtomicU64> {
+        self.client.progress()
+    }
+}
+
+fn thaw(regions: Vec<Lease>) -> Weights {
+    match regions.into_iter().map(Lease::thaw).collect::<Result<_, _>>() {
+        Ok(regions) => Weights::Here(regions),
+        // A rail that did not close still holds them.
+        Err(_) => Weights::Lost,
+    }
+}

@@ -1,0 +1,271 @@
+//! The command line.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand};
+use weightsync::{Fabric, Secret, SessionConfig, World};
+
+/// The secret's environment variable; a command line is visible to every user of the host.
+pub(crate) const SECRET_VARIABLE: &str = "WEIGHTSYNC_SECRET";
+
+#[derive(Parser)]
+#[command(
+    version,
+    about = "Moves new model weights from training ranks straight into the memory of inference ranks",
+    long_about = "Moves new model weights from training ranks straight into the memory of inference ranks, with \
+                  one-sided writes along a plan that is made once and replayed after every training step.\n\n\
+                  Start with `weightsync demo`: it runs a whole job on this machine and compares every byte. To run a \
+                  job on several hosts, start one `weightsync controller`, and a `push` or `serve` per rank.",
+    after_long_help = "Exit codes:\n  0  all is well\n  1  the run failed: the message says which rank, at what, and what \
+                       to do\n  2  the command line is wrong\n  3  weights arrived, but not as they must be\n\n\
+                       Environment:\n  LIBFABRIC_SO       the libfabric.so.1 to open, before the system's\n  \
+                       WEIGHTSYNC_SECRET  the job's secret, where --secret-file is not given\n  \
+                       RUST_LOG           what to log to standard error, for example info or rendezvous=debug"
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Run a whole job on this machine and compare every byte that arrives
+    Demo(DemoArgs),
+    /// Run the controller of a job: ranks join it, and it decides when a version is committed
+    Controller(ControllerArgs),
+    /// Be one trainer: load a shard of a checkpoint and push version after version of it
+    Push(PushArgs),
+    /// Be one inference rank: take version after version, and compare them if asked
+    Serve(ServeArgs),
+    /// Say what this machine has (libfabric, NICs, GPUs, limits) and what it means for a push
+    Info(InfoArgs),
+}
+
+#[derive(Args)]
+#[command(long_about = "Runs a whole job on this machine: a controller, T trainer processes that own the checkpoint \
+                        sharded by rows (FSDP), and I inference processes that hold it tensor-parallel with fused \
+                        qkv_proj and gate_up_proj parameters. Every step changes the trainers' weights, pushes them, \
+                        commits, and every inference rank compares every byte with a reference that is computed from \
+                        the checkpoint and the step number alone.")]
+pub(crate) struct DemoArgs {
+    /// Trainer processes
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) trainers: u32,
+    /// Inference processes; the checkpoint is split over them
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) inference: u32,
+    /// Training steps; each is one version
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) steps: u64,
+    /// A checkpoint (.safetensors, model.safetensors.index.json, or a folder with one) [default: a synthetic one of
+    /// the shape of Qwen3-0.6B, written once into the cache folder, 1.2 GB]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) checkpoint: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) rail: RailArgs,
+    /// Write a timeline of all ranks, for Perfetto (ui.perfetto.dev) or chrome://tracing
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
+    /// Print one JSON object instead of the table
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How bytes travel, and how long to wait for them.
+#[derive(Args, Clone)]
+pub(crate) struct RailArgs {
+    /// auto (shared memory on one host, else the best that both ends have), local, tcp, shm, efa or verbs
+    #[arg(long, default_value = "auto")]
+    pub(crate) fabric: Fabric,
+    /// The longest that any rank waits without progress, in seconds
+    #[arg(long, default_value = "30", value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) deadline: Duration,
+    /// A trainer's staging memory, in MiB
+    #[arg(long, default_value_t = 256, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub(crate) watermark: u64,
+    /// Bandwidth of a rank's NICs in Gb/s, for the lower bound [default: the NIC's line rate; over loopback what one
+    /// thread copies]
+    #[arg(long, value_name = "GBPS", value_parser = positive)]
+    pub(crate) nic_gbps: Option<f64>,
+}
+
+/// Which job.
+#[derive(Args, Clone)]
+pub(crate) struct JobArgs {
+    /// The job's name; the same everywhere
+    #[arg(long, default_value = weightsync::JOB_DEFAULT)]
+    pub(crate) job: String,
+    /// How many trainers the job has
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub(crate) trainers: u32,
+    /// How many inference ranks the job has
+    #[arg(long, value_name = "I", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub(crate) inference: u32,
+    /// A file with the job's secret [default: the environment variable WEIGHTSYNC_SECRET]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) secret_file: Option<PathBuf>,
+}
+
+/// Which rank of it.
+#[derive(Args, Clone)]
+pub(crate) struct RankArgs {
+    /// The controller's HOST:PORT
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) controller: String,
+    /// This rank, counted from 0 on its side
+    #[arg(long, value_name = "R")]
+    pub(crate) rank: u32,
+    #[command(flatten)]
+    pub(crate) job: JobArgs,
+    #[command(flatten)]
+    pub(crate) rail: RailArgs,
+    /// The address that this rank's rail binds to [default: the one that reaches the controller]
+    #[arg(long, value_name = "IP")]
+    pub(crate) bind: Option<IpAddr>,
+    /// The checkpoint: trainers load their shard of it, inference ranks read its shapes
+    #[arg(long, value_name = "PATH")]
+    pub(crate) checkpoint: PathBuf,
+    /// Print one JSON object per line, each with an "event"
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// End when standard input is closed: a parent process that dies takes this one along
+    #[arg(long, hide = true)]
+    pub(crate) until_stdin_closes: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct ControllerArgs {
+    /// Where to listen, HOST:PORT; port 0 takes a free one and says which
+    #[arg(long, default_value = "127.0.0.1:7070", value_name = "ADDR")]
+    pub(crate) listen: String,
+    #[command(flatten)]
+    pub(crate) job: JobArgs,
+    /// The longest that any rank may let the others wait without progress, in seconds
+    #[arg(long, default_value = "30", value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) deadline: Duration,
+    /// Allow an address that other hosts can reach without a secret
+    #[arg(long)]
+    pub(crate) insecure: bool,
+    /// Print one JSON object per line, each with an "event"
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct PushArgs {
+    #[command(flatten)]
+    pub(crate) rank: RankArgs,
+    /// Versions to push; each is one training step
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) steps: u64,
+    /// Pause between versions, in seconds
+    #[arg(long, default_value = "0", value_name = "SECONDS", value_parser = seconds_or_none)]
+    pub(crate) pause: Duration,
+}
+
+#[derive(Args)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub(crate) rank: RankArgs,
+    /// Compare every byte of every version with a reference computed from the checkpoint
+    #[arg(long)]
+    pub(crate) verify: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct InfoArgs {
+    /// Print one JSON object instead
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    seconds_or_none(text).and_then(|seconds| match seconds {
+        Duration::ZERO => Err("must be more than 0".into()),
+        seconds => Ok(seconds),
+    })
+}
+
+fn seconds_or_none(text: &str) -> Result<Duration, String> {
+    // A day is longer than anybody waits, and keeps sums of times in range.
+    const SECONDS_MAX: f64 = 86_400.0;
+    let seconds: f64 = text.parse().map_err(|_| "a number of seconds is expected".to_owned())?;
+    if (0.0..=SECONDS_MAX).contains(&seconds) {
+        Ok(Duration::from_secs_f64(seconds))
+    } else {
+        Err(format!("must be between 0 and {SECONDS_MAX} seconds"))
+    }
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() && value > 0.0 => Ok(value),
+        _ => Err("a number above 0 is expected".into()),
+    }
+}
+
+impl JobArgs {
+    pub(crate) fn world(&self) -> World {
+        World { trainers: self.trainers, inference: self.inference }
+    }
+
+    pub(crate) fn secret(&self) -> anyhow::Result<Secret> {
+        let text = match &self.secret_file {
+            Some(path) => {
+                std::fs::read_to_string(path).with_context(|| format!("cannot read the secret from {}", path.display()))?
+            }
+            None => match std::env::var(SECRET_VARIABLE) {
+                Ok(text) => text,
+                Err(std::env::VarError::NotPresent) => return Ok(Secret::none()),
+                Err(error) => bail!("{SECRET_VARIABLE}: {error}"),
+            },
+        };
+        match text.trim() {
+            "" => bail!("the secret is empty; leave it out or give one"),
+            text => Ok(Secret::new(text)),
+        }
+    }
+}
+
+impl RailArgs {
+    pub(crate) fn apply(&self, config: &mut SessionConfig) {
+        config.fabric = self.fabric;
+        config.deadline = self.deadline;
+        config.watermark_bytes = self.watermark << 20;
+        config.rail_bytes_per_second = self.nic_gbps.map(|gbps| (gbps * 1e9 / 8.0) as u64).filter(|rate| *rate > 0);
+    }
+}
+
+impl RankArgs {
+    pub(crate) fn config(&self) -> anyhow::Result<SessionConfig> {
+        let mut config = SessionConfig::new(self.controller.clone(), self.job.world(), self.rank);
+        config.job = self.job.job.clone();
+        config.secret = self.job.secret()?;
+        config.bind = self.bind;
+        self.rail.apply(&mut config);
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn seconds_are_bounded() {
+        assert_eq!(seconds("1.5"), Ok(Duration::from_millis(1500)));
+        for wrong in ["0", "-1", "nan", "inf", "1e9", "soon"] {
+            assert!(seconds(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(seconds_or_none("0"), Ok(Duration::ZERO));
+    }
+}

@@ -1,0 +1,88 @@
+//! `weightsync controller`: the control plane of a job, in a process of its own.
+
+use anyhow::bail;
+use serde_json::json;
+use weightsync::{Controller, Report, ServerConfig};
+
+use crate::args::ControllerArgs;
+use crate::table::{bytes_text, seconds_text};
+
+pub(crate) async fn run(args: ControllerArgs) -> anyhow::Result<()> {
+    let world = args.job.world();
+    let server = ServerConfig {
+        listen: args.listen,
+        secret: args.job.secret()?,
+        insecure: args.insecure,
+        controller: weightsync::controller_config(&args.job.job, world, args.deadline)?,
+    };
+    let controller = Controller::bind(server).await?;
+    let address = controller.local_addr();
+    if args.json {
+        println!("{}", json!({ "event": "listening", "address": address.to_string() }));
+    } else {
+        println!("listening on {address} for {world}");
+    }
+    match controller.run(|report| print(&report, args.json)).await {
+        None => Ok(()),
+        Some(reason) => bail!("{reason}"),
+    }
+}
+
+fn print(report: &Report, json: bool) {
+    if json {
+        println!("{}", as_json(report));
+    } else if let Some(line) = as_text(report) {
+        println!("{line}");
+    }
+}
+
+/// One object per event, with the same facts as the text.
+pub(crate) fn as_json(report: &Report) -> serde_json::Value {
+    match report {
+        Report::Joined(member) => json!({ "event": "joined", "rank": member.to_string() }),
+        Report::Planned { digest, bytes, writes, bound_seconds, limited_by } => json!({
+            "event": "planned",
+            "digest": digest.to_string(),
+            "bytes": bytes,
+            "writes": writes,
+            "bound_seconds": bound_seconds,
+            "limited_by": limited_by.map(|rank| rank.to_string()),
+        }),
+        Report::Started => json!({ "event": "started" }),
+        Report::Pushing { version, push } => {
+            json!({ "event": "pushing", "version": version, "push": push.to_string() })
+        }
+        Report::Committed { version, elapsed } => {
+            json!({ "event": "committed", "version": version, "seconds": elapsed.as_secs_f64() })
+        }
+        Report::Aborted { version, reason } => {
+            json!({ "event": "aborted", "version": version, "reason": reason })
+        }
+        Report::Ended { reason } => json!({ "event": "ended", "reason": reason }),
+    }
+}
+
+fn as_text(report: &Report) -> Option<String> {
+    Some(match report {
+        Report::Joined(member) => format!("{member} joined"),
+        Report::Planned { digest, bytes, writes, bound_seconds, limited_by } => {
+            let limit = limited_by.map(|rank| format!(", limited by {rank}")).unwrap_or_default();
+            let digest = digest.to_string();
+            format!(
+                "plan {}: {} in {writes} writes, lower bound {}{limit}",
+                digest.get(..12).unwrap_or(&digest),
+                bytes_text(*bytes),
+                seconds_text(*bound_seconds),
+            )
+        }
+        Report::Started => "all ranks are connected".into(),
+        Report::Pushing { version, .. } => format!("version {version} begins"),
+        Report::Committed { version, elapsed } => {
+            format!("version {version} committed after {}", seconds_text(elapsed.as_secs_f64()))
+        }
+        Report::Aborted { version, reason } => format!("version {version} aborted: {reason}"),
+        Report::Ended { reason: None } => "all trainers have left".into(),
+        // Said once more, as the command's error.
+        Report::Ended { reason: Some(_) } => return None,
+    })
+}

@@ -1,0 +1,418 @@
+//! `weightsync demo`: a whole job on this machine, in real processes over real rails, with every byte compared.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use tokio::sync::mpsc;
+use weightsync::{Controller, PushReport, Report, Secret, ServerConfig, VersionReport, World};
+use weightsync_cli::checkpoint::Checkpoint;
+use weightsync_cli::synthetic::{self, Shape};
+
+use crate::args::DemoArgs;
+use crate::children::{Children, News};
+use crate::events::{BytesDiffer, Event};
+use crate::table::{Table, bytes_text, seconds_text};
+use crate::trace::Trace;
+
+/// The seed of the synthetic checkpoint.
+const SEED: u64 = 1;
+
+/// Beyond the deadline, for loading, comparing and ending.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
+    let path = match &args.checkpoint {
+        Some(path) => path.clone(),
+        None => synthetic_checkpoint()?,
+    };
+    let checkpoint = Checkpoint::open(&path)?;
+    let world = World { trainers: args.trainers, inference: args.inference };
+    let mut demo = Demo::new(&args, world);
+    if !args.json {
+        println!("checkpoint {} ({})", path.display(), bytes_text(checkpoint.bytes()));
+        println!("{world}, {} versions, fabric {}", args.steps, args.rail.fabric);
+    }
+    let failed = demo.play(&args, &path).await;
+    if let Some(file) = &args.trace {
+        std::fs::write(file, demo.trace.render()).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    failed?;
+    demo.check_complete(&args)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&demo.summary(&args, &path))?);
+    } else {
+        demo.print(&args);
+    }
+    Ok(())
+}
+
+fn synthetic_checkpoint() -> anyhow::Result<PathBuf> {
+    let shape = Shape::qwen3_0_6b();
+    let bar = bar(0, "{msg} {bar:40} {bytes}/{total_bytes} {eta}");
+    bar.set_message("writing a synthetic checkpoint, once");
+    let path = synthetic::cached(&shape, SEED, &mut |written, total| {
+        bar.set_length(total);
+        bar.set_position(written);
+    })?;
+    bar.finish_and_clear();
+    Ok(path)
+}
+
+fn bar(len: u64, template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(len).with_style(style)
+}
+
+/// What is known of one rank.
+#[derive(Default, Serialize)]
+struct RankFacts {
+    rank: String,
+    weight_bytes: u64,
+    peak_rss_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    routes: BTreeMap<String, String>,
+}
+
+/// What is known of one version.
+#[derive(Default, Serialize)]
+struct VersionFacts {
+    version: u64,
+    /// Bytes over all trainers.
+    bytes: u64,
+    writes: u64,
+    bytes_gathered: u64,
+    /// Of the slowest trainer.
+    write_seconds: f64,
+    /// All bytes over the slowest trainer's writes.
+    gb_per_second: f64,
+    /// From the first call to the last confirmed commit.
+    seconds: f64,
+    /// How long the inference ranks served nothing.
+    pause_seconds: f64,
+    bound_seconds: f64,
+    bound_fraction: f64,
+    verified_bytes: u64,
+    verified_ranks: u32,
+}
+
+#[derive(Serialize)]
+struct Plan {
+    digest: String,
+    bytes: u64,
+    writes: u64,
+    bound_seconds: f64,
+    limited_by: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Summary<'a> {
+    checkpoint: &'a Path,
+    trainers: u32,
+    inference: u32,
+    fabric: String,
+    plan: Option<&'a Plan>,
+    versions: Vec<&'a VersionFacts>,
+    ranks: &'a [RankFacts],
+    verified: bool,
+}
+
+struct Demo {
+    world: World,
+    ranks: Vec<RankFacts>,
+    versions: BTreeMap<u64, VersionFacts>,
+    plan: Option<Plan>,
+    trace: Trace,
+    bar: ProgressBar,
+    /// The last words of each rank, printed if the run fails.
+    last_words: BTreeMap<usize, String>,
+}
+
+impl Demo {
+    fn new(args: &DemoArgs, world: World) -> Self {
+        let bar = bar(args.steps * u64::from(args.inference), "{msg:32} {bar:40} {pos}/{len} rank versions verified");
+        let ranks = world.members().map(|rank| RankFacts { rank: rank.to_string(), ..RankFacts::default() }).collect();
+        Self {
+            world,
+            ranks,
+            versions: BTreeMap::new(),
+            plan: None,
+            trace: Trace::default(),
+            bar,
+            last_words: BTreeMap::new(),
+        }
+    }
+
+    /// Starts the job and follows it to its end.
+    async fn play(&mut self, args: &DemoArgs, checkpoint: &Path) -> anyhow::Result<()> {
+        let secret = Secret::random_text()?;
+        let (reports_in, mut reports) = mpsc::unbounded_channel();
+        let controller = Controller::bind(ServerConfig {
+            listen: "127.0.0.1:0".into(),
+            secret: Secret::new(&secret),
+            insecure: false,
+            controller: weightsync::controller_config(weightsync::JOB_DEFAULT, self.world, args.rail.deadline)?,
+        })
+        .await?
+        .spawn(move |report| drop(reports_in.send(report)));
+        let address = controller.local_addr().to_string();
+
+        let mut children = Children::new(secret);
+        for number in 0..self.ranks.len() {
+            children.start(self.child_args(number, args, checkpoint, &address))?;
+        }
+        self.bar.set_message("loading and connecting");
+        let mut failures = Vec::new();
+        loop {
+            let news = tokio::select! {
+                news = children.next(args.rail.deadline + PATIENCE) => news,
+                Some(report) = reports.recv() => {
+                    self.hear(report, &mut failures);
+                    continue;
+                }
+            };
+            match news {
+                Ok(None) => break,
+                Ok(Some((number, news))) => self.note(number, news, &mut failures),
+                Err(waited) => {
+                    let running: Vec<String> =
+                        children.running().filter_map(|number| self.ranks.get(number)).map(|rank| rank.rank.clone()).collect();
+                    failures.push(Ending::Failed(format!("nothing was heard from {} for {waited:?}", running.join(", "))));
+                    children.kill();
+                    break;
+                }
+            }
+        }
+        while let Ok(report) = reports.try_recv() {
+            self.hear(report, &mut failures);
+        }
+        self.bar.finish_and_clear();
+        match failures.iter().find(|ending| matches!(ending, Ending::Differs(_))).or(failures.first()) {
+            None => Ok(()),
+            Some(worst) => {
+                for (number, words) in &self.last_words {
+                    if let Some(rank) = self.ranks.get(*number) {
+                        eprintln!("{}: {words}", rank.rank);
+                    }
+                }
+                Err(match worst {
+                    Ending::Differs(reason) => BytesDiffer(reason.clone()).into(),
+                    Ending::Failed(reason) => anyhow::Error::msg(reason.clone()),
+                })
+            }
+        }
+    }
+
+    fn child_args(&self, number: usize, args: &DemoArgs, checkpoint: &Path, address: &str) -> Vec<OsString> {
+        let trainers = self.world.trainers as usize;
+        let (command, rank) = if number < trainers { ("push", number) } else { ("serve", number - trainers) };
+        let mut line: Vec<OsString> = [
+            command,
+            "--controller",
+            address,
+            "--rank",
+            &rank.to_string(),
+            "--trainers",
+            &self.world.trainers.to_string(),
+            "--inference",
+            &self.world.inference.to_string(),
+            "--fabric",
+            &args.rail.fabric.to_string(),
+            "--deadline",
+            &args.rail.deadline.as_secs_f64().to_string(),
+            "--watermark",
+            &args.rail.watermark.to_string(),
+        ]
+        .map(OsString::from)
+        .into();
+        if let Some(gbps) = args.rail.nic_gbps {
+            line.extend(["--nic-gbps".into(), gbps.to_string().into()]);
+        }
+        line.extend(["--checkpoint".into(), checkpoint.into()]);
+        match command {
+            "push" => line.extend(["--steps".into(), args.steps.to_string().into()]),
+            _ => line.push("--verify".into()),
+        }
+        line
+    }
+
+    fn hear(&mut self, report: Report, failures: &mut Vec<Ending>) {
+        match report {
+            Report::Planned { digest, bytes, writes, bound_seconds, limited_by } => {
+                let limited_by = limited_by.map(|rank| rank.to_string());
+                self.plan = Some(Plan { digest: digest.to_string(), bytes, writes, bound_seconds, limited_by });
+            }
+            Report::Pushing { version, .. } => self.bar.set_message(format!("version {version}: pushing")),
+            Report::Committed { version, .. } => self.bar.set_message(format!("version {version}: verifying")),
+            // The controller knows the cause; the ranks' own words come after it.
+            Report::Ended { reason: Some(reason) } => failures.insert(0, Ending::Failed(reason)),
+            _ => {}
+        }
+    }
+
+    fn note(&mut self, number: usize, news: News, failures: &mut Vec<Ending>) {
+        let Some(facts) = self.ranks.get_mut(number) else { return };
+        match news {
+            News::Said(Event::Loaded { weight_bytes, .. }) => facts.weight_bytes = weight_bytes,
+            News::Said(Event::Connected { routes, .. }) => facts.routes = routes,
+            News::Said(Event::Ended { peak_rss_bytes }) => facts.peak_rss_bytes = peak_rss_bytes,
+            News::Said(Event::Pushed(report)) => {
+                self.trace.add(number, &facts.rank, report.version, &report.stages);
+                self.pushed(&report);
+            }
+            News::Said(Event::Served(report)) => {
+                self.trace.add(number, &facts.rank, report.version, &report.stages);
+                self.served(&report);
+            }
+            News::Said(Event::Verified { version, bytes, .. }) => self.verified(version, bytes),
+            News::Complained(line) => {
+                if std::env::var_os("RUST_LOG").is_some() {
+                    let line = format!("{}: {line}", facts.rank);
+                    self.bar.suspend(|| eprintln!("{line}"));
+                }
+                let line = line.strip_prefix("weightsync: ").unwrap_or(&line).to_owned();
+                self.last_words.insert(number, line);
+            }
+            News::Exited(Ok(status)) if status.success() => {}
+            News::Exited(status) => {
+                let ended = match status {
+                    Ok(status) => status.to_string(),
+                    Err(error) => error.to_string(),
+                };
+                let words = self.last_words.get(&number).cloned();
+                let reason = words.unwrap_or_else(|| format!("{} ended without a word: {ended}", facts.rank));
+                // 3 is this command's own exit code for bytes that differ.
+                let differs = ended.ends_with(": 3");
+                failures.push(if differs { Ending::Differs(reason) } else { Ending::Failed(reason) });
+            }
+        }
+    }
+
+    fn version(&mut self, version: u64) -> &mut VersionFacts {
+        self.versions.entry(version).or_insert_with(|| VersionFacts { version, ..VersionFacts::default() })
+    }
+
+    fn pushed(&mut self, report: &PushReport) {
+        let facts = self.version(report.version);
+        facts.bytes += report.bytes;
+        facts.writes += report.writes;
+        facts.bytes_gathered += report.bytes_gathered;
+        facts.write_seconds = facts.write_seconds.max(report.write_seconds);
+        facts.seconds = facts.seconds.max(report.seconds);
+        facts.bound_seconds = report.bound_seconds;
+        if facts.write_seconds > 0.0 {
+            facts.gb_per_second = facts.bytes as f64 / facts.write_seconds / 1e9;
+            facts.bound_fraction = facts.bound_seconds / facts.write_seconds;
+        }
+    }
+
+    fn served(&mut self, report: &VersionReport) {
+        let facts = self.version(report.version);
+        facts.pause_seconds = facts.pause_seconds.max(report.seconds);
+    }
+
+    fn verified(&mut self, version: u64, bytes: u64) {
+        let ranks = self.world.inference;
+        let facts = self.version(version);
+        facts.verified_bytes += bytes;
+        facts.verified_ranks += 1;
+        let whole = facts.verified_ranks == ranks;
+        self.bar.inc(1);
+        if whole && !std::io::stderr().is_terminal() {
+            eprintln!("version {version}: every byte verified on {ranks} inference ranks");
+        }
+    }
+
+    /// Nothing counts as verified that was not: every version, on every rank, all bytes of the plan.
+    fn check_complete(&self, args: &DemoArgs) -> anyhow::Result<()> {
+        let planned = self.plan.as_ref().map_or(0, |plan| plan.bytes);
+        for version in 1..=args.steps {
+            let Some(facts) = self.versions.get(&version) else { bail!("version {version} was never pushed") };
+            let complete = facts.verified_ranks == args.inference && facts.verified_bytes == planned && facts.bytes == planned;
+            if !complete {
+                bail!(
+                    "version {version}: {} of {} ranks verified {} of {planned} bytes, {} were pushed",
+                    facts.verified_ranks,
+                    args.inference,
+                    facts.verified_bytes,
+                    facts.bytes,
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn summary<'a>(&'a self, args: &DemoArgs, checkpoint: &'a Path) -> Summary<'a> {
+        Summary {
+            checkpoint,
+            trainers: args.trainers,
+            inference: args.inference,
+            fabric: args.rail.fabric.to_string(),
+            plan: self.plan.as_ref(),
+            versions: self.versions.values().collect(),
+            ranks: &self.ranks,
+            verified: true,
+        }
+    }
+
+    fn print(&self, args: &DemoArgs) {
+        if let Some(plan) = &self.plan {
+            let limit = plan.limited_by.as_ref().map(|rank| format!(", limited by {rank}")).unwrap_or_default();
+            println!(
+                "plan {}: {} in {} writes, lower bound {}{limit}",
+                plan.digest.get(..12).unwrap_or(&plan.digest),
+                bytes_text(plan.bytes),
+                plan.writes,
+                seconds_text(plan.bound_seconds),
+            );
+        }
+        let mut rails: BTreeMap<&str, usize> = BTreeMap::new();
+        for rail in self.ranks.iter().flat_map(|rank| rank.routes.values()) {
+            // One line for what differs only by address.
+            *rails.entry(rail.split(" at ").next().unwrap_or(rail)).or_default() += 1;
+        }
+        for (rail, pairs) in rails {
+            println!("{pairs} trainer-inference pairs over {rail}");
+        }
+        let mut table =
+            Table::new(&["version", "pushed", "gathered", "write", "GB/s", "of bound", "push", "pause", "verified"]);
+        for facts in self.versions.values() {
+            table.row(vec![
+                facts.version.to_string(),
+                bytes_text(facts.bytes),
+                bytes_text(facts.bytes_gathered),
+                seconds_text(facts.write_seconds),
+                format!("{:.2}", facts.gb_per_second),
+                format!("{:.2}", facts.bound_fraction),
+                seconds_text(facts.seconds),
+                seconds_text(facts.pause_seconds),
+                format!("{} x {}", bytes_text(facts.verified_bytes / u64::from(facts.verified_ranks.max(1))), facts.verified_ranks),
+            ]);
+        }
+        println!("\n{}", table.render());
+        let mut table = Table::new(&["rank", "weights", "peak memory"]);
+        for rank in &self.ranks {
+            let peak = rank.peak_rss_bytes.map_or_else(|| "?".into(), bytes_text);
+            table.row(vec![rank.rank.clone(), bytes_text(rank.weight_bytes), peak]);
+        }
+        println!("\n{}", table.render());
+        let bytes: u64 = self.versions.values().map(|facts| facts.verified_bytes).sum();
+        println!(
+            "\nverified: {} versions on {} inference ranks, all {} equal the reference",
+            args.steps,
+            args.inference,
+            bytes_text(bytes),
+        );
+    }
+}
+
+/// How a rank, or the job, failed.
+enum Ending {
+    Failed(String),
+    Differs(String),
+}

@@ -1,0 +1,7 @@
+//! One module a command.
+
+pub(crate) mod controller;
+pub(crate) mod demo;
+pub(crate) mod info;
+pub(crate) mod push;
+pub(crate) mod serve;

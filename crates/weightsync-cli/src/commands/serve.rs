@@ -1,0 +1,99 @@
+//! `weightsync serve`: one inference rank, holding a checkpoint's tensors as an engine of this tensor-parallel size
+//! would.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use anyhow::Context;
+use weightsync::{Error, Inference, InferenceSession, ParamId};
+use weightsync_cli::checkpoint::Checkpoint;
+use weightsync_cli::reference::{VerifyError, param_names, verify_param};
+use weightsync_cli::tensor_parallel::{Layout, LocalParam};
+
+use crate::args::ServeArgs;
+use crate::events::{BytesDiffer, Event, end_with_stdin, peak_rss_bytes};
+
+pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
+    end_with_stdin(args.rank.until_stdin_closes)?;
+    let (json, rank, tp) = (args.rank.json, args.rank.rank, args.rank.job.inference);
+    let began = Instant::now();
+    let checkpoint = Checkpoint::open(&args.rank.checkpoint)?;
+    let params = Layout::new(checkpoint.tensors(), checkpoint.heads(), tp)?.params(rank)?;
+    let mut inference = Inference::new(args.rank.config()?);
+    let mut ids = Vec::new();
+    for LocalParam { name, dtype, shape, map } in params.iter().cloned() {
+        ids.push(inference.register(name, dtype, &shape, map)?);
+    }
+    let weight_bytes = params.iter().map(LocalParam::bytes).sum();
+    Event::Loaded { weight_bytes, seconds: began.elapsed().as_secs_f64() }.print(json);
+
+    let began = Instant::now();
+    let who = || format!("inference {rank}");
+    let mut session = inference.connect().await.with_context(who)?;
+    Event::Connected { routes: BTreeMap::new(), seconds: began.elapsed().as_secs_f64() }.print(json);
+
+    let mut version = 0;
+    loop {
+        match session.wait_version(version + 1, None).await {
+            Ok(report) => {
+                version = report.version;
+                Event::Served(report).print(json);
+                if args.verify {
+                    verify(&checkpoint, &session, &params, &ids, (tp, rank), version)?.print(json);
+                }
+            }
+            Err(Error::Finished { .. }) => break,
+            // The trainers may try again; what is wrong with the job itself comes as another error.
+            Err(Error::Aborted { version, reason }) => {
+                eprintln!("weightsync: {}: version {version} was not committed: {reason}", who());
+            }
+            Err(error) => return Err(error).with_context(who),
+        }
+    }
+    session.leave().await;
+    Event::Ended { peak_rss_bytes: peak_rss_bytes() }.print(json);
+    Ok(())
+}
+
+/// Compares every byte of every parameter with the reference, which knows nothing of plans.
+fn verify(
+    checkpoint: &Checkpoint,
+    session: &InferenceSession,
+    params: &[LocalParam],
+    ids: &[ParamId],
+    (tp, rank): (u32, u32),
+    version: u64,
+) -> anyhow::Result<Event> {
+    let began = Instant::now();
+    let expected = param_names(checkpoint);
+    if !params.iter().map(|param| &param.name).eq(&expected) {
+        let reason = "the parameters of this rank are not those of the reference".to_owned();
+        return Err(BytesDiffer(reason).into());
+    }
+    let mut bytes = 0;
+    for (param, id) in params.iter().zip(ids) {
+        let mut failed = None;
+        let mut read = |offset, into: &mut [u8]| {
+            if let Err(error) = session.read(*id, offset, into) {
+                failed.get_or_insert(error);
+            }
+        };
+        let compared = verify_param(checkpoint, &param.name, (tp, rank), version, &mut read);
+        if let Some(error) = failed {
+            return Err(error.into());
+        }
+        let compared = compared.map_err(|error| match error {
+            VerifyError::Mismatch(mismatch) => {
+                anyhow::Error::new(BytesDiffer(format!("inference {rank}, version {version}: {mismatch}")))
+            }
+            other => other.into(),
+        })?;
+        if compared != param.bytes() {
+            let (name, held) = (&param.name, param.bytes());
+            let reason = format!("inference {rank}: {name} has {held} bytes, the reference {compared}");
+            return Err(BytesDiffer(reason).into());
+        }
+        bytes += compared;
+    }
+    Ok(Event::Verified { version, params: params.len(), bytes, seconds: began.elapsed().as_secs_f64() })
+}

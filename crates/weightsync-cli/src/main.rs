@@ -1,0 +1,53 @@
+//! The `weightsync` command.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod children;
+mod commands;
+mod events;
+mod table;
+mod trace;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use crate::args::{Cli, Command};
+use crate::events::BytesDiffer;
+
+/// A run that failed: an error, a lost rank, a deadline.
+const EXIT_FAILED: u8 = 1;
+/// Weights that arrived, but not as they must be. (clap itself ends with 2 on wrong usage.)
+const EXIT_BYTES_DIFFER: u8 = 3;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // Rails and heartbeats have threads of their own: what is left to this runtime waits for messages.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(run(cli)),
+        Err(error) => Err(error.into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("weightsync: {error:#}");
+            let differ = error.downcast_ref::<BytesDiffer>().is_some();
+            ExitCode::from(if differ { EXIT_BYTES_DIFFER } else { EXIT_FAILED })
+        }
+    }
+}
+
+async fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Demo(args) => commands::demo::run(args).await,
+        Command::Controller(args) => commands::controller::run(args).await,
+        Command::Push(args) => commands::push::run(args).await,
+        Command::Serve(args) => commands::serve::run(args).await,
+        Command::Info(args) => commands::info::run(&args),
+    }
+}

@@ -1,0 +1,49 @@
+//! `cargo xtask ci`: the checks that every change must pass, cheap ones first. `.ci/run` calls this and nothing else.
+
+use std::process::Command;
+use std::time::Instant;
+
+use crate::libfabric::{self, Profile, Provider};
+use crate::test::{self, Settings};
+use crate::{Failure, firewalls, step, workspace};
+
+/// The variable by which tests learn what they may not skip for want of.
+const REQUIRE: &str = "WEIGHTSYNC_REQUIRE";
+
+pub(crate) fn run(_: &[String]) -> Result<(), Failure> {
+    let start = Instant::now();
+    step::shown("formatting", workspace::cargo().args(["fmt", "--all", "--check"]))?;
+    firewalls::run(&[]).map_err(|why| format!("step `firewalls` failed: {why}"))?;
+    step::shown("clippy", &mut clippy(&["--workspace", "--all-features"]))?;
+    // Alone and bare, the engine must stand without the crates that its features bring.
+    step::shown(
+        "clippy, engine without features",
+        &mut clippy(&["--package", "xfer-exec", "--no-default-features"]),
+    )?;
+    let mut doc = workspace::cargo();
+    doc.args(["doc", "--workspace", "--no-deps", "--all-features", "--locked"])
+        .env("RUSTDOCFLAGS", "-D warnings");
+    step::shown("documentation", &mut doc)?;
+
+    let library =
+        libfabric::find_or_build(Profile::Dev).map_err(|why| format!("step `libfabric` failed: {why}"))?;
+    if library.provider != Provider::Tcp {
+        return Err("step `libfabric` failed: the tests need 1.18 or newer, with native tcp".to_owned());
+    }
+    let mut settings = Settings::default();
+    settings.set(libfabric::VARIABLE, library.path);
+    settings.set(REQUIRE, "libfabric");
+    settings.set_real_checkpoint()?;
+    if test::has_nextest() {
+        settings.documentation_tests()?;
+    }
+    println!("==> all but the tests: {:.1} s", start.elapsed().as_secs_f64());
+    settings.all_tests(&[])
+}
+
+fn clippy(what: &[&str]) -> Command {
+    let mut cargo = workspace::cargo();
+    // `--locked`: a lock file that does not fit the manifests is a mistake of the change, not of a later one.
+    cargo.arg("clippy").args(what).args(["--all-targets", "--locked", "--", "-D", "warnings"]);
+    cargo
+}

@@ -1,0 +1,115 @@
+//! The project's own tool: `cargo xtask help` says what it does.
+//!
+//! It runs other programs and reads text. It must never need a library of the workspace, an unsafe block or a package,
+//! so that it builds in a moment on a fresh clone.
+
+#![forbid(unsafe_code)]
+
+mod apt;
+mod ci;
+mod demo;
+mod firewalls;
+mod libfabric;
+mod libfabric_build;
+mod real_checkpoint;
+mod rust_source;
+mod step;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+/// What went wrong and what to do about it, for a person. Nothing here is recovered from by kind.
+type Failure = String;
+
+/// One command of `cargo xtask`.
+struct Command {
+    name: &'static str,
+    arguments: &'static str,
+    about: &'static str,
+    run: fn(&[String]) -> Result<(), Failure>,
+}
+
+const COMMANDS: &[Command] = &[
+    Command {
+        name: "demo",
+        arguments: "[-- ARGUMENTS]",
+        about: "Push weights between processes of this machine and check every byte: finds or builds libfabric, builds
+            the release binary, runs `weightsync demo` with your arguments. Without any: 4 trainers, 2 inference
+            ranks, 5 steps, over tcp.",
+        run: demo::run,
+    },
+    Command {
+        name: "test",
+        arguments: "[-- ARGUMENTS]",
+        about: "Run every test, with cargo-nextest where it is installed. Finds or builds libfabric and fetches a small
+            real checkpoint first; tests say `skipped` for what cannot be had. Arguments go to the test runner, and
+            then the documentation's tests are left out.",
+        run: test::run,
+    },
+    Command {
+        name: "ci",
+        arguments: "",
+        about: "What continuous integration runs: formatting, firewalls, clippy, documentation, every test. Stops at
+            the first failure. Here a missing libfabric is one.",
+        run: ci::run,
+    },
+    Command {
+        name: "firewalls",
+        arguments: "",
+        about: "Check the borders between crates: who may depend on libfabric and CUDA, where `unsafe` may stand, what
+            does no I/O.",
+        run: firewalls::run,
+    },
+    Command {
+        name: "libfabric",
+        arguments: "",
+        about: "Find a usable libfabric or build one under target/, and print the variable that selects it.",
+        run: libfabric::run,
+    },
+];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let Some((name, rest)) = arguments.split_first() else {
+        eprint!("{}", help());
+        return ExitCode::FAILURE;
+    };
+    if matches!(name.as_str(), "help" | "--help" | "-h") {
+        print!("{}", help());
+        return ExitCode::SUCCESS;
+    }
+    let Some(command) = COMMANDS.iter().find(|command| command.name == name) else {
+        eprintln!("xtask: no command {name:?}\n\n{}", help());
+        return ExitCode::FAILURE;
+    };
+    let rest = rest.strip_prefix(&["--".to_owned()]).unwrap_or(rest);
+    if command.arguments.is_empty() && !rest.is_empty() {
+        eprintln!("xtask {name}: takes no arguments, but was given {}", rest.join(" "));
+        return ExitCode::FAILURE;
+    }
+    match (command.run)(rest) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("xtask {name}: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn help() -> String {
+    let mut text = String::from("cargo xtask COMMAND\n");
+    for command in COMMANDS {
+        text += format!("\n  {} {}", command.name, command.arguments).trim_end();
+        text.push('\n');
+        for line in command.about.lines() {
+            text += &format!("      {}\n", line.trim());
+        }
+    }
+    text + "
+Variables:
+  LIBFABRIC_SO                 the libfabric to use; no other is then looked for
+  WEIGHTSYNC_REAL_CHECKPOINT   a .safetensors file for the tests on real weights; fetched when unset
+  WEIGHTSYNC_REQUIRE           set by ci: what tests may not skip for want of (\"libfabric\")
+"
+}

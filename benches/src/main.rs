@@ -1,1 +1,28 @@
-fn main() {}
+//! Benchmarks of weightsync, each beside a reference in the same run on the same machine.
+//!
+//! `weightsync-bench loopback` is started by `cargo xtask bench loopback`, which builds the reference too. A figure
+//! stands alone nowhere: rounds of ours and of the reference alternate, and what counts is the ratio of the medians.
+
+#![forbid(unsafe_code)]
+
+mod loopback;
+mod machine;
+mod process;
+mod roles;
+
+use anyhow::bail;
+
+const USAGE: &str = "usage: weightsync-bench loopback [--gib N] [--rounds N] [--plain-loop PATH] [--json]";
+
+fn main() -> anyhow::Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["loopback", options @ ..] => loopback::run(&loopback::Options::parse(options)?),
+        // The processes of a benchmark, started by it.
+        ["trainer", address, bytes, fabric] => roles::trainer(address, bytes.parse()?, fabric.parse()?),
+        ["inference", address, bytes, fabric] => roles::inference(address, bytes.parse()?, fabric.parse()?),
+        ["memcpy", bytes] => roles::memcpy(bytes.parse()?),
+        _ => bail!("{USAGE}"),
+    }
+}

@@ -49,7 +49,8 @@ impl Settings {
         // The workspace has no root package, so without a selection this is every member.
         cargo.args(if has_nextest() { &["nextest", "run"][..] } else { &["test"][..] });
         println!("==> tests");
-        match self.apply(cargo.args(arguments)).status() {
+        // All failures of one run are worth more than the first a few seconds sooner.
+        match self.apply(cargo.arg("--no-fail-fast").args(arguments)).status() {
             Ok(status) if status.success() => Ok(()),
             Ok(status) => Err(format!("step `tests` failed: cargo ended with {status}")),
             Err(error) => Err(format!("step `tests` failed: cargo did not start: {error}")),

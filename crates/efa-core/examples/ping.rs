@@ -3,6 +3,7 @@
 //! `cargo run -p efa-core --example ping`
 
 use std::error::Error;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use efa_core::{Completion, Hints, LeaseMut, Library, Provider, Rail, RailConfig, Write};
@@ -10,7 +11,17 @@ use efa_core::{Completion, Hints, LeaseMut, Library, Provider, Rail, RailConfig,
 /// Longer than any loopback needs to connect.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    match ping() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn ping() -> Result<(), Box<dyn Error>> {
     let library = Library::open()?;
     println!("libfabric {} from {}", library.version(), library.path().display());
     for provider in Provider::ALL {

@@ -167,6 +167,14 @@ pub enum PeerError {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// The address has been inserted before.
+    #[error("{on} knows this address as {peer}")]
+    Known {
+        /// The rail.
+        on: String,
+        /// The peer that has it.
+        peer: PeerId,
+    },
     /// The rail knows no such peer, or no longer.
     #[error("{on} knows no {peer}")]
     Unknown {

@@ -25,6 +25,7 @@ mod memory;
 mod object;
 mod peer;
 mod post;
+mod queue;
 mod rail;
 mod region;
 mod table;
@@ -44,6 +45,11 @@ pub use library::Library;
 pub use memory::{Lease, LeaseMut, Memory, MemoryRef, Target};
 pub use peer::{PEERS_MAX, PeerId};
 pub use post::{Read, Receive, RejectReason, Rejected, Send, WRITES_PER_DOORBELL_MAX, Write};
-pub use rail::{COMPLETIONS_PER_POLL_MAX, Rail, RailConfig};
+pub use queue::COMPLETIONS_PER_POLL_MAX;
+pub use rail::{Rail, RailConfig};
 pub use region::{Closed, REGIONS_MAX, RegionId, RemoteRegion, RemoteSpan};
 pub use wait::Waker;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -24,7 +24,9 @@ impl fmt::Display for PeerId {
 }
 
 pub(crate) struct Peer {
-    pub(crate) address: sys::fi_addr_t,
+    /// The provider's name for it.
+    pub(crate) fi_addr: sys::fi_addr_t,
+    address: RailAddress,
     pub(crate) name: String,
     pub(crate) in_flight: u32,
 }
@@ -36,12 +38,16 @@ impl Rail {
     ///
     /// # Errors
     ///
-    /// [`PeerError::Address`] when the address is of another kind than this rail's own, [`PeerError::Full`] beyond
-    /// [`PEERS_MAX`].
+    /// [`PeerError::Address`] when the address is of another kind than this rail's own, [`PeerError::Known`] when it has
+    /// been inserted before, [`PeerError::Full`] beyond [`PEERS_MAX`].
     pub fn insert_peer(&mut self, address: &RailAddress) -> Result<PeerId, PeerError> {
         let live = &mut *self.live;
         if live.peers.is_full() {
             return Err(PeerError::Full { on: live.name.clone(), max: PEERS_MAX });
+        }
+        // Providers differ in what a second insertion gives, and in what its removal takes away.
+        if let Some(peer) = live.peers_by_address.get(address) {
+            return Err(PeerError::Known { on: live.name.clone(), peer: *peer });
         }
         let padded = padded_address(address, &live.address, live.address_format).map_err(|why| {
             PeerError::Address { on: live.name.clone(), address_bytes: address.as_bytes().len(), why }
@@ -56,9 +62,12 @@ impl Rail {
             return Err(call_error(&live.library, "fi_av_insert", &live.name, code).into());
         }
         let name = address_text(&live.av, &padded);
-        let peer = Peer { address: inserted, name, in_flight: 0 };
+        let peer = Peer { fi_addr: inserted, address: address.clone(), name, in_flight: 0 };
         match live.peers.insert(peer) {
-            Ok(key) => Ok(PeerId(key)),
+            Ok(key) => {
+                live.peers_by_address.insert(address.clone(), PeerId(key));
+                Ok(PeerId(key))
+            }
             Err(_) => Err(PeerError::Full { on: live.name.clone(), max: PEERS_MAX }),
         }
     }
@@ -76,9 +85,10 @@ impl Rail {
         if entry.in_flight > 0 {
             return Err(PeerError::Busy { on: live.name.clone(), peer, in_flight: entry.in_flight });
         }
-        let mut address = entry.address;
+        let mut fi_addr = entry.fi_addr;
+        live.peers_by_address.remove(&entry.address);
         // SAFETY: the vector is open, and the address came from it and is removed once: the entry goes with it.
-        let code = unsafe { sys::fi_av_remove(live.av.as_ptr(), &raw mut address, 1, 0) };
+        let code = unsafe { sys::fi_av_remove(live.av.as_ptr(), &raw mut fi_addr, 1, 0) };
         live.peers.remove(peer.0);
         crate::object::check(&live.library, "fi_av_remove", &live.name, code).map_err(PeerError::from)
     }

@@ -410,7 +410,7 @@ impl Live {
         let peer = match order.peer {
             None => sys::FI_ADDR_UNSPEC,
             Some(peer) => {
-                self.peers.get(peer.0).ok_or_else(|| PostError::UnknownPeer { on: on(), peer })?.address
+                self.peers.get(peer.0).ok_or_else(|| PostError::UnknownPeer { on: on(), peer })?.fi_addr
             }
         };
         Ok((registration.desc(), peer))

@@ -138,6 +138,15 @@ impl Registration {
             }
         }
     }
+
+    /// Closes, then lets go of the memory; or leaks both.
+    fn discard(mut self) {
+        if let Err(errno) = self.close() {
+            tracing::error!(bytes = self.len, %errno, "fi_close(mr) failed; its memory is leaked");
+            // The NIC may still have the range mapped: leaking is safe, freeing is not.
+            std::mem::forget(self);
+        }
+    }
 }
 
 /// All registrations of a rail, and the memory of closed ones that cannot be let go of yet.
@@ -155,13 +164,7 @@ impl Regions {
 impl Drop for Regions {
     /// Runs after the endpoint has closed, so nothing moves bytes any more.
     fn drop(&mut self) {
-        for mut registration in self.table.drain() {
-            if let Err(errno) = registration.close() {
-                tracing::error!(bytes = registration.len, %errno, "fi_close(mr) failed; its memory is leaked");
-                // The NIC may still have the range mapped: leaking is safe, freeing is not.
-                std::mem::forget(registration);
-            }
-        }
+        self.table.drain().for_each(Registration::discard);
     }
 }
 
@@ -314,19 +317,23 @@ impl Live {
     ) -> Result<(RegionId, u64), RegionError> {
         // SAFETY: the registration is open.
         let key = unsafe { sys::fi_mr_key(mr.as_ptr()) };
-        if key == sys::FI_KEY_NOTAVAIL {
-            return Err(RegionError::RawKey { on: self.name.clone() });
-        }
         // SAFETY: as above.
         let desc = unsafe { sys::fi_mr_desc(mr.as_ptr()) };
         let registration = Registration { mr: Some(mr), keep, desc, base: base.addr(), len, in_flight: 0 };
+        if key == sys::FI_KEY_NOTAVAIL {
+            registration.discard();
+            return Err(RegionError::RawKey { on: self.name.clone() });
+        }
         self.keep_region(registration).map(|id| (id, key))
     }
 
     fn keep_region(&mut self, registration: Registration) -> Result<RegionId, RegionError> {
         match self.regions.table.insert(registration) {
             Ok(key) => Ok(RegionId(key)),
-            Err(_) => Err(RegionError::Full { on: self.name.clone(), max: REGIONS_MAX }),
+            Err(registration) => {
+                registration.discard();
+                Err(RegionError::Full { on: self.name.clone(), max: REGIONS_MAX })
+            }
         }
     }
 }

@@ -267,7 +267,8 @@ fn misfits_are_refused_before_the_provider_sees_them() {
     assert!(matches!(reason(pair, write), PostError::UnknownRegion { .. }));
     assert!(matches!(pair.sender.close_region(closed), Err(RegionError::Unknown { .. })));
 
-    let gone = pair.sender.insert_peer(pair.receiver.address()).unwrap();
+    let third = Rail::open(&info, &RailConfig::for_info(&info)).unwrap();
+    let gone = pair.sender.insert_peer(third.address()).unwrap();
     pair.sender.remove_peer(gone).unwrap();
     let write = Write { to: gone, ..good(pair) };
     assert!(matches!(reason(pair, write), PostError::UnknownPeer { .. }));
@@ -328,10 +329,30 @@ fn configurations_beyond_the_provider_are_refused() {
         RailConfig { writes_max: 0, ..good.clone() },
         RailConfig { writes_max: u32::MAX, ..good.clone() },
         RailConfig { receives_max: 0, ..good.clone() },
+        RailConfig { immediates_max: u32::MAX, ..good.clone() },
     ] {
         let error = Rail::open(&info, &config).unwrap_err();
         assert!(matches!(error, RailError::Config { .. }), "{config:?}: {error}");
     }
+}
+
+#[test]
+fn an_address_names_one_peer_at_a_time() {
+    let Some(info) = common::tcp() else { return };
+    let pair = &mut Pair::open(&info, &RailConfig::for_info(&info));
+    let error = pair.sender.insert_peer(pair.receiver.address()).unwrap_err();
+    assert!(matches!(error, PeerError::Known { peer, .. } if peer == pair.to), "{error}");
+    pair.sender.remove_peer(pair.to).unwrap();
+    let again = pair.sender.insert_peer(pair.receiver.address()).unwrap();
+    assert_ne!(again, pair.to);
+    // And it can be written.
+    pair.to = again;
+    let source = pair.source(&[7; 16]);
+    let (target, _, remote) = pair.target(16);
+    let write = write_at(pair, &source, &remote, 0, 16);
+    pair.write(write);
+    pair.collect(1, 0);
+    assert_eq!(bytes_of(&target), [7; 16]);
 }
 
 #[test]

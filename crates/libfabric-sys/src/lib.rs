@@ -16,3 +16,7 @@ pub use calls::*;
 pub use constants::*;
 pub use library::{Library, OpenError, SEARCH_PATHS, Tried, Version};
 pub use types::*;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

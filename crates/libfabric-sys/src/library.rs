@@ -238,7 +238,11 @@ unsafe fn text_of(text: *const c_char) -> Option<String> {
 
 fn load(path: &Path) -> Result<Inner, String> {
     // SAFETY: runs the library's initialisers; that the named file is libfabric is what the caller asks for.
-    let library = unsafe { libloading::Library::new(path) }.map_err(|error| error.to_string())?;
+    let library = unsafe { libloading::Library::new(path) }.map_err(|error| {
+        let why = error.to_string();
+        // The dynamic linker begins with the path, and so does the message that this goes into.
+        why.strip_prefix(&format!("{}: ", path.display())).map(str::to_owned).unwrap_or(why)
+    })?;
     let symbols = Symbols {
         // SAFETY: the type is that of `fi_version` in every libfabric 1.x and 2.x.
         version: unsafe { symbol(&library, c"fi_version") }?,

@@ -265,10 +265,11 @@ impl Connecting {
         let mut rails: Vec<HostRail> = Vec::new();
         let mut routes = BTreeMap::new();
         let mut described = BTreeMap::new();
-        // A staging slot holds the longest gather, and all slots together the watermark.
+        // A staging slot holds the longest gather, and all slots together the watermark; without gathers there is none.
         let gathers = plan.ops.iter().filter(|op| op.kind() == OpKind::Gather);
-        let slot_bytes = gathers.map(|op| op.bytes()).max().unwrap_or(1).min(self.config.watermark_bytes);
-        let staging_bytes = usize::try_from(self.config.watermark_bytes).unwrap_or(usize::MAX);
+        let slot_bytes = gathers.map(|op| op.bytes()).max().unwrap_or(0).min(self.config.watermark_bytes);
+        let staging_bytes = if slot_bytes == 0 { 0 } else { self.config.watermark_bytes };
+        let staging_bytes = usize::try_from(staging_bytes).unwrap_or(usize::MAX);
         let staging = LeaseMut::zeroed(staging_bytes)
             .map_err(|error| Error::Memory { what: "staging", reason: error.to_string() })?;
         if !by_memory.is_empty() {

@@ -30,6 +30,10 @@ const WAIT_MAX: Duration = Duration::from_millis(1);
 /// How often the engine is told the time. Its deadlines are of seconds.
 const TICK: Duration = Duration::from_millis(5);
 
+/// Staging slots at most: eight times what the deepest rail has in flight, so that tiny gathers do not turn a large
+/// watermark into millions of slots.
+const SLOTS_MAX: usize = 1024;
+
 /// A rail over host memory.
 pub type HostRail = Box<dyn Rail<Buffer = Lease>>;
 
@@ -43,7 +47,7 @@ pub struct SenderConfig {
     pub rails: Vec<HostRail>,
     /// Staging memory; its length is the memory watermark.
     pub staging: LeaseMut,
-    /// Bytes of a staging slot: the planner's longest gather.
+    /// Bytes of a staging slot: the plan's longest gather; 0 where it has none.
     pub slot_bytes: u64,
     /// See [`EngineConfig::deadline`].
     pub deadline: Duration,
@@ -173,7 +177,9 @@ impl Thread {
         let SenderConfig { program, rails, mut staging, slot_bytes, deadline, progress, name } = config;
         let slot_bytes = usize::try_from(slot_bytes).unwrap_or(usize::MAX);
         let mut slots = Vec::new();
-        while let Some(slot) = staging.split_to(slot_bytes).filter(|slot| !slot.is_empty()) {
+        while slots.len() < SLOTS_MAX
+            && let Some(slot) = staging.split_to(slot_bytes).filter(|slot| !slot.is_empty())
+        {
             slots.push(SlotMemory::Free(slot));
         }
         let engine_config = EngineConfig {

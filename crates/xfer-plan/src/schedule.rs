@@ -82,7 +82,7 @@ impl<'m> Names<'m> {
     fn intern(&mut self, name: &'m str) -> ParamId {
         *self.ids.entry(name).or_insert_with(|| {
             self.list.push(name.to_owned());
-            ParamId(self.list.len() as u32 - 1)
+            ParamId(self.list.len() as u32 - 1) // no memory holds a manifest with 2^32 names
         })
     }
 }

@@ -87,7 +87,7 @@ impl<'m> SourceIndex<'m> {
 
     /// The tensor of a piece; it must agree with what was declared before.
     fn declare(&mut self, Holder { trainer, piece }: Holder<'m>) -> Result<TensorId, PlanError> {
-        let next = TensorId(self.tensors.len() as u32);
+        let next = TensorId(self.tensors.len() as u32); // no memory holds a manifest with 2^32 tensors
         let id = *self.ids.entry(&piece.tensor).or_insert(next);
         let Some(known) = self.tensors.get(id.0 as usize) else {
             let SourcePiece { tensor, dtype, shape, .. } = piece;

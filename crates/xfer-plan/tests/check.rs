@@ -2,8 +2,8 @@
 
 use expect_test::{Expect, expect};
 use xfer_plan::{
-    DType, DestinationParam, Manifest, ParamId, ParamMap, Plan, RailDecl, ReceiverManifest, ReceiverRank,
-    RegionIndex, SourcePiece, TensorBox, TrainerManifest, plan,
+    DType, DestinationParam, Manifest, Op, ParamId, ParamMap, Plan, RailDecl, ReceiverManifest, ReceiverRank,
+    RegionIndex, SourcePiece, Strided, TensorBox, TrainerManifest, plan,
 };
 
 /// Two trainers hold the rows 0..2 and 2..4 of `w` [4, 100]; two receivers want its left and its right half,
@@ -227,4 +227,84 @@ fn another_manifest_is_refused() {
     other = manifest();
     other.options.chunk_bytes_max = 64;
     assert!(plan.check(&other).unwrap_err().to_string().contains("plan again"));
+}
+
+/// One receiver wants one parameter of single bytes at offset 0.
+fn small(pieces: Vec<Vec<SourcePiece>>, shape: &[u64], map: ParamMap) -> Manifest {
+    let rails = vec![RailDecl { bytes_per_second: 1000 }];
+    let trainer =
+        |pieces| TrainerManifest { host: "t".into(), regions: vec![100], rails: rails.clone(), pieces };
+    let (dtype, shape, region, offset) = (DType::U8, shape.to_vec(), RegionIndex(0), 0);
+    let params = vec![DestinationParam { name: "p".into(), dtype, shape, region, offset, map }];
+    let receiver = ReceiverManifest { host: "r".into(), regions: vec![100], rails: rails.clone(), params };
+    Manifest {
+        trainers: pieces.into_iter().map(trainer).collect(),
+        receivers: vec![receiver],
+        ..Manifest::default()
+    }
+}
+
+fn piece(tensor: &str, shape: &[u64], start: &[u64], len: &[u64], offset: u64) -> SourcePiece {
+    SourcePiece {
+        tensor: tensor.into(),
+        dtype: DType::U8,
+        shape: shape.to_vec(),
+        bounds: TensorBox::new(start, len).unwrap(),
+        region: RegionIndex(0),
+        offset,
+    }
+}
+
+/// An operation of contiguous rows.
+fn op(row_bytes: u32, rows: u32, source: u64, destination: u64) -> Op {
+    let side = |offset| Strided { region: RegionIndex(0), offset, stride: row_bytes.into() };
+    let (source, destination) = (side(source), side(destination));
+    Op { to: ReceiverRank(0), param: ParamId(0), row_bytes, rows, source, destination, gather: false }
+}
+
+/// Operations that begin right, cover every byte once, and go on too far at the source.
+#[test]
+fn sources_that_go_on_too_far() {
+    let wrong = |manifest: &Manifest, ops: Vec<Vec<Op>>, message: Expect| {
+        let mut plan = plan(manifest).unwrap();
+        for (part, ops) in plan.trainers.iter_mut().zip(ops) {
+            part.ops = ops;
+        }
+        message.assert_eq(&plan.check(manifest).unwrap_err().to_string());
+    };
+    let stacked = |rows| {
+        let pieces = vec![
+            piece("a", &[rows, 4], &[0, 0], &[rows, 4], 0),
+            piece("b", &[2, 4], &[0, 0], &[2, 4], 4 * rows + 2),
+        ];
+        let map = ParamMap::concat(0, [ParamMap::tensor("a"), ParamMap::tensor("b")]);
+        small(vec![pieces], &[rows + 2, 4], map)
+    };
+    // From the middle of `a`, past its end, into the gap before `b`: as one row, and as the last of several.
+    wrong(
+        &stacked(2),
+        vec![vec![op(2, 1, 0, 0), op(8, 1, 2, 2), op(6, 1, 12, 10)]],
+        expect![
+            "trainer 0, operation 1 (to inference 0, parameter `p`): row 0 does not read what the parameter's map asks for"
+        ],
+    );
+    wrong(
+        &stacked(4),
+        vec![vec![op(2, 1, 0, 0), op(4, 4, 2, 2), op(6, 1, 20, 18)]],
+        expect![
+            "trainer 0, operation 1 (to inference 0, parameter `p`): row 3 does not read what the parameter's map asks for"
+        ],
+    );
+    // Columns 2..6 are on trainer 0, columns 0..4 are wanted: as wide, but not the same.
+    let pieces =
+        vec![vec![piece("w", &[2, 6], &[0, 2], &[2, 4], 0)], vec![piece("w", &[2, 6], &[0, 0], &[2, 2], 0)]];
+    let left = ParamMap::tensor("w").slice(TensorBox::new(&[0, 0], &[2, 4]).unwrap());
+    let ops = vec![vec![op(4, 1, 0, 2), op(2, 1, 4, 6)], vec![op(2, 1, 0, 0)]];
+    wrong(
+        &small(pieces, &[2, 4], left),
+        ops,
+        expect![
+            "trainer 0, operation 0 (to inference 0, parameter `p`): row 0 does not read what the parameter's map asks for"
+        ],
+    );
 }

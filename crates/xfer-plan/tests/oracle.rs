@@ -4,9 +4,67 @@ mod scenario;
 
 use proptest::prelude::*;
 use scenario::Choices;
-use xfer_plan::{CheckError, OpKind, Plan, plan};
+use xfer_plan::{CheckError, Op, OpKind, Plan, plan};
 
 const UNTOUCHED: u8 = 0xee;
+
+fn damage_one(op: &mut Op, by: u32, damage: i32) {
+    match damage {
+        5 => op.source.offset += u64::from(by),
+        6 => op.source.offset = op.source.offset.wrapping_sub(u64::from(by)),
+        7 => op.destination.offset += u64::from(by),
+        8 => op.row_bytes = op.row_bytes.saturating_sub(by),
+        9 => op.rows = op.rows.saturating_sub(by),
+        10 => op.source.stride += u64::from(by),
+        11 => op.to.0 = by % 4,
+        12 => op.row_bytes += by,
+        _ => {
+            // One long row instead of several: right at the start only.
+            op.row_bytes *= op.rows;
+            (op.rows, op.gather) = (1, false);
+            (op.source.stride, op.destination.stride) = (op.row_bytes.into(), op.row_bytes.into());
+        }
+    }
+}
+
+fn damage_two(ops: &mut Vec<Op>, index: usize, damage: i32) {
+    let op = ops[index];
+    let alike = |other: &&mut Op| (other.rows, other.row_bytes) == (op.rows, op.row_bytes) && **other != op;
+    match damage {
+        2 => {
+            if let Some(other) = ops.iter_mut().find(alike) {
+                let source = std::mem::replace(&mut other.source, op.source);
+                ops[index].source = source;
+            }
+        }
+        3 => {
+            if let Some(other) = ops.iter_mut().find(alike) {
+                let destination = std::mem::replace(&mut other.destination, op.destination);
+                ops[index].destination = destination;
+            }
+        }
+        _ => {
+            // Goes on where another operation should write, in its place.
+            let stride = op.destination.stride;
+            let end = op.destination.offset + u64::from(op.rows) * stride;
+            let follows = |other: &Op| {
+                (other.to, other.destination.region, other.destination.offset)
+                    == (op.to, op.destination.region, end)
+            };
+            if let Some(at) = ops.iter().position(follows) {
+                let other = ops[at];
+                if (op.rows, other.rows) == (1, 1) {
+                    ops[index].row_bytes += other.row_bytes;
+                    let row_bytes = u64::from(ops[index].row_bytes);
+                    (ops[index].source.stride, ops[index].destination.stride) = (row_bytes, row_bytes);
+                } else if other.row_bytes == op.row_bytes {
+                    ops[index].rows += other.rows;
+                }
+                ops.remove(at);
+            }
+        }
+    }
+}
 
 fn config() -> ProptestConfig {
     let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(500);
@@ -54,11 +112,18 @@ proptest! {
         prop_assert_eq!(&postcard::from_bytes::<Plan>(&bytes).unwrap(), &plan);
     }
 
-    /// Damages one operation. Whenever that changes what arrives, the check must see it, and in the
+    /// Damages one operation, or two. Whenever that changes what arrives, the check must see it, and in the
     /// operations themselves: a damaged plan could have been given a new digest and new sums.
     #[test]
-    fn check_finds_damage(choices in choices(), damage in 0..10, which in any::<u32>(), by in 1u32..9) {
-        let manifest = scenario::manifest(&mut Choices::new(choices));
+    fn check_finds_damage(
+        choices in choices(),
+        damage in 0..14,
+        which in any::<u32>(),
+        by in 1u32..9,
+        chunk_bytes_max in prop_oneof![Just(None), Just(Some(1 << 20))],
+    ) {
+        let mut manifest = scenario::manifest(&mut Choices::new(choices));
+        manifest.options.chunk_bytes_max = chunk_bytes_max.unwrap_or(manifest.options.chunk_bytes_max);
         let good = plan(&manifest).unwrap();
         let mut bad = good.clone();
         let Some(part) = bad.trainers.iter_mut().max_by_key(|part| part.ops.len()) else { return Ok(()) };
@@ -66,18 +131,11 @@ proptest! {
             return Ok(());
         }
         let index = which as usize % part.ops.len();
-        let op = &mut part.ops[index];
         match damage {
-            0 => drop(part.ops.remove(index)),
+            0 => _ = part.ops.remove(index),
             1 => part.ops.push(part.ops[index]),
-            2 => op.source.offset += u64::from(by),
-            3 => op.source.offset = op.source.offset.wrapping_sub(u64::from(by)),
-            4 => op.destination.offset += u64::from(by),
-            5 => op.row_bytes = op.row_bytes.saturating_sub(by),
-            6 => op.rows = op.rows.saturating_sub(by),
-            7 => op.source.stride += u64::from(by),
-            8 => op.to.0 = by % 4,
-            _ => op.row_bytes += by,
+            2..=4 => damage_two(&mut part.ops, index, damage),
+            _ => damage_one(&mut part.ops[index], by, damage),
         }
         let arrives = std::panic::catch_unwind(|| scenario::execute(&bad, &manifest, UNTOUCHED));
         let harmless = matches!(arrives, Ok(Ok(memory)) if memory == scenario::expected(&manifest, UNTOUCHED));

@@ -230,6 +230,8 @@ fn the_shape_of_an_operation_follows_the_rows() {
     assert_eq!(kinds(32, 33, 512), (OpKind::Gather, 8, 8));
     assert_eq!(kinds(32, 32, 1 << 20), (OpKind::Rows, 4, 128));
     assert_eq!(kinds(32, 0, 1 << 20), (OpKind::Rows, 4, 128));
+    // Two rows do not fit into staging: nothing is gathered, and nothing is cut for its sake.
+    assert_eq!(kinds(600, 1 << 20, 512), (OpKind::Direct, 128, 128));
     // Rows of a chunk and more are written one by one; staging would gain nothing.
     assert_eq!(kinds(1024, 1 << 20, 1 << 20), (OpKind::Direct, 128, 128));
     assert_eq!(kinds(1500, 1 << 20, 1 << 20), (OpKind::Direct, 256, 256));
@@ -284,4 +286,12 @@ fn nothing_to_move_is_a_plan() {
         assert_eq!((plan.bound.limited_by, plan.bound.seconds()), (None, 0.0));
         assert!(plan.to_string().ends_with("nothing moves"), "{plan}");
     }
+}
+
+/// Tens of thousands of shards of one tensor must not nest as deep.
+#[test]
+fn many_shards_of_one_tensor() {
+    let manifest = manifest(&[("w", &[16_384, 1])], &[16_384], &[Placement::Shard(0)], 1, whole);
+    let plan = checked(&manifest);
+    assert_eq!(plan.receivers[0].arrivals.len(), 16_384);
 }

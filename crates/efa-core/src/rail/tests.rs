@@ -11,9 +11,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use libfabric_sys as sys;
 
 use super::*;
+use crate::queue::EMPTY_ERROR;
 use crate::{
-    Hints, Lease, LeaseMut, Library, Memory, PostError, RegionError, RejectReason, Rejected, RemoteRegion,
-    Write,
+    Completion, Hints, Lease, LeaseMut, Library, Memory, PostError, RegionError, RejectReason, Rejected,
+    RemoteRegion, Write,
 };
 
 /// What the replaced entries answer, in order. One script per test, as each test has a thread.

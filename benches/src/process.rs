@@ -1,0 +1,70 @@
+//! Child processes that answer with lines of JSON.
+
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Lines, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use anyhow::{Context, bail};
+use serde::de::DeserializeOwned;
+
+/// A child that is killed when this is dropped.
+pub(crate) struct Process {
+    name: String,
+    child: Child,
+    stdin: Option<ChildStdin>,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Process {
+    pub(crate) fn start(program: impl AsRef<OsStr>, args: &[&str]) -> anyhow::Result<Self> {
+        let name = format!("{} {}", program.as_ref().to_string_lossy(), args.join(" "));
+        let mut child = Command::new(program)
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start {name}"))?;
+        let stdin = child.stdin.take();
+        let stdout = child.stdout.take().context("a child has no standard output")?;
+        Ok(Self { name, child, stdin, lines: BufReader::new(stdout).lines() })
+    }
+
+    /// This program in another role.
+    pub(crate) fn role(args: &[&str]) -> anyhow::Result<Self> {
+        Self::start(std::env::current_exe()?, args)
+    }
+
+    /// Sends a line, which asks for one answer.
+    pub(crate) fn ask(&mut self, line: &str) -> anyhow::Result<()> {
+        match &mut self.stdin {
+            Some(stdin) => Ok(writeln!(stdin, "{line}")?),
+            None => bail!("{} has ended", self.name),
+        }
+    }
+
+    /// The next answer.
+    pub(crate) fn answer<T: DeserializeOwned>(&mut self) -> anyhow::Result<T> {
+        match self.lines.next() {
+            Some(line) => {
+                let line = line?;
+                serde_json::from_str(&line).with_context(|| format!("{} answered '{line}'", self.name))
+            }
+            None => bail!("{} ended without an answer: {}", self.name, self.child.wait()?),
+        }
+    }
+
+    /// Closes its standard input and waits for its end.
+    pub(crate) fn finish(mut self) -> anyhow::Result<()> {
+        drop(self.stdin.take());
+        let status = self.child.wait()?;
+        if status.success() { Ok(()) } else { bail!("{} ended with {status}", self.name) }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Ended already, or about to be.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

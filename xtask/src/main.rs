@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod apt;
+mod bench;
 mod ci;
 mod demo;
 mod firewalls;
@@ -53,6 +54,13 @@ const COMMANDS: &[Command] = &[
         about: "What continuous integration runs: formatting, firewalls, clippy, documentation, every test. Stops at
             the first failure. Here a missing libfabric is one.",
         run: ci::run,
+    },
+    Command {
+        name: "bench",
+        arguments: "loopback [--gib N] [--rounds N] [--json]",
+        about: "Measure beside a reference in the same run. loopback: one trainer to one inference rank on this machine,
+            tcp beside a plain libfabric loop and local beside a memcpy.",
+        run: bench::run,
     },
     Command {
         name: "firewalls",

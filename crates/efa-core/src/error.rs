@@ -402,8 +402,8 @@ impl std::error::Error for OpError {}
 /// The endpoint did not close, so the provider may still use what the rail holds: all of it is leaked.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{call}; {operations} operations and {regions} regions are leaked, because the provider may still touch them: end \
-     the process before its memory is reused"
+    "{call}; {operations} operations and {regions} regions are leaked, because the provider may still touch them; restart \
+     the process when it can be spared"
 )]
 pub struct CloseFailed {
     /// What libfabric answered.

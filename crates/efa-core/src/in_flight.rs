@@ -38,7 +38,7 @@ struct Contexts {
 
 // SAFETY: owns its allocation. The provider's pointers into it are used only inside calls on the rail's endpoint and
 // completion queue, which move to the other thread together with it.
-unsafe impl std::marker::Send for Contexts {}
+unsafe impl Send for Contexts {}
 
 impl Contexts {
     fn new(len: usize) -> Self {

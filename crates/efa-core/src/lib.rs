@@ -44,11 +44,18 @@ pub use libfabric_sys::{OpenError, Tried, Version};
 pub use library::Library;
 pub use memory::{Lease, LeaseMut, Memory, MemoryRef, Target};
 pub use peer::{PEERS_MAX, PeerId};
-pub use post::{Read, Receive, RejectReason, Rejected, Send, WRITES_PER_DOORBELL_MAX, Write};
+pub use post::{Message, Read, Receive, RejectReason, Rejected, WRITES_PER_DOORBELL_MAX, Write};
 pub use queue::COMPLETIONS_PER_POLL_MAX;
 pub use rail::{Rail, RailConfig};
 pub use region::{Closed, REGIONS_MAX, RegionId, RemoteRegion, RemoteSpan};
 pub use wait::Waker;
+
+/// A rail may be opened in one thread and used by another.
+const _: fn() = || {
+    fn sendable<T: Send>() {}
+    sendable::<Rail>();
+    sendable::<Completion>();
+};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -22,8 +22,8 @@ use crate::error::{MemoryError, RangeError};
 ///
 /// # Safety
 ///
-/// `base()..base() + len()` is valid for reads and writes, never moves and stays mapped until the value is dropped;
-/// both methods always answer the same; and nobody forms references to these bytes except through the leases that
+/// `base()..base() + len()` is valid for reads and writes, at most `isize::MAX` long, never moves and stays mapped until
+/// the value is dropped; both methods always answer the same; and nobody forms references to these bytes except through the leases that
 /// [`LeaseMut::new`] gives out.
 pub unsafe trait Memory: Send + Sync + 'static {
     /// The address of the first byte; dangling where `len()` is 0.

@@ -51,7 +51,7 @@ pub(crate) struct Object<T: Fid> {
 // SAFETY: rails ask for FI_THREAD_DOMAIN, under which libfabric wants the calls on one domain's objects serialised and
 // ties none of them to a thread. A rail holds all objects of its domain, moves them together, and is not `Sync`, so
 // they are serialised by ownership. (No `Sync` here: `&Object` must stay on one thread.)
-unsafe impl<T: Fid> std::marker::Send for Object<T> {}
+unsafe impl<T: Fid> Send for Object<T> {}
 
 impl<T: Fid> Object<T> {
     /// Opens an object by a call that stores it behind a pointer.

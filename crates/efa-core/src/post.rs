@@ -58,10 +58,10 @@ pub struct Read {
     pub token: u64,
 }
 
-/// Sends a message to a peer, which must have posted a receive for it.
+/// A message to a peer, which must have posted a receive for it.
 #[derive(Debug)]
-pub struct Send {
-    /// The message.
+pub struct Message {
+    /// Its bytes.
     pub from: Lease,
     /// The region of ours that it lies in.
     pub region: RegionId,
@@ -238,8 +238,8 @@ impl Rail {
     /// # Errors
     ///
     /// [`Rejected`] gives the message back: nothing is in flight.
-    pub fn send(&mut self, send: Send) -> Result<OpId, Rejected<Send>> {
-        let Send { from, region, to, token } = send;
+    pub fn send(&mut self, message: Message) -> Result<OpId, Rejected<Message>> {
+        let Message { from, region, to, token } = message;
         let order = Order {
             kind: OpKind::Send,
             peer: Some(to),
@@ -251,7 +251,7 @@ impl Rail {
         };
         self.live
             .post(from, order)
-            .map_err(|(reason, from)| Rejected { reason, op: Send { from, region, to, token } })
+            .map_err(|(reason, from)| Rejected { reason, op: Message { from, region, to, token } })
     }
 
     /// Posts room for a message.

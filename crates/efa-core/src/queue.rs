@@ -16,6 +16,19 @@ use crate::wait;
 /// back to posting soon.
 pub const COMPLETIONS_PER_POLL_MAX: usize = 32;
 
+/// Room for one run of entries, made once.
+pub(crate) struct Entries(Box<[sys::fi_cq_data_entry; COMPLETIONS_PER_POLL_MAX]>);
+
+// SAFETY: plain values that the provider wrote. Of the addresses among them only the context is looked at, and it is
+// compared with those of our own contexts, never followed.
+unsafe impl Send for Entries {}
+
+impl Entries {
+    pub(crate) fn new() -> Self {
+        Self(Box::new([EMPTY_ENTRY; COMPLETIONS_PER_POLL_MAX]))
+    }
+}
+
 impl Rail {
     /// Moves what has ended into `completions`, and says how much: at most [`COMPLETIONS_PER_POLL_MAX`]. Never blocks.
     /// With most providers this is also what makes progress, on the receiving side too.
@@ -31,11 +44,11 @@ impl Rail {
         for errors in 0..COMPLETIONS_PER_POLL_MAX {
             let room = COMPLETIONS_PER_POLL_MAX - errors;
             // SAFETY: the queue is open, and its format is that of `entries`, which has at least `room` of them.
-            let read = unsafe { sys::fi_cq_read(live.cq.as_ptr(), live.entries.as_mut_ptr().cast(), room) };
+            let read = unsafe { sys::fi_cq_read(live.cq.as_ptr(), live.entries.0.as_mut_ptr().cast(), room) };
             match usize::try_from(read) {
                 Ok(count) => {
                     for index in 0..count.min(room) {
-                        let entry = live.entries[index];
+                        let entry = live.entries.0[index];
                         live.settle(&entry, completions)?;
                     }
                     break;

@@ -18,7 +18,7 @@ use crate::in_flight::InFlight;
 use crate::info::{Info, Provider};
 use crate::object::{Object, check, errno};
 use crate::peer::{PEERS_MAX, Peer, PeerId, address_text, padded_own};
-use crate::queue::{COMPLETIONS_PER_POLL_MAX, EMPTY_ENTRY, open_queue};
+use crate::queue::{Entries, open_queue};
 use crate::region::{RegionId, Regions};
 use crate::table::Table;
 use crate::wait::{self, Waker};
@@ -92,15 +92,10 @@ pub(crate) struct Live {
     /// Whether closing a registration stops accesses under way: only where a NIC, not the provider, moves the bytes.
     pub(crate) nic_enforces_access: bool,
     pub(crate) broken: bool,
-    pub(crate) entries: Box<[sys::fi_cq_data_entry; COMPLETIONS_PER_POLL_MAX]>,
+    pub(crate) entries: Entries,
     queue_descriptor: Option<RawFd>,
     waker: Waker,
 }
-
-// SAFETY: `entries` holds what the provider last wrote: addresses that are compared with those of our own contexts and
-// never followed. Every other member is `Send`. Nothing is tied to the thread that opened it: libfabric under
-// `FI_THREAD_DOMAIN` asks only that one thread at a time uses the domain's objects, and all of them move together.
-unsafe impl std::marker::Send for Live {}
 
 impl Rail {
     /// Opens a rail of its own fabric and domain.
@@ -200,7 +195,7 @@ impl Rail {
             message_bytes_max: facts.message_bytes_max,
             nic_enforces_access,
             broken: false,
-            entries: Box::new([EMPTY_ENTRY; COMPLETIONS_PER_POLL_MAX]),
+            entries: Entries::new(),
             queue_descriptor,
             waker,
         };

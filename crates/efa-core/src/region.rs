@@ -106,7 +106,7 @@ pub(crate) struct Registration {
 }
 
 // SAFETY: the descriptor is a value that is handed back to the provider, never followed; the rest is `Send` itself.
-unsafe impl std::marker::Send for Registration {}
+unsafe impl Send for Registration {}
 
 impl Registration {
     /// Whether these bytes lie inside. Addresses decide: the registration keeps its own range mapped, so a lease at
@@ -362,6 +362,21 @@ mod tests {
         let absurd = RemoteRegion { base: u64::MAX - 10, key: 7, len: 100 };
         assert!(absurd.at(0, 10).is_ok());
         assert!(absurd.at(0, 11).is_err(), "the end has no address");
+    }
+
+    #[test]
+    fn a_registration_covers_its_bytes_and_no_other() {
+        let keep = Keep::Memory(crate::LeaseMut::zeroed(0).unwrap().memory().clone());
+        let desc = std::ptr::null_mut();
+        let registration = Registration { mr: None, keep, desc, base: 1000, len: 100, in_flight: 0 };
+        for (address, len) in [(1000, 100), (1000, 1), (1099, 1), (1050, 50), (1100, 0)] {
+            assert!(registration.covers(address, len), "{address} {len}");
+        }
+        for (address, len) in
+            [(999, 1), (999, 102), (1000, 101), (1099, 2), (1100, 1), (0, 1), (1050, usize::MAX)]
+        {
+            assert!(!registration.covers(address, len), "{address} {len}");
+        }
     }
 
     #[test]

@@ -13,15 +13,11 @@ pub use libc::iovec;
 
 pub type fi_addr_t = u64;
 
-/// A struct that is only ever reached through a pointer.
-macro_rules! opaque {
-    ($($name:ident),*) => { $(
-        #[repr(C)]
-        pub struct $name { _private: [u8; 0] }
-    )* };
+/// Only ever reached through a pointer.
+#[repr(C)]
+pub struct fid_wait {
+    _private: [u8; 0],
 }
-
-opaque!(fid_pep, fid_eq, fid_wait, fid_cntr, fid_poll, fid_stx, fid_av_set, fid_mc);
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]

@@ -118,6 +118,12 @@ impl Client {
         }
     }
 
+    /// Guards a stretch that must not be left in the middle: if the guard is dropped in it, as it is when a future is,
+    /// the controller learns that this member has given up, and why.
+    pub fn give_up_on_drop(&self, reason: &'static str) -> GiveUp {
+        GiveUp { outgoing: Some(self.outgoing.clone()), reason }
+    }
+
     /// Says goodbye and waits until it has been sent or the deadline has passed.
     pub async fn leave(mut self, reason: Option<String>) {
         let _ = self.send(ToController::Leave { reason });
@@ -125,6 +131,29 @@ impl Client {
         *outgoing = mpsc::channel(1).0;
         // The thread drops its end when the socket is done.
         let _ = timeout(LINGER_MAX, async { while incoming.recv().await.is_some() {} }).await;
+    }
+}
+
+/// Tells the controller that this member has given up, unless it is told in time that it has not.
+#[must_use = "dropping it gives up"]
+pub struct GiveUp {
+    outgoing: Option<mpsc::Sender<ToController>>,
+    reason: &'static str,
+}
+
+impl GiveUp {
+    /// Nothing was given up.
+    pub fn never_mind(mut self) {
+        self.outgoing = None;
+    }
+}
+
+impl Drop for GiveUp {
+    fn drop(&mut self) {
+        if let Some(outgoing) = &self.outgoing {
+            // A queue that is full or closed means that the controller learns it in another way.
+            let _ = outgoing.try_send(ToController::Leave { reason: Some(self.reason.to_owned()) });
+        }
     }
 }
 

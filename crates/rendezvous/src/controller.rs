@@ -166,6 +166,8 @@ struct Push {
     began_at: Duration,
     waiting: BTreeSet<Rank>,
     unconfirmed: Vec<Rank>,
+    /// Who was lost after the decision: the job ends once the others have learnt of the commit.
+    lost: Option<String>,
 }
 
 enum Phase {
@@ -443,6 +445,7 @@ impl Controller {
                     began_at: now,
                     waiting,
                     unconfirmed: Vec::new(),
+                    lost: None,
                 });
             }
             Phase::Pushing(push) if push.stage == Stage::Collecting && push.version == version => {
@@ -552,6 +555,9 @@ impl Controller {
             let message =
                 ToMember::Done { push: push.id, version: push.version, unconfirmed: push.unconfirmed };
             self.send_all(|member| matches!(member, Rank::Trainer(_)), message, actions);
+            if push.lost.is_some() {
+                self.end(push.lost, actions);
+            }
         }
     }
 
@@ -609,11 +615,12 @@ impl Controller {
         match &mut self.phase {
             // The decision is taken: the others still learn it, and the trainers who did not confirm.
             Phase::Pushing(push) if push.stage == Stage::Committing => {
-                push.waiting.remove(&member);
-                push.unconfirmed.push(member);
+                if push.waiting.remove(&member) {
+                    push.unconfirmed.push(member);
+                }
+                push.lost.get_or_insert(reason);
                 if push.waiting.is_empty() {
                     self.finish(actions);
-                    self.end(Some(reason), actions);
                 }
             }
             Phase::Pushing(_) => {

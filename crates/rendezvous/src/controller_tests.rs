@@ -268,6 +268,23 @@ fn a_loss_after_the_decision_is_told_as_unconfirmed() {
 }
 
 #[test]
+fn a_trainer_that_is_lost_after_the_decision_ends_the_job_once_the_commit_is_confirmed() {
+    let mut bench = Bench::started();
+    let push = bench.begin_to_writing(1);
+    bench.say(T0, WRITTEN(push));
+    bench.say(T1, WRITTEN(push));
+    bench.event(Event::Disconnected(connection(T1), "killed".into()));
+    assert!(!bench.controller.has_ended(), "inference 0 has not confirmed yet");
+    bench.say(I0, ToController::Committed { push });
+    assert!(bench.controller.has_ended());
+    let done = ToMember::Done { push, version: 1, unconfirmed: vec![] };
+    assert!(bench.told(T0).contains(&done), "{:?}", bench.told(T0));
+    for member in [T0, I0] {
+        assert!(bench.reason(member).contains("trainer 1"), "{}", bench.reason(member));
+    }
+}
+
+#[test]
 fn versions_only_rise_and_agree() {
     let mut bench = Bench::started();
     let push = bench.begin_to_writing(5);

@@ -18,7 +18,7 @@ mod handshake;
 mod protocol;
 pub mod server;
 
-pub use client::{Client, ClientConfig};
+pub use client::{Client, ClientConfig, GiveUp};
 pub use error::RendezvousError;
 pub use handshake::{Secret, random_seed};
 pub use protocol::{

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
-use weightsync::{Fabric, Secret, SessionConfig, World};
+use weightsync::{Fabric, PlanOptions, Secret, SessionConfig, World};
 
 /// The secret's environment variable; a command line is visible to every user of the host.
 pub(crate) const SECRET_VARIABLE: &str = "WEIGHTSYNC_SECRET";
@@ -45,11 +45,13 @@ pub(crate) enum Command {
 }
 
 #[derive(Args)]
-#[command(long_about = "Runs a whole job on this machine: a controller, T trainer processes that own the checkpoint \
+#[command(
+    long_about = "Runs a whole job on this machine: a controller, T trainer processes that own the checkpoint \
                         sharded by rows (FSDP), and I inference processes that hold it tensor-parallel with fused \
                         qkv_proj and gate_up_proj parameters. Every step changes the trainers' weights, pushes them, \
                         commits, and every inference rank compares every byte with a reference that is computed from \
-                        the checkpoint and the step number alone.")]
+                        the checkpoint and the step number alone."
+)]
 pub(crate) struct DemoArgs {
     /// Trainer processes
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
@@ -66,6 +68,8 @@ pub(crate) struct DemoArgs {
     pub(crate) checkpoint: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) rail: RailArgs,
+    #[command(flatten)]
+    pub(crate) plan: PlanArgs,
     /// Write a timeline of all ranks, for Perfetto (ui.perfetto.dev) or chrome://tracing
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
@@ -90,6 +94,29 @@ pub(crate) struct RailArgs {
     /// thread copies]
     #[arg(long, value_name = "GBPS", value_parser = positive)]
     pub(crate) nic_gbps: Option<f64>,
+}
+
+/// How the plan cuts transfers.
+#[derive(Args, Clone)]
+pub(crate) struct PlanArgs {
+    /// The longest WRITE, in KiB
+    #[arg(long, default_value_t = 1024, value_name = "KIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub(crate) chunk: u64,
+    /// Rows shorter than this many bytes are copied together on the trainer and written as one; 0 writes each from
+    /// where it is, with no copy
+    #[arg(long, default_value_t = PlanOptions::default().gather_row_bytes_max, value_name = "BYTES")]
+    pub(crate) gather_below: u64,
+}
+
+impl PlanArgs {
+    pub(crate) fn options(&self) -> PlanOptions {
+        let chunk_bytes_max = self.chunk << 10;
+        PlanOptions {
+            chunk_bytes_max,
+            gather_row_bytes_max: self.gather_below,
+            gather_chunk_bytes_max: chunk_bytes_max,
+        }
+    }
 }
 
 /// Which job.
@@ -143,6 +170,8 @@ pub(crate) struct ControllerArgs {
     pub(crate) listen: String,
     #[command(flatten)]
     pub(crate) job: JobArgs,
+    #[command(flatten)]
+    pub(crate) plan: PlanArgs,
     /// The longest that any rank may let the others wait without progress, in seconds
     #[arg(long, default_value = "30", value_name = "SECONDS", value_parser = seconds)]
     pub(crate) deadline: Duration,
@@ -214,9 +243,8 @@ impl JobArgs {
 
     pub(crate) fn secret(&self) -> anyhow::Result<Secret> {
         let text = match &self.secret_file {
-            Some(path) => {
-                std::fs::read_to_string(path).with_context(|| format!("cannot read the secret from {}", path.display()))?
-            }
+            Some(path) => std::fs::read_to_string(path)
+                .with_context(|| format!("cannot read the secret from {}", path.display()))?,
             None => match std::env::var(SECRET_VARIABLE) {
                 Ok(text) => text,
                 Err(std::env::VarError::NotPresent) => return Ok(Secret::none()),
@@ -235,11 +263,20 @@ impl RailArgs {
         config.fabric = self.fabric;
         config.deadline = self.deadline;
         config.watermark_bytes = self.watermark << 20;
-        config.rail_bytes_per_second = self.nic_gbps.map(|gbps| (gbps * 1e9 / 8.0) as u64).filter(|rate| *rate > 0);
+        config.rail_bytes_per_second =
+            self.nic_gbps.map(|gbps| (gbps * 1e9 / 8.0) as u64).filter(|rate| *rate > 0);
     }
 }
 
 impl RankArgs {
+    /// Refuses a rank that its side does not have, before anything is loaded for it.
+    pub(crate) fn check(&self, side: &str, ranks: u32) -> anyhow::Result<()> {
+        if self.rank >= ranks {
+            bail!("there is no {side} {}: the job has {ranks}, and ranks count from 0", self.rank);
+        }
+        Ok(())
+    }
+
     pub(crate) fn config(&self) -> anyhow::Result<SessionConfig> {
         let mut config = SessionConfig::new(self.controller.clone(), self.job.world(), self.rank);
         config.job = self.job.job.clone();

@@ -66,7 +66,9 @@ impl Event {
                 bytes_text(*bytes),
                 seconds_text(*seconds),
             ),
-            Self::Ended { peak_rss_bytes: Some(bytes) } => println!("done; peak memory {}", bytes_text(*bytes)),
+            Self::Ended { peak_rss_bytes: Some(bytes) } => {
+                println!("done; peak memory {}", bytes_text(*bytes))
+            }
             Self::Ended { peak_rss_bytes: None } => println!("done"),
         }
     }

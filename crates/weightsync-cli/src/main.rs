@@ -9,6 +9,7 @@ mod events;
 mod table;
 mod trace;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -25,7 +26,9 @@ const EXIT_BYTES_DIFFER: u8 = 3;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // Colours are for a person's terminal, not for a log file.
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
     // Rails and heartbeats have threads of their own: what is left to this runtime waits for messages.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let result = match runtime {
@@ -35,11 +38,20 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("weightsync: {error:#}");
+            eprintln!("weightsync: {}", with_causes(&error));
             let differ = error.downcast_ref::<BytesDiffer>().is_some();
             ExitCode::from(if differ { EXIT_BYTES_DIFFER } else { EXIT_FAILED })
         }
     }
+}
+
+/// The error, and those of its causes that its message does not tell already.
+fn with_causes(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |told, cause| match told.as_str() {
+        "" => cause,
+        _ if told.contains(&cause) => told,
+        _ => format!("{told}: {cause}"),
+    })
 }
 
 async fn run(cli: Cli) -> anyhow::Result<()> {

@@ -69,7 +69,9 @@ mod tests {
         {
             assert_eq!(bytes_text(bytes), text);
         }
-        for (seconds, text) in [(0.0, "0 us"), (0.0012, "1.2 ms"), (0.9999, "1.00 s"), (12.345, "12.35 s"), (100.0, "100 s")] {
+        for (seconds, text) in
+            [(0.0, "0 us"), (0.0012, "1.2 ms"), (0.9999, "1.00 s"), (12.345, "12.35 s"), (100.0, "100 s")]
+        {
             assert_eq!(seconds_text(seconds), text);
         }
     }

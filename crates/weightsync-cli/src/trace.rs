@@ -13,7 +13,9 @@ impl Trace {
     /// Adds the stages of one version of a rank. `row` orders the ranks.
     pub(crate) fn add(&mut self, row: usize, rank: &str, version: u64, stages: &[Span]) {
         self.events.push(json!({ "ph": "M", "name": "process_name", "pid": row, "args": { "name": rank } }));
-        self.events.push(json!({ "ph": "M", "name": "process_sort_index", "pid": row, "args": { "sort_index": row } }));
+        self.events.push(
+            json!({ "ph": "M", "name": "process_sort_index", "pid": row, "args": { "sort_index": row } }),
+        );
         self.events.extend(stages.iter().map(|stage| {
             json!({
                 "ph": "X",

@@ -28,7 +28,8 @@ pub const JOB_DEFAULT: &str = "default";
 /// Tensors and parameters begin on multiples of this in an arena: what CUDA's allocator and kernels count on.
 pub(crate) const ALIGN_BYTES: u64 = 256;
 
-/// The description of a job for a controller of this process: `world` ranks, with fresh random push ids.
+/// The description of a job for a controller of this process: `world` ranks, the default plan options, fresh random push
+/// ids.
 ///
 /// # Errors
 ///

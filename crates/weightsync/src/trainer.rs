@@ -411,7 +411,8 @@ impl TrainerSession {
     /// Pushes the weights as they are now as `version`, which must be newer than the last committed one. Every trainer
     /// of the job must push it. Returns when every inference rank serves it.
     ///
-    /// The future may be dropped: the push is then ended in the background, and this session cannot push again.
+    /// If the future is dropped in the middle, this trainer gives up: the job ends, every other rank is told so, and the
+    /// weights come back once the rails have let go of them.
     ///
     /// # Errors
     ///

@@ -2,7 +2,7 @@
 //!
 //! Everything that a push touches belongs to this thread: rails, queues, counters, staging slots. The weights come in
 //! by value with a push and go back by value with its outcome, so nobody can change them meanwhile. While a push runs
-//! the thread polls; when nothing has moved for [`SPIN_MAX`] it waits on a rail's wait object; between pushes it sleeps
+//! the thread polls; when nothing has moved for `SPIN_MAX` it waits on a rail's wait object; between pushes it sleeps
 //! on its command queue.
 
 use std::collections::VecDeque;
@@ -16,7 +16,9 @@ use crossbeam_channel::{Receiver, Sender as ChannelSender, bounded, unbounded};
 use efa_core::{Lease, LeaseMut};
 use xfer_plan::Op;
 
-use crate::engine::{Action, Delivered, Engine, EngineConfig, Event, Failure, Post, Slot, Source};
+use crate::engine::{
+    Action, Delivered, Engine, EngineConfig, Event, Failure, Post, RailLimits, Slot, Source,
+};
 use crate::program::Program;
 use crate::rail::{Done, Rail, RailIndex, RailWrite};
 
@@ -183,7 +185,10 @@ impl Thread {
             slots.push(SlotMemory::Free(slot));
         }
         let engine_config = EngineConfig {
-            depths: rails.iter().map(|rail| rail.depth()).collect(),
+            rails: rails
+                .iter()
+                .map(|rail| RailLimits { depth: rail.depth(), takes_rows: rail.takes_rows() })
+                .collect(),
             slots: slots.len() as u32,
             deadline,
             // What was posted either completes about as fast as before the failure, or not at all.
@@ -230,11 +235,6 @@ impl Thread {
         let mut timings = Timings::default();
         let (mut moved_at, mut ticked_at) = (Duration::ZERO, Duration::ZERO);
         self.progress.store(0, Ordering::Relaxed);
-        if self.rails.is_empty() && self.engine.program().writes() > 0 {
-            let result =
-                Err(Failure::Aborted("the rails of this rank were closed by an earlier failure".into()));
-            return Outcome { result, regions, timings, usable: false };
-        }
         self.engine.handle(Event::Start, Duration::ZERO, &mut self.actions);
         let result = loop {
             let now = began.elapsed();
@@ -283,6 +283,7 @@ impl Thread {
                     Some(from) => self.outboxes[post.rail.index()].push_back(RailWrite {
                         id: post.id,
                         from,
+                        rows: post.rows,
                         to: post.to,
                         region: post.region,
                         offset: post.offset,
@@ -304,7 +305,7 @@ impl Thread {
     }
 
     fn buffer(&self, post: &Post, regions: &[Lease]) -> Option<Lease> {
-        let bytes = post.bytes as usize;
+        let bytes = usize::try_from(post.rows.extent_bytes()?).ok()?;
         match post.source {
             Source::Region(region, offset) => {
                 let offset = usize::try_from(offset).ok()?;

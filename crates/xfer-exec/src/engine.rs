@@ -10,12 +10,12 @@
 //! come back, or the rails are closed.
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use core::time::Duration;
 
 use xfer_plan::{OpKind, ReceiverRank, RegionIndex};
 
 use crate::program::{Program, WriteId};
-use crate::rail::RailIndex;
+use crate::rail::{RailIndex, Rows};
 
 /// WRITEs that wait in front of a rail, as a multiple of its depth: enough that a rail whose completions come in a
 /// burst finds its next WRITEs ready, small enough that the order of the plan is kept.
@@ -25,11 +25,20 @@ const READY_PER_DEPTH: usize = 2;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Slot(pub u32);
 
+/// What a rail takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RailLimits {
+    /// WRITEs that may be in flight at once.
+    pub depth: u32,
+    /// See [`crate::rail::Rail::takes_rows`].
+    pub takes_rows: bool,
+}
+
 /// Bounds of an engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineConfig {
-    /// For every rail, the WRITEs that may be in flight at once.
-    pub depths: Vec<u32>,
+    /// The rails, as the program's routes number them.
+    pub rails: Vec<RailLimits>,
     /// Staging slots: the memory watermark over the bytes of a slot.
     pub slots: u32,
     /// A peer that owes a completion for longer fails the push.
@@ -81,8 +90,8 @@ pub struct Post {
     pub rail: RailIndex,
     /// From where.
     pub source: Source,
-    /// How many bytes.
-    pub bytes: u32,
+    /// How its bytes lie there.
+    pub rows: Rows,
     /// To whom.
     pub to: ReceiverRank,
     /// To which of its regions.
@@ -156,6 +165,9 @@ pub enum Failure {
         /// Its reason.
         reason: String,
     },
+    /// An earlier push ended by closing the rails.
+    #[error("the rails of this rank were closed by an earlier failure; leave and join again")]
+    Closed,
     /// Ended from outside.
     #[error("{0}")]
     Aborted(String),
@@ -178,9 +190,8 @@ pub enum Failure {
     Protocol(String),
 }
 
-#[derive(Default)]
 struct RailState {
-    depth: u32,
+    limits: RailLimits,
     in_flight: u32,
     /// It refused a WRITE and has not been polled since.
     full: bool,
@@ -220,6 +231,8 @@ pub struct Engine {
     next_op: usize,
     next_row: u32,
     delivered: Delivered,
+    /// The rails have been closed: there is no further push.
+    closed: bool,
 }
 
 type Actions = VecDeque<Action>;
@@ -227,8 +240,13 @@ type Actions = VecDeque<Action>;
 impl Engine {
     /// An engine for pushes of `program`.
     pub fn new(program: Program, config: EngineConfig) -> Self {
-        let rail = |depth: &u32| RailState { depth: *depth, ..RailState::default() };
-        let rails = config.depths.iter().map(rail).collect();
+        let rail = |limits: &RailLimits| RailState {
+            limits: *limits,
+            in_flight: 0,
+            full: false,
+            ready: VecDeque::new(),
+        };
+        let rails = config.rails.iter().map(rail).collect();
         let peers = vec![PeerState::default(); program.ranks()];
         // Popped from the end: low slots are used first, so memory that is never needed is never touched.
         let free = (0..config.slots).rev().map(Slot).collect();
@@ -245,6 +263,7 @@ impl Engine {
             next_op: 0,
             next_row: 0,
             delivered: Delivered::default(),
+            closed: false,
         }
     }
 
@@ -294,6 +313,9 @@ impl Engine {
         for peer in &mut self.peers {
             *peer = PeerState::default();
         }
+        if self.closed {
+            self.fail(Failure::Closed, now);
+        }
     }
 
     /// Moves work on as far as the bounds allow, and ends the push when nothing is left.
@@ -335,11 +357,13 @@ impl Engine {
             else {
                 return;
             };
-            if rail.ready.len() >= READY_PER_DEPTH * rail.depth as usize {
+            if rail.ready.len() >= READY_PER_DEPTH * rail.limits.depth as usize {
                 return;
             }
             let index = self.next_op as u32;
-            if op.kind() == OpKind::Gather {
+            if op.kind() == OpKind::Gather && rail.limits.takes_rows {
+                self.queue(WriteId { op: index, row: 0 }, End::Back);
+            } else if op.kind() == OpKind::Gather {
                 let Some(slot) = self.free.pop() else { return };
                 self.slots[slot.0 as usize] = index;
                 self.gathering += 1;
@@ -359,7 +383,7 @@ impl Engine {
 
     fn post_ready(&mut self, rail: usize, now: Duration, actions: &mut Actions) {
         let rail = &mut self.rails[rail];
-        while !rail.full && rail.in_flight < rail.depth {
+        while !rail.full && rail.in_flight < rail.limits.depth {
             let Some(post) = rail.ready.pop_front() else {
                 return;
             };
@@ -378,16 +402,23 @@ impl Engine {
         let op = self.program.ops().get(id.op as usize)?;
         let route = self.program.route(op.to)?;
         let row = u64::from(id.row);
-        let (source, bytes, offset) = match op.kind() {
-            OpKind::Gather => (Source::Slot(Slot(id.row)), op.bytes() as u32, op.destination.offset),
-            _ => (
-                Source::Region(op.source.region, op.source.offset + row * op.source.stride),
-                op.row_bytes,
-                op.destination.offset + row * op.destination.stride,
-            ),
+        let region = |row: u64| Source::Region(op.source.region, op.source.offset + row * op.source.stride);
+        let whole = Rows { count: op.rows, bytes: op.row_bytes, stride: op.source.stride };
+        let takes_rows = self.rails.get(route.rail.index())?.limits.takes_rows;
+        let (source, rows, row) = match op.kind() {
+            OpKind::Gather if takes_rows => (region(0), whole, 0),
+            OpKind::Gather => (Source::Slot(Slot(id.row)), Rows::one(op.bytes() as u32), 0),
+            _ => (region(row), Rows::one(op.row_bytes), row),
         };
-        let region = op.destination.region;
-        Some(Post { id, rail: route.rail, source, bytes, to: op.to, region, offset })
+        Some(Post {
+            id,
+            rail: route.rail,
+            source,
+            rows,
+            to: op.to,
+            region: op.destination.region,
+            offset: op.destination.offset + row * op.destination.stride,
+        })
     }
 
     fn queue(&mut self, id: WriteId, end: End) {
@@ -449,10 +480,11 @@ impl Engine {
 
     fn delivered_one(&mut self, id: WriteId, now: Duration) {
         let Some(post) = self.take(id, now) else { return };
-        self.delivered.bytes += u64::from(post.bytes);
+        let bytes = u64::from(post.rows.count) * u64::from(post.rows.bytes);
+        self.delivered.bytes += bytes;
         self.delivered.writes += 1;
         if let Source::Slot(_) = post.source {
-            self.delivered.bytes_gathered += u64::from(post.bytes);
+            self.delivered.bytes_gathered += bytes;
         }
         let peer = &mut self.peers[post.to.index()];
         (peer.since, peer.refused) = (now, false);
@@ -468,6 +500,7 @@ impl Engine {
     }
 
     fn rails_closed(&mut self, now: Duration) {
+        self.closed = true;
         for rail in &mut self.rails {
             rail.in_flight = 0;
         }

@@ -17,7 +17,7 @@ const SLOT_BYTES: u64 = 64;
 struct Case {
     /// Per operation: receiver, rows, gathered.
     ops: Vec<(u32, u32, bool)>,
-    depths: Vec<u32>,
+    rails: Vec<RailLimits>,
     slots: u32,
     /// Decides everything that the world does.
     seed: u64,
@@ -44,10 +44,11 @@ fn cases() -> impl Strategy<Value = Case> {
         1 => (0u32..3).prop_map(Fault::Silent),
         1 => any::<u8>().prop_map(Fault::BrokenRail),
     ];
-    let depths = prop::collection::vec(1u32..5, 1..4);
-    (ops, depths, 1u32..4, any::<u64>(), fault).prop_map(|(ops, depths, slots, seed, fault)| Case {
+    let rail = (1u32..5, any::<bool>()).prop_map(|(depth, takes_rows)| RailLimits { depth, takes_rows });
+    let rails = prop::collection::vec(rail, 1..4);
+    (ops, rails, 1u32..4, any::<u64>(), fault).prop_map(|(ops, rails, slots, seed, fault)| Case {
         ops,
-        depths,
+        rails,
         slots,
         seed,
         fault,
@@ -78,7 +79,7 @@ fn program(case: &Case) -> Program {
     let route = |to| {
         (
             ReceiverRank(to),
-            Route { rail: RailIndex((to as usize % case.depths.len()) as u16), region_bytes: vec![at] },
+            Route { rail: RailIndex((to as usize % case.rails.len()) as u16), region_bytes: vec![at] },
         )
     };
     let routes: BTreeMap<_, _> = (0..3).map(route).collect();
@@ -95,13 +96,14 @@ struct World {
     gathering: Vec<Slot>,
     delivered: BTreeSet<WriteId>,
     closing: bool,
+    was_closed: bool,
     finished: Option<Result<Delivered, Failure>>,
 }
 
 impl World {
     fn new(case: Case) -> Self {
         let config = EngineConfig {
-            depths: case.depths.clone(),
+            rails: case.rails.clone(),
             slots: case.slots,
             deadline: Duration::from_millis(100),
             drain: Duration::from_millis(50),
@@ -116,6 +118,7 @@ impl World {
             gathering: Vec::new(),
             delivered: BTreeSet::new(),
             closing: false,
+            was_closed: false,
             finished: None,
         }
     }
@@ -137,12 +140,16 @@ impl World {
                 Action::Post(post) => {
                     assert!(!self.in_flight.iter().any(|other| other.id == post.id), "posted twice");
                     assert!(!self.delivered.contains(&post.id), "posted again after delivery");
+                    assert!(post.rows.count == 1 || self.case.rails[post.rail.index()].takes_rows);
                     if refuse() {
                         self.handle(Event::Refused(post.id));
                     } else {
                         self.in_flight.push(post);
                         let rail = self.in_flight.iter().filter(|other| other.rail == post.rail).count();
-                        assert!(rail <= self.case.depths[post.rail.index()] as usize, "rail over its depth");
+                        assert!(
+                            rail <= self.case.rails[post.rail.index()].depth as usize,
+                            "rail over its depth"
+                        );
                     }
                 }
                 Action::CloseRails => self.closing = true,
@@ -196,7 +203,7 @@ impl World {
                 _ => {}
             }
             if self.closing {
-                self.closing = false;
+                (self.closing, self.was_closed) = (false, true);
                 self.in_flight.clear();
                 self.handle(Event::RailsClosed);
                 continue;
@@ -218,7 +225,7 @@ impl World {
                     self.handle(Event::Delivered(post.id));
                 }
             }
-            for rail in 0..self.case.depths.len() {
+            for rail in 0..self.case.rails.len() {
                 self.handle(Event::Polled(RailIndex(rail as u16)));
             }
             self.handle(Event::Tick);
@@ -237,7 +244,8 @@ proptest! {
             Ok(delivered) => {
                 prop_assert_eq!(delivered.writes, planned);
                 prop_assert_eq!(delivered.bytes, world.engine.program().bytes());
-                let gathered = case.ops.iter().filter(|(_, rows, gather)| *gather && *rows > 1);
+                let takes_rows = |to: u32| case.rails[to as usize % case.rails.len()].takes_rows;
+                let gathered = case.ops.iter().filter(|(to, rows, gather)| *gather && *rows > 1 && !takes_rows(*to));
                 prop_assert_eq!(delivered.bytes_gathered, gathered.map(|(_, rows, _)| u64::from(rows * ROW_BYTES)).sum::<u64>());
                 let unreached = |fault| match fault {
                     Fault::Silent(rank) => case.ops.iter().all(|(to, ..)| *to != rank),
@@ -256,20 +264,25 @@ proptest! {
                 prop_assert!(expected, "{:?} gave {failure}", case.fault);
             }
         }
-        // Whatever happened, the next push on the same engine is whole.
-        if world.engine.in_flight() == 0 {
-            world.case.fault = Fault::None;
-            world.delivered.clear();
-            world.run();
-            let again = world.finished.take().unwrap();
-            prop_assert_eq!(again.map(|delivered| delivered.writes), Ok(planned));
-        }
+        // Whatever happened, the next push on the same engine is whole, unless the rails are gone.
+        let closed = world.was_closed;
+        world.case.fault = Fault::None;
+        world.delivered.clear();
+        world.run();
+        let again = world.finished.take().unwrap();
+        prop_assert_eq!(again.map(|delivered| delivered.writes), if closed { Err(Failure::Closed) } else { Ok(planned) });
     }
 }
 
 #[test]
 fn an_empty_program_ends_at_once() {
-    let case = Case { ops: vec![], depths: vec![1], slots: 1, seed: 0, fault: Fault::None };
+    let case = Case {
+        ops: vec![],
+        rails: vec![RailLimits { depth: 1, takes_rows: false }],
+        slots: 1,
+        seed: 0,
+        fault: Fault::None,
+    };
     let mut world = World::new(case);
     world.run();
     assert_eq!(world.finished, Some(Ok(Delivered::default())));
@@ -278,7 +291,13 @@ fn an_empty_program_ends_at_once() {
 
 #[test]
 fn a_completion_that_is_not_in_flight_fails_the_push_and_does_not_panic() {
-    let case = Case { ops: vec![(0, 1, false)], depths: vec![1], slots: 1, seed: 0, fault: Fault::None };
+    let case = Case {
+        ops: vec![(0, 1, false)],
+        rails: vec![RailLimits { depth: 1, takes_rows: false }],
+        slots: 1,
+        seed: 0,
+        fault: Fault::None,
+    };
     for id in [WriteId { op: 0, row: 0 }, WriteId { op: 7, row: 0 }] {
         let mut world = World::new(case.clone());
         world.handle(Event::Start);

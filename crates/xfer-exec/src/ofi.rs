@@ -15,7 +15,7 @@ use efa_core::{
 use xfer_plan::{ReceiverRank, RegionIndex};
 
 use crate::program::WriteId;
-use crate::rail::{Done, Rail, RailError, RailWrite};
+use crate::rail::{Done, Rail, RailError, RailWrite, Rows};
 
 /// A warm-up writes this many bytes to each peer.
 const WARM_UP_BYTES: u64 = 8;
@@ -100,6 +100,7 @@ impl OfiRail {
             Some((*peer, remote.at(write.offset, write.from.len() as u64)))
         });
         match (region, target) {
+            _ if write.rows.count != 1 => Err(Box::new((write, "a rail of libfabric takes one row".into()))),
             (Some(region), Some((to, Ok(remote)))) => Ok(Write {
                 from: write.from,
                 region,
@@ -160,6 +161,7 @@ impl Rail for OfiRail {
         {
             writes.push_front(RailWrite {
                 id: WriteId::from_token(write.token),
+                rows: Rows::one(write.from.len() as u32),
                 from: write.from,
                 to,
                 region,

@@ -33,14 +33,40 @@ impl fmt::Display for RailIndex {
 pub struct RailWrite<B> {
     /// Which WRITE this is.
     pub id: WriteId,
-    /// Its bytes.
+    /// From the first of its bytes to the last.
     pub from: B,
+    /// How its bytes lie in `from`; at the receiver they are contiguous.
+    pub rows: Rows,
     /// The receiver.
     pub to: ReceiverRank,
     /// The receiver's region.
     pub region: RegionIndex,
     /// Where in that region.
     pub offset: u64,
+}
+
+/// Equally long rows at equal distances. One row is contiguous bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rows {
+    /// How many.
+    pub count: u32,
+    /// Bytes of each.
+    pub bytes: u32,
+    /// From the start of one to the start of the next, in bytes.
+    pub stride: u64,
+}
+
+impl Rows {
+    /// Contiguous bytes.
+    pub fn one(bytes: u32) -> Self {
+        Self { count: 1, bytes, stride: u64::from(bytes) }
+    }
+
+    /// Bytes from the start of the first row to the end of the last, gaps included; `None` if that is no length.
+    pub fn extent_bytes(self) -> Option<u64> {
+        let before_last = u64::from(self.count.checked_sub(1)?).checked_mul(self.stride)?;
+        before_last.checked_add(u64::from(self.bytes))
+    }
 }
 
 /// A WRITE that is over.
@@ -74,6 +100,11 @@ pub trait Rail: Send {
 
     /// WRITEs that may be in flight at once.
     fn depth(&self) -> u32;
+
+    /// Whether it takes WRITEs of several rows. For one that does not, rows are gathered in staging memory first.
+    fn takes_rows(&self) -> bool {
+        false
+    }
 
     /// Takes WRITEs from the front of `writes` for as long as there is room; what stays was refused for now, which is
     /// an ordinary outcome. An error concerns the WRITE at the front, which also stays.

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use libfabric_sys as sys;
 
 use super::*;
-use crate::queue::EMPTY_ERROR;
+use crate::queue::{COMPLETIONS_PER_POLL_MAX, EMPTY_ENTRY, EMPTY_ERROR};
 use crate::{
     Completion, Hints, Lease, LeaseMut, Library, Memory, PostError, RegionError, RejectReason, Rejected,
     RemoteRegion, Write,
@@ -126,7 +126,7 @@ struct Watched {
 }
 
 // SAFETY: the box is reached through `base` only, and lives until the value is dropped.
-unsafe impl std::marker::Send for Watched {}
+unsafe impl Send for Watched {}
 // SAFETY: as above.
 unsafe impl Sync for Watched {}
 // SAFETY: `base` was taken from the box, which does not move its contents and which nobody else has.
@@ -358,6 +358,9 @@ fn a_failed_operation_comes_back_with_its_buffer() {
         other => panic!("{other:?}"),
     }
     assert_eq!(it.rail.in_flight(), 0);
+    // Nothing holds on to the region and the peer either.
+    it.rail.close_region(it.region).unwrap();
+    it.rail.remove_peer(it.to).unwrap();
     assert!(it.from.thaw().is_ok());
 }
 
@@ -377,6 +380,18 @@ fn a_peers_failure_is_nobodys_operation() {
         "{completions:?}"
     );
     assert_eq!(it.rail.in_flight(), 1);
+}
+
+#[test]
+fn accesses_without_a_number_say_nothing() {
+    let Some(mut it) = Scripted::open() else { return };
+    let context = it.write(1).unwrap();
+    script([
+        entry(context, sys::FI_RMA | sys::FI_REMOTE_WRITE, 0),
+        entry(context, sys::FI_RMA | sys::FI_REMOTE_READ, 0),
+    ]);
+    assert!(it.poll().1.is_empty() && it.poll().1.is_empty());
+    assert_eq!(it.rail.in_flight(), 1, "the context was not ours");
 }
 
 #[test]

@@ -9,12 +9,10 @@ use crate::table::{bytes_text, seconds_text};
 
 pub(crate) async fn run(args: ControllerArgs) -> anyhow::Result<()> {
     let world = args.job.world();
-    let server = ServerConfig {
-        listen: args.listen,
-        secret: args.job.secret()?,
-        insecure: args.insecure,
-        controller: weightsync::controller_config(&args.job.job, world, args.deadline)?,
-    };
+    let mut controller = weightsync::controller_config(&args.job.job, world, args.deadline)?;
+    controller.options = args.plan.options();
+    let server =
+        ServerConfig { listen: args.listen, secret: args.job.secret()?, insecure: args.insecure, controller };
     let controller = Controller::bind(server).await?;
     let address = controller.local_addr();
     if args.json {

@@ -40,7 +40,8 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     }
     let failed = demo.play(&args, &path).await;
     if let Some(file) = &args.trace {
-        std::fs::write(file, demo.trace.render()).with_context(|| format!("cannot write {}", file.display()))?;
+        std::fs::write(file, demo.trace.render())
+            .with_context(|| format!("cannot write {}", file.display()))?;
     }
     failed?;
     demo.check_complete(&args)?;
@@ -135,8 +136,14 @@ struct Demo {
 
 impl Demo {
     fn new(args: &DemoArgs, world: World) -> Self {
-        let bar = bar(args.steps * u64::from(args.inference), "{msg:32} {bar:40} {pos}/{len} rank versions verified");
-        let ranks = world.members().map(|rank| RankFacts { rank: rank.to_string(), ..RankFacts::default() }).collect();
+        let bar = bar(
+            args.steps * u64::from(args.inference),
+            "{msg:32} {bar:40} {pos}/{len} rank versions verified",
+        );
+        let ranks = world
+            .members()
+            .map(|rank| RankFacts { rank: rank.to_string(), ..RankFacts::default() })
+            .collect();
         Self {
             world,
             ranks,
@@ -152,11 +159,13 @@ impl Demo {
     async fn play(&mut self, args: &DemoArgs, checkpoint: &Path) -> anyhow::Result<()> {
         let secret = Secret::random_text()?;
         let (reports_in, mut reports) = mpsc::unbounded_channel();
+        let mut job = weightsync::controller_config(weightsync::JOB_DEFAULT, self.world, args.rail.deadline)?;
+        job.options = args.plan.options();
         let controller = Controller::bind(ServerConfig {
             listen: "127.0.0.1:0".into(),
             secret: Secret::new(&secret),
             insecure: false,
-            controller: weightsync::controller_config(weightsync::JOB_DEFAULT, self.world, args.rail.deadline)?,
+            controller: job,
         })
         .await?
         .spawn(move |report| drop(reports_in.send(report)));
@@ -180,9 +189,15 @@ impl Demo {
                 Ok(None) => break,
                 Ok(Some((number, news))) => self.note(number, news, &mut failures),
                 Err(waited) => {
-                    let running: Vec<String> =
-                        children.running().filter_map(|number| self.ranks.get(number)).map(|rank| rank.rank.clone()).collect();
-                    failures.push(Ending::Failed(format!("nothing was heard from {} for {waited:?}", running.join(", "))));
+                    let running: Vec<String> = children
+                        .running()
+                        .filter_map(|number| self.ranks.get(number))
+                        .map(|rank| rank.rank.clone())
+                        .collect();
+                    failures.push(Ending::Failed(format!(
+                        "nothing was heard from {} for {waited:?}",
+                        running.join(", ")
+                    )));
                     children.kill();
                     break;
                 }
@@ -196,8 +211,10 @@ impl Demo {
             None => Ok(()),
             Some(worst) => {
                 for (number, words) in &self.last_words {
-                    if let Some(rank) = self.ranks.get(*number) {
-                        eprintln!("{}: {words}", rank.rank);
+                    if let Some(RankFacts { rank, .. }) = self.ranks.get(*number) {
+                        // Most name their rank already.
+                        let words = words.strip_prefix(&format!("{rank}: ")).unwrap_or(words);
+                        eprintln!("{rank}: {words}");
                     }
                 }
                 Err(match worst {
@@ -245,10 +262,13 @@ impl Demo {
         match report {
             Report::Planned { digest, bytes, writes, bound_seconds, limited_by } => {
                 let limited_by = limited_by.map(|rank| rank.to_string());
-                self.plan = Some(Plan { digest: digest.to_string(), bytes, writes, bound_seconds, limited_by });
+                self.plan =
+                    Some(Plan { digest: digest.to_string(), bytes, writes, bound_seconds, limited_by });
             }
             Report::Pushing { version, .. } => self.bar.set_message(format!("version {version}: pushing")),
-            Report::Committed { version, .. } => self.bar.set_message(format!("version {version}: verifying")),
+            Report::Committed { version, .. } => {
+                self.bar.set_message(format!("version {version}: verifying"))
+            }
             // The controller knows the cause; the ranks' own words come after it.
             Report::Ended { reason: Some(reason) } => failures.insert(0, Ending::Failed(reason)),
             _ => {}
@@ -332,8 +352,12 @@ impl Demo {
     fn check_complete(&self, args: &DemoArgs) -> anyhow::Result<()> {
         let planned = self.plan.as_ref().map_or(0, |plan| plan.bytes);
         for version in 1..=args.steps {
-            let Some(facts) = self.versions.get(&version) else { bail!("version {version} was never pushed") };
-            let complete = facts.verified_ranks == args.inference && facts.verified_bytes == planned && facts.bytes == planned;
+            let Some(facts) = self.versions.get(&version) else {
+                bail!("version {version} was never pushed")
+            };
+            let complete = facts.verified_ranks == args.inference
+                && facts.verified_bytes == planned
+                && facts.bytes == planned;
             if !complete {
                 bail!(
                     "version {version}: {} of {} ranks verified {} of {planned} bytes, {} were pushed",
@@ -362,7 +386,8 @@ impl Demo {
 
     fn print(&self, args: &DemoArgs) {
         if let Some(plan) = &self.plan {
-            let limit = plan.limited_by.as_ref().map(|rank| format!(", limited by {rank}")).unwrap_or_default();
+            let limit =
+                plan.limited_by.as_ref().map(|rank| format!(", limited by {rank}")).unwrap_or_default();
             println!(
                 "plan {}: {} in {} writes, lower bound {}{limit}",
                 plan.digest.get(..12).unwrap_or(&plan.digest),
@@ -374,13 +399,13 @@ impl Demo {
         let mut rails: BTreeMap<&str, usize> = BTreeMap::new();
         for rail in self.ranks.iter().flat_map(|rank| rank.routes.values()) {
             // One line for what differs only by address.
-            *rails.entry(rail.split(" at ").next().unwrap_or(rail)).or_default() += 1;
+            *rails.entry(rail.split("://").next().unwrap_or(rail)).or_default() += 1;
         }
         for (rail, pairs) in rails {
             println!("{pairs} trainer-inference pairs over {rail}");
         }
         let mut table =
-            Table::new(&["version", "pushed", "gathered", "write", "GB/s", "of bound", "push", "pause", "verified"]);
+            Table::new(&["version", "pushed", "gathered", "write", "GB/s", "of bound", "pause", "verified"]);
         for facts in self.versions.values() {
             table.row(vec![
                 facts.version.to_string(),
@@ -389,9 +414,12 @@ impl Demo {
                 seconds_text(facts.write_seconds),
                 format!("{:.2}", facts.gb_per_second),
                 format!("{:.2}", facts.bound_fraction),
-                seconds_text(facts.seconds),
                 seconds_text(facts.pause_seconds),
-                format!("{} x {}", bytes_text(facts.verified_bytes / u64::from(facts.verified_ranks.max(1))), facts.verified_ranks),
+                format!(
+                    "{} x {}",
+                    bytes_text(facts.verified_bytes / u64::from(facts.verified_ranks.max(1))),
+                    facts.verified_ranks
+                ),
             ]);
         }
         println!("\n{}", table.render());

@@ -57,7 +57,9 @@ fn describe(library: &Library) -> Libfabric {
             domains.dedup();
             ProviderFacts { name: provider.name(), domains, error: None }
         }
-        Err(error) => ProviderFacts { name: provider.name(), domains: Vec::new(), error: Some(error.to_string()) },
+        Err(error) => {
+            ProviderFacts { name: provider.name(), domains: Vec::new(), error: Some(error.to_string()) }
+        }
     });
     Libfabric {
         version: library.version().to_string(),
@@ -70,10 +72,15 @@ fn meaning(snapshot: &Snapshot, libfabric: Option<&Libfabric>) -> Vec<String> {
     let mut lines = Vec::new();
     let offers = |name: Provider| {
         libfabric.is_some_and(|library| {
-            library.providers.iter().any(|provider| provider.name == name.name() && !provider.domains.is_empty())
+            library
+                .providers
+                .iter()
+                .any(|provider| provider.name == name.name() && !provider.domains.is_empty())
         })
     };
-    let nics = |kind: RdmaKind| snapshot.rdma_devices.iter().filter(move |nic| nic.kind == kind && nic.pci.is_some());
+    let nics = |kind: RdmaKind| {
+        snapshot.rdma_devices.iter().filter(move |nic| nic.kind == kind && nic.pci.is_some())
+    };
     for (kind, provider, install) in [
         (RdmaKind::Efa, Provider::Efa, "install the EFA installer's libfabric, or point LIBFABRIC_SO at it"),
         (RdmaKind::Mellanox, Provider::Verbs, "install a libfabric with the verbs provider"),
@@ -82,7 +89,9 @@ fn meaning(snapshot: &Snapshot, libfabric: Option<&Libfabric>) -> Vec<String> {
         match (count, offers(provider)) {
             (0, _) => {}
             (_, true) => lines.push(format!("{count} {provider} NICs can be used: --fabric auto takes them")),
-            (_, false) => lines.push(format!("{count} RDMA NICs are idle, libfabric has no {provider} here: {install}")),
+            (_, false) => {
+                lines.push(format!("{count} RDMA NICs are idle, libfabric has no {provider} here: {install}"))
+            }
         }
     }
     match libfabric {
@@ -173,11 +182,16 @@ fn print(facts: &Facts) {
         );
     }
     for nic in snapshot.net_devices.iter().filter(|nic| nic.is_up()) {
-        let speed = nic.megabits_per_second.map_or_else(|| "speed unknown".into(), |rate| format!("{rate} Mb/s"));
+        let speed =
+            nic.megabits_per_second.map_or_else(|| "speed unknown".into(), |rate| format!("{rate} Mb/s"));
         println!("netdev      {}, {speed}", nic.name);
     }
     for gpu in &snapshot.gpus {
-        println!("GPU         {} at {}", gpu.model.clone().unwrap_or_else(|| "NVIDIA".into()), gpu.pci.address);
+        println!(
+            "GPU         {} at {}",
+            gpu.model.clone().unwrap_or_else(|| "NVIDIA".into()),
+            gpu.pci.address
+        );
     }
     println!();
     for line in meaning {

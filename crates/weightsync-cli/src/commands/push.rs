@@ -13,6 +13,7 @@ use crate::events::{Event, end_with_stdin, peak_rss_bytes};
 
 pub(crate) async fn run(args: PushArgs) -> anyhow::Result<()> {
     end_with_stdin(args.rank.until_stdin_closes)?;
+    args.rank.check("trainer", args.rank.job.trainers)?;
     let json = args.rank.json;
     let began = Instant::now();
     let checkpoint = Checkpoint::open(&args.rank.checkpoint)?;
@@ -58,7 +59,12 @@ fn shards(checkpoint: &Checkpoint, trainers: u32, rank: u32) -> anyhow::Result<V
 }
 
 /// The stand-in for an optimiser step: brings every weight from the step before to `step`.
-fn train(session: &mut TrainerSession, shards: &[TensorSpec], ids: &[TensorId], step: u64) -> anyhow::Result<()> {
+fn train(
+    session: &mut TrainerSession,
+    shards: &[TensorSpec],
+    ids: &[TensorId],
+    step: u64,
+) -> anyhow::Result<()> {
     for (TensorSpec { name, dtype, shape, bounds }, id) in shards.iter().zip(ids) {
         let bytes = session.tensor_mut(*id)?;
         if !training::advance_box(*dtype, name, shape, bounds, (step - 1, step), bytes) {

@@ -15,6 +15,7 @@ use crate::events::{BytesDiffer, Event, end_with_stdin, peak_rss_bytes};
 
 pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     end_with_stdin(args.rank.until_stdin_closes)?;
+    args.rank.check("inference rank", args.rank.job.inference)?;
     let (json, rank, tp) = (args.rank.json, args.rank.rank, args.rank.job.inference);
     let began = Instant::now();
     let checkpoint = Checkpoint::open(&args.rank.checkpoint)?;

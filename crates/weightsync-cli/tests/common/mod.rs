@@ -1,10 +1,14 @@
-//! Small checkpoints for tests.
+//! Small checkpoints for tests, and in [`job`] runs of the real program.
 #![allow(dead_code, unreachable_pub)] // each test uses a part
+
+pub mod job;
 
 use std::path::Path;
 
 use safetensors::Dtype;
 use safetensors::tensor::{TensorView, serialize_to_file};
+use weightsync_cli::checkpoint::MODEL_FILE;
+use weightsync_cli::synthetic::{Shape, ensure};
 
 /// Writes a safetensors file with made-up bytes, different in every tensor.
 pub fn write_tensors(path: &Path, tensors: &[(String, Dtype, Vec<usize>)]) {
@@ -57,4 +61,20 @@ pub fn bert() -> Vec<(String, Dtype, Vec<usize>)> {
         }
     }
     tensors
+}
+
+/// A folder with the synthetic checkpoint that is made for tests.
+pub fn tiny() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    ensure(folder.path(), &Shape::tiny(), 1, &mut |_, _| {}).unwrap();
+    folder
+}
+
+/// A folder with a checkpoint of these tensors.
+pub fn checkpoint_of(tensors: &[(&str, Dtype, &[usize])]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let tensors: Vec<_> =
+        tensors.iter().map(|(name, dtype, shape)| ((*name).to_owned(), *dtype, shape.to_vec())).collect();
+    write_tensors(&folder.path().join(MODEL_FILE), &tensors);
+    folder
 }

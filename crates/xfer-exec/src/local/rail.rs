@@ -7,7 +7,7 @@ use efa_core::Lease;
 use xfer_plan::ReceiverRank;
 
 use super::shared::Attached;
-use crate::rail::{Done, Rail, RailError, RailWrite};
+use crate::rail::{Done, Rail, RailError, RailWrite, Rows};
 
 /// WRITEs taken at once. Each is copied when it is posted, so a deeper rail would only delay the other rails of the
 /// thread.
@@ -38,15 +38,17 @@ impl Rail for LocalRail {
     }
 
     fn post(&mut self, writes: &mut VecDeque<RailWrite<Lease>>) -> Result<(), RailError> {
-        while let Some(RailWrite { id, from, to, region, offset }) = writes.pop_front() {
+        while let Some(RailWrite { id, from, rows, to, region, offset }) = writes.pop_front() {
             let memory = self.peers.get_mut(&to).and_then(|regions| regions.get_mut(region.index()));
-            let copied = memory.and_then(|memory| memory.copy_in(offset, from.bytes()));
-            let bytes = from.len();
-            let result =
-                copied.ok_or_else(|| format!("{bytes} bytes at {offset} are outside {region} of {to}"));
+            let copied = memory.and_then(|memory| copy_rows(memory, offset, from.bytes(), rows));
+            let result = copied.ok_or_else(|| format!("{rows:?} at {offset} are outside {region} of {to}"));
             self.done.push(Done { id, from, result });
         }
         Ok(())
+    }
+
+    fn takes_rows(&self) -> bool {
+        true
     }
 
     fn poll(&mut self, done: &mut Vec<Done<Lease>>) -> Result<(), RailError> {
@@ -59,4 +61,16 @@ impl Rail for LocalRail {
     fn close(self: Box<Self>) -> Result<(), RailError> {
         Ok(())
     }
+}
+
+/// Copies rows one after another to `offset` on. `None` if they do not fit, at either end.
+fn copy_rows(memory: &mut Attached, offset: u64, from: &[u8], rows: Rows) -> Option<()> {
+    let stride = usize::try_from(rows.stride).ok()?;
+    let (mut at, mut to) = (0_usize, offset);
+    for _ in 0..rows.count {
+        let row = from.get(at..at.checked_add(rows.bytes as usize)?)?;
+        memory.copy_in(to, row)?;
+        (at, to) = (at.checked_add(stride)?, to.checked_add(u64::from(rows.bytes))?);
+    }
+    Some(())
 }

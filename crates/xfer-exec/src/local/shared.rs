@@ -80,6 +80,10 @@ impl SharedFile {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = rustix::fs::memfd_create("weightsync", flags).map_err(call("memfd_create"))?;
         let no_room = |source| LocalError::NoRoom { bytes, source };
+        // The kernel would take pages until it kills somebody.
+        if available_bytes().is_some_and(|available| bytes > available) {
+            return Err(no_room(rustix::io::Errno::NOMEM));
+        }
         rustix::fs::ftruncate(&file, bytes).map_err(no_room)?;
         if bytes > 0 {
             rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes).map_err(no_room)?;
@@ -101,6 +105,13 @@ impl AsFd for SharedFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Memory that can still be had on this host, as the kernel estimates it.
+fn available_bytes() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// Another process's arena, mapped here to be written to.

@@ -1,0 +1,269 @@
+//! The driver on real rails, byte for byte: random programs over shared memory and over libfabric, with staging so small
+//! that gathers wait for it. The oracle copies rows one at a time.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use efa_core::{Hints, Lease, LeaseMut, Library, Rail as OfiEndpoint, RailConfig, Target};
+use proptest::prelude::*;
+use xfer_exec::driver::{HostRail, Outcome, Sender, SenderConfig};
+use xfer_exec::local::{Attached, Doorman, LocalRail, SharedFile, fetch};
+use xfer_exec::ofi::{OfiPeer, OfiRail, OfiTarget};
+use xfer_exec::program::Route;
+use xfer_exec::{Failure, Program, RailIndex};
+use xfer_plan::{Op, ParamId, RankPlan, ReceiverRank, RegionIndex, Strided};
+
+const RECEIVERS: u32 = 2;
+const SOURCE_BYTES: usize = 1 << 16;
+const SLOT_BYTES: u64 = 4096;
+const DEADLINE: Duration = Duration::from_secs(20);
+
+#[derive(Debug, Clone)]
+struct Case {
+    /// Receiver, rows, bytes of a row, gap between rows at the source, gap at the destination, gathered.
+    ops: Vec<(u32, u32, u32, u32, u32, bool)>,
+    seed: u8,
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let op = (0..RECEIVERS, 1u32..6, 1u32..700, 0u32..50, 0u32..50, any::<bool>());
+    (prop::collection::vec(op, 0..40), any::<u8>()).prop_map(|(ops, seed)| Case { ops, seed })
+}
+
+impl Case {
+    /// The plan, and the bytes that each receiver needs.
+    fn plan(&self) -> (RankPlan, Vec<u64>) {
+        let mut ends = vec![0_u64; RECEIVERS as usize];
+        let mut source = 0_u64;
+        let mut ops = Vec::new();
+        for &(to, rows, row_bytes, source_gap, destination_gap, gather) in &self.ops {
+            let region = RegionIndex(0);
+            let gather = gather && rows > 1;
+            let one = rows == 1;
+            let source_stride = u64::from(if one { row_bytes } else { row_bytes + source_gap });
+            // A gathered chunk lands in one piece.
+            let destination_stride =
+                u64::from(if one || gather { row_bytes } else { row_bytes + destination_gap });
+            let extent = u64::from(rows - 1) * source_stride + u64::from(row_bytes);
+            if source + extent > SOURCE_BYTES as u64 {
+                source = 0;
+            }
+            let end = &mut ends[to as usize];
+            ops.push(Op {
+                to: ReceiverRank(to),
+                param: ParamId(0),
+                row_bytes,
+                rows,
+                source: Strided { region, offset: source, stride: source_stride },
+                destination: Strided { region, offset: *end, stride: destination_stride },
+                gather,
+            });
+            source += extent / 2;
+            *end += u64::from(rows - 1) * destination_stride + u64::from(row_bytes);
+        }
+        let plan = RankPlan {
+            bytes: ops.iter().map(Op::bytes).sum(),
+            writes: ops.iter().map(Op::writes).sum(),
+            ops,
+        };
+        // No receiver is empty: libfabric exposes nothing of no bytes.
+        (plan, ends.into_iter().map(|end| end.max(1)).collect())
+    }
+
+    fn weights(&self, step: u8) -> Vec<u8> {
+        (0..SOURCE_BYTES).map(|at| (at as u8).wrapping_mul(31) ^ (at >> 8) as u8 ^ self.seed ^ step).collect()
+    }
+}
+
+fn oracle(plan: &RankPlan, source: &[u8], bytes: &[u64]) -> Vec<Vec<u8>> {
+    let mut arenas: Vec<Vec<u8>> = bytes.iter().map(|bytes| vec![0; *bytes as usize]).collect();
+    for op in &plan.ops {
+        for row in 0..u64::from(op.rows) {
+            let from = (op.source.offset + row * op.source.stride) as usize;
+            let to = (op.destination.offset + row * op.destination.stride) as usize;
+            let len = op.row_bytes as usize;
+            arenas[op.to.index()][to..to + len].copy_from_slice(&source[from..from + len]);
+        }
+    }
+    arenas
+}
+
+/// The receivers' side: their memory, and what keeps it reachable.
+struct Receivers {
+    arenas: Vec<Target>,
+    _doormen: Vec<Doorman>,
+    _targets: Vec<OfiTarget>,
+}
+
+fn local(bytes: &[u64]) -> (HostRail, Receivers) {
+    let (mut peers, mut arenas, mut doormen) = (BTreeMap::new(), Vec::new(), Vec::new());
+    for (rank, bytes) in (0..).map(ReceiverRank).zip(bytes) {
+        let (lease, file) = SharedFile::create(*bytes).unwrap();
+        let doorman = Doorman::open(vec![file]).unwrap();
+        let file = fetch(doorman.address(), 0, DEADLINE).unwrap();
+        peers.insert(rank, vec![Attached::new(&file, 0, *bytes).unwrap()]);
+        arenas.push(lease.expose());
+        doormen.push(doorman);
+    }
+    (Box::new(LocalRail::new(peers)), Receivers { arenas, _doormen: doormen, _targets: Vec::new() })
+}
+
+fn open(library: &Library) -> OfiEndpoint {
+    let mut hints = Hints::default();
+    hints.provider = library.tcp_provider();
+    let info = library.infos(&hints).unwrap().remove(0);
+    OfiEndpoint::open(&info, &RailConfig::for_info(&info)).unwrap()
+}
+
+fn ofi(library: &Library, bytes: &[u64], memories: &[efa_core::MemoryRef]) -> (HostRail, Receivers) {
+    let (mut peers, mut arenas, mut targets) = (BTreeMap::new(), Vec::new(), Vec::new());
+    for (rank, bytes) in (0..).map(ReceiverRank).zip(bytes) {
+        let mut rail = open(library);
+        let arena = LeaseMut::zeroed(*bytes as usize).unwrap().expose();
+        let scratch = LeaseMut::zeroed(64).unwrap().expose();
+        let (_, region) = rail.expose(&arena).unwrap();
+        let (_, scratch) = rail.expose(&scratch).unwrap();
+        peers.insert(rank, OfiPeer { address: rail.address().clone(), regions: vec![region], scratch });
+        arenas.push(arena);
+        targets.push(OfiTarget::start(rail).unwrap());
+    }
+    let rail = OfiRail::connect(open(library), memories, peers, DEADLINE).unwrap();
+    (Box::new(rail), Receivers { arenas, _doormen: Vec::new(), _targets: targets })
+}
+
+fn sender(plan: RankPlan, rail: HostRail, bytes: &[u64], staging: LeaseMut) -> Sender {
+    let route = |(rank, bytes): (ReceiverRank, &u64)| {
+        (rank, Route { rail: RailIndex(0), region_bytes: vec![*bytes] })
+    };
+    let routes = (0..).map(ReceiverRank).zip(bytes).map(route).collect();
+    let program = Program::new(plan, BTreeMap::new(), &[SOURCE_BYTES as u64], routes, SLOT_BYTES).unwrap();
+    Sender::start(SenderConfig {
+        name: "test".into(),
+        program,
+        rails: vec![rail],
+        staging,
+        slot_bytes: SLOT_BYTES,
+        deadline: DEADLINE,
+        progress: Arc::new(AtomicU64::new(0)),
+    })
+    .unwrap()
+}
+
+fn push(sender: &Sender, weights: LeaseMut) -> (Outcome, LeaseMut) {
+    let (reply, outcome) = mpsc::channel();
+    sender.push(vec![weights.freeze()], move |outcome| reply.send(outcome).unwrap());
+    let mut outcome = outcome.recv_timeout(2 * DEADLINE).unwrap();
+    let weights = outcome.regions.pop().map(Lease::thaw).unwrap().unwrap();
+    (outcome, weights)
+}
+
+/// Two pushes with the weights changed in between.
+fn check(case: &Case, make: impl FnOnce(&[u64], &[efa_core::MemoryRef]) -> (HostRail, Receivers)) {
+    let (plan, bytes) = case.plan();
+    // Two slots: gathers have to wait for each other.
+    let staging = LeaseMut::zeroed(2 * SLOT_BYTES as usize).unwrap();
+    let mut weights = LeaseMut::zeroed(SOURCE_BYTES).unwrap();
+    let memories = [weights.memory().clone(), staging.memory().clone()];
+    let (rail, receivers) = make(&bytes, &memories);
+    let sender = sender(plan.clone(), rail, &bytes, staging);
+    for step in 1..=2 {
+        weights.bytes_mut().copy_from_slice(&case.weights(step));
+        let (outcome, back) = push(&sender, weights);
+        weights = back;
+        let delivered = outcome.result.unwrap();
+        assert_eq!((delivered.bytes, delivered.writes), (plan.bytes, plan.writes));
+        for (arena, expected) in receivers.arenas.iter().zip(oracle(&plan, weights.bytes(), &bytes)) {
+            let mut found = vec![0; expected.len()];
+            arena.read(0, &mut found).unwrap();
+            assert!(found == expected, "step {step}: bytes differ");
+        }
+    }
+    sender.close();
+}
+
+/// The library, or the reason to skip. Where it was asked for, a missing one fails.
+fn libfabric() -> Option<Library> {
+    match Library::open() {
+        Ok(library) => Some(library),
+        Err(error) => {
+            let required = std::env::var("WEIGHTSYNC_REQUIRE").is_ok_and(|names| names.contains("libfabric"));
+            assert!(!required, "{error}");
+            eprintln!("skipped: no libfabric: {error}");
+            None
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+    #[test]
+    fn local_pushes_are_bit_exact(case in cases()) {
+        check(&case, |bytes, _| local(bytes));
+    }
+}
+
+proptest! {
+    // Each case opens three rails.
+    #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
+    #[test]
+    fn libfabric_pushes_are_bit_exact(case in cases()) {
+        if let Some(library) = libfabric() {
+            check(&case, |bytes, memories| ofi(&library, bytes, memories));
+        }
+    }
+}
+
+#[test]
+fn a_plan_without_gathers_needs_no_staging() {
+    let case = Case { ops: vec![(0, 1, 100, 0, 0, false), (1, 3, 10, 5, 5, false)], seed: 3 };
+    let (plan, bytes) = case.plan();
+    let (rail, _receivers) = local(&bytes);
+    let sender = sender(plan, rail, &bytes, LeaseMut::zeroed(0).unwrap());
+    let (outcome, _) = push(&sender, LeaseMut::zeroed(SOURCE_BYTES).unwrap());
+    assert_eq!(outcome.result.unwrap().bytes_gathered, 0);
+}
+
+#[test]
+fn libfabric_gathers_what_is_short_and_shared_memory_copies_it_once() {
+    let case = Case { ops: vec![(0, 4, 100, 7, 0, true)], seed: 3 };
+    let (plan, bytes) = case.plan();
+    let gathered = |make: &dyn Fn(&[efa_core::MemoryRef]) -> (HostRail, Receivers)| {
+        let staging = LeaseMut::zeroed(SLOT_BYTES as usize).unwrap();
+        let weights = LeaseMut::zeroed(SOURCE_BYTES).unwrap();
+        let (rail, _receivers) = make(&[weights.memory().clone(), staging.memory().clone()]);
+        let sender = sender(plan.clone(), rail, &bytes, staging);
+        push(&sender, weights).0.result.unwrap().bytes_gathered
+    };
+    assert_eq!(gathered(&|_| local(&bytes)), 0);
+    if let Some(library) = libfabric() {
+        assert_eq!(gathered(&|memories| ofi(&library, &bytes, memories)), 400);
+    }
+}
+
+#[test]
+fn an_aborted_push_gives_the_weights_back() {
+    let Some(library) = libfabric() else { return };
+    // Enough bytes that the abort comes in the middle, most times; whole or aborted, the weights come back.
+    let case = Case { ops: vec![(0, 1, 60_000, 0, 0, false); 400], seed: 3 };
+    let (plan, bytes) = case.plan();
+    let staging = LeaseMut::zeroed(0).unwrap();
+    let weights = LeaseMut::zeroed(SOURCE_BYTES).unwrap();
+    let memories = [weights.memory().clone()];
+    let (rail, _receivers) = ofi(&library, &bytes, &memories);
+    let sender = sender(plan, rail, &bytes, staging);
+    let (reply, outcome) = mpsc::channel();
+    sender.push(vec![weights.freeze()], move |outcome| reply.send(outcome).unwrap());
+    sender.abort("the test says so".into());
+    let outcome = outcome.recv_timeout(2 * DEADLINE).unwrap();
+    match outcome.result {
+        Ok(_) => {}
+        Err(Failure::Aborted(reason)) => assert_eq!(reason, "the test says so"),
+        Err(other) => panic!("{other}"),
+    }
+    assert!(outcome.usable);
+    let weights: Vec<_> = outcome.regions.into_iter().map(Lease::thaw).collect();
+    assert!(weights.iter().all(Result::is_ok));
+}

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use serde::Serialize;
-use weightsync::{Controller, Secret, ServerConfig, World};
+use weightsync::{Controller, ServerConfig, World};
 
 use crate::machine::Machine;
 use crate::process::Process;
@@ -70,7 +70,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
             let program = plain_loop.display().to_string();
             let bytes = options.bytes.to_string();
             let reference = || -> anyhow::Result<Transfer> {
-                let mut process = Process::start(&program, &["--total-bytes", &bytes, "--region-bytes", &bytes])?;
+                let mut process =
+                    Process::start(&program, &["--total-bytes", &bytes, "--region-bytes", &bytes])?;
                 let transfer = process.answer()?;
                 process.finish()?;
                 Ok(transfer)
@@ -114,12 +115,8 @@ fn compare(
     let world = World { trainers: 1, inference: 1 };
     let deadline = Duration::from_secs(60);
     let controller = runtime.block_on(async {
-        let config = ServerConfig {
-            listen: "127.0.0.1:0".into(),
-            secret: Secret::none(),
-            insecure: false,
-            controller: weightsync::controller_config(weightsync::JOB_DEFAULT, world, deadline)?,
-        };
+        let mut config = ServerConfig::loopback(world)?;
+        config.controller.deadline = deadline;
         anyhow::Ok(Controller::bind(config).await?.spawn(|_| {}))
     })?;
     let (address, bytes) = (controller.local_addr().to_string(), options.bytes.to_string());
@@ -169,7 +166,11 @@ fn median(values: &[f64]) -> f64 {
 
 fn print(results: &Results) {
     println!("machine  {}", results.machine);
-    println!("moved    {} GiB in {} KiB spans, median of rounds", results.bytes >> 30, results.span_bytes >> 10);
+    println!(
+        "moved    {} GiB in {} KiB spans, median of rounds",
+        results.bytes >> 30,
+        results.span_bytes >> 10
+    );
     for comparison in &results.comparisons {
         println!(
             "{:6} {:6.2} GB/s   {} {:.2} GB/s   ratio {:.2} (target {:.2})   trainer memory beyond its weights {} MiB",

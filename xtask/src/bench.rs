@@ -10,7 +10,9 @@ use crate::{Failure, step, workspace};
 const BENCHMARKS: [&str; 1] = ["loopback"];
 
 pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
-    let Some((name, options)) = arguments.split_first().filter(|(name, _)| BENCHMARKS.contains(&name.as_str())) else {
+    let Some((name, options)) =
+        arguments.split_first().filter(|(name, _)| BENCHMARKS.contains(&name.as_str()))
+    else {
         return Err(format!("say what to measure: {}", BENCHMARKS.join(", ")));
     };
     let library = match libfabric::find_or_build(Profile::Release) {

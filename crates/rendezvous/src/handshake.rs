@@ -80,7 +80,7 @@ const MEMBER: &[u8] = b"weightsync member";
 const CONTROLLER: &[u8] = b"weightsync controller";
 
 /// 32 random bytes from the kernel.
-pub fn random_seed() -> Result<[u8; 32], RendezvousError> {
+pub(crate) fn random_seed() -> Result<[u8; 32], RendezvousError> {
     let mut seed = [0; NONCE_BYTES];
     getrandom::fill(&mut seed)?;
     Ok(seed)

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use xfer_plan::{
@@ -27,6 +28,12 @@ pub const ENDPOINT_BYTES_MAX: usize = 64 << 10;
 
 /// Bytes of a reason that travels; longer ones are cut.
 pub const ABORT_REASON_BYTES_MAX: usize = 4 << 10;
+
+/// The name of a job that was given none.
+pub const JOB_DEFAULT: &str = "default";
+
+/// The longest that anybody waits without progress, unless told otherwise.
+pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(30);
 
 /// Bytes of a job's name.
 pub(crate) const JOB_BYTES_MAX: usize = 128;

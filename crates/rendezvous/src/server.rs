@@ -15,12 +15,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use xfer_plan::PlanOptions;
 
 use crate::controller::{Action, ConnectionId, Controller, ControllerConfig, Event, Report};
 use crate::error::RendezvousError;
 use crate::frame;
-use crate::handshake::{self, Secret};
-use crate::protocol::{FRAME_BYTES_MAX, ToController, ToMember};
+use crate::handshake::{self, Secret, random_seed};
+use crate::protocol::{DEADLINE_DEFAULT, FRAME_BYTES_MAX, JOB_DEFAULT, ToController, ToMember, World};
 
 /// Connections that have not joined yet. A full job of 65 536 ranks joins in waves; the rest wait in the backlog.
 const UNJOINED_MAX: usize = 1024;
@@ -48,6 +49,25 @@ pub struct ServerConfig {
     pub insecure: bool,
     /// The job.
     pub controller: ControllerConfig,
+}
+
+impl ServerConfig {
+    /// A job of `world` ranks on a free port of the loopback interface: no secret, default name, deadline and plan
+    /// options. The start of other configurations.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel gives no random bytes for the push ids.
+    pub fn loopback(world: World) -> Result<Self, RendezvousError> {
+        let controller = ControllerConfig {
+            job: JOB_DEFAULT.to_owned(),
+            world,
+            deadline: DEADLINE_DEFAULT,
+            options: PlanOptions::default(),
+            seed: random_seed()?,
+        };
+        Ok(Self { listen: "127.0.0.1:0".to_owned(), secret: Secret::none(), insecure: false, controller })
+    }
 }
 
 /// A controller that listens.

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use rendezvous::controller::{ControllerConfig, Report};
+use rendezvous::controller::Report;
 use rendezvous::{
     Client, ClientConfig, Join, MemberManifest, PROTOCOL_VERSION, RendezvousError, Secret, Server,
     ServerConfig, ServerHandle, ToController, ToMember, World,
@@ -11,8 +11,8 @@ use rendezvous::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use xfer_plan::{
-    DType, DestinationParam, ParamMap, PlanOptions, RailDecl, Rank, ReceiverManifest, ReceiverRank,
-    RegionIndex, SourcePiece, TensorBox, TrainerManifest, TrainerRank,
+    DType, DestinationParam, ParamMap, RailDecl, Rank, ReceiverManifest, ReceiverRank, RegionIndex,
+    SourcePiece, TensorBox, TrainerManifest, TrainerRank,
 };
 
 const WORLD: World = World { trainers: 2, inference: 1 };
@@ -25,14 +25,8 @@ async fn serve(
     secret: Secret,
     deadline: Duration,
 ) -> Result<(ServerHandle, Reports), RendezvousError> {
-    let controller = ControllerConfig {
-        job: "job".into(),
-        world: WORLD,
-        deadline,
-        options: PlanOptions::default(),
-        seed: [1; 32],
-    };
-    let config = ServerConfig { listen: listen.into(), secret, insecure: false, controller };
+    let mut config = ServerConfig { listen: listen.into(), secret, ..ServerConfig::loopback(WORLD)? };
+    config.controller.deadline = deadline;
     let reports = Reports::default();
     let seen = reports.clone();
     let server = Server::bind(config).await?;
@@ -56,7 +50,7 @@ fn join(member: Rank) -> ToController {
         }
     };
     ToController::Join(Box::new(Join {
-        job: "job".into(),
+        job: rendezvous::JOB_DEFAULT.into(),
         member,
         world: WORLD,
         manifest,

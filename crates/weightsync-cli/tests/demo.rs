@@ -48,7 +48,8 @@ fn every_version_is_verified_and_traced(fabric: &str) {
     let of_phase = |phase: &'static str| events.iter().filter(move |event| event["ph"] == phase);
     let mut found = BTreeSet::new();
     for span in of_phase("X") {
-        let named = of_phase("M").find(|event| event["name"] == "process_name" && event["pid"] == span["pid"]);
+        let named =
+            of_phase("M").find(|event| event["name"] == "process_name" && event["pid"] == span["pid"]);
         let rank = named.unwrap()["args"]["name"].as_str().unwrap().to_owned();
         assert!(span["ts"].as_f64().unwrap() > 0.0 && span["dur"].as_f64().unwrap() >= 0.0, "{span}");
         found.insert((rank, span["args"]["version"].as_u64().unwrap()));

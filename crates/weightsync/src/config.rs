@@ -3,12 +3,9 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use rendezvous::{ClientConfig, Secret, World};
+use rendezvous::{ClientConfig, DEADLINE_DEFAULT, JOB_DEFAULT, Secret, World};
 
 use crate::fabric::Fabric;
-
-/// The longest that a rank waits without progress, unless told otherwise.
-pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(30);
 
 /// Staging memory of a trainer, unless told otherwise: 256 chunks of 1 MiB keep 32 rails of depth 8 busy.
 pub const WATERMARK_BYTES_DEFAULT: u64 = 256 << 20;
@@ -44,7 +41,7 @@ impl SessionConfig {
     pub fn new(controller: impl Into<String>, world: World, rank: u32) -> Self {
         Self {
             controller: controller.into(),
-            job: crate::JOB_DEFAULT.into(),
+            job: JOB_DEFAULT.into(),
             world,
             rank,
             secret: Secret::none(),

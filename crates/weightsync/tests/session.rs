@@ -3,17 +3,15 @@
 use std::time::Duration;
 
 use weightsync::{
-    Controller, DType, Error, Fabric, Inference, InferenceSession, ParamId, ParamMap, Secret, Served,
-    ServerConfig, ServerHandle, SessionConfig, TensorBox, TensorId, TensorSpec, Trainer, TrainerSession,
-    World,
+    Controller, DType, Error, Fabric, Inference, InferenceSession, ParamId, ParamMap, Served, ServerConfig,
+    ServerHandle, SessionConfig, TensorBox, TensorId, TensorSpec, Trainer, TrainerSession, World,
 };
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
 async fn controller(world: World, deadline: Duration) -> ServerHandle {
-    let listen = "127.0.0.1:0".to_owned();
-    let controller = weightsync::controller_config(weightsync::JOB_DEFAULT, world, deadline).unwrap();
-    let config = ServerConfig { listen, secret: Secret::none(), insecure: false, controller };
+    let mut config = ServerConfig::loopback(world).unwrap();
+    config.controller.deadline = deadline;
     Controller::bind(config).await.unwrap().spawn(|_| {})
 }
 

@@ -9,8 +9,8 @@
 //! A push that fails stops posting at once, but ends only when every buffer that is in flight or being gathered has
 //! come back, or the rails are closed.
 
-use std::collections::VecDeque;
 use core::time::Duration;
+use std::collections::VecDeque;
 
 use xfer_plan::{OpKind, ReceiverRank, RegionIndex};
 

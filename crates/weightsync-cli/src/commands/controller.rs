@@ -9,10 +9,16 @@ use crate::table::{bytes_text, seconds_text};
 
 pub(crate) async fn run(args: ControllerArgs) -> anyhow::Result<()> {
     let world = args.job.world();
-    let mut controller = weightsync::controller_config(&args.job.job, world, args.deadline)?;
-    controller.options = args.plan.options();
-    let server =
-        ServerConfig { listen: args.listen, secret: args.job.secret()?, insecure: args.insecure, controller };
+    let secret = args.job.secret()?;
+    let mut server = ServerConfig {
+        listen: args.listen,
+        secret,
+        insecure: args.insecure,
+        ..ServerConfig::loopback(world)?
+    };
+    server.controller.job = args.job.job;
+    server.controller.deadline = args.deadline;
+    server.controller.options = args.plan.options();
     let controller = Controller::bind(server).await?;
     let address = controller.local_addr();
     if args.json {

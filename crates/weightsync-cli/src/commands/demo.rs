@@ -159,16 +159,10 @@ impl Demo {
     async fn play(&mut self, args: &DemoArgs, checkpoint: &Path) -> anyhow::Result<()> {
         let secret = Secret::random_text()?;
         let (reports_in, mut reports) = mpsc::unbounded_channel();
-        let mut job = weightsync::controller_config(weightsync::JOB_DEFAULT, self.world, args.rail.deadline)?;
-        job.options = args.plan.options();
-        let controller = Controller::bind(ServerConfig {
-            listen: "127.0.0.1:0".into(),
-            secret: Secret::new(&secret),
-            insecure: false,
-            controller: job,
-        })
-        .await?
-        .spawn(move |report| drop(reports_in.send(report)));
+        let mut server = ServerConfig { secret: Secret::new(&secret), ..ServerConfig::loopback(self.world)? };
+        server.controller.deadline = args.rail.deadline;
+        server.controller.options = args.plan.options();
+        let controller = Controller::bind(server).await?.spawn(move |report| drop(reports_in.send(report)));
         let address = controller.local_addr().to_string();
 
         let mut children = Children::new(secret);

@@ -71,13 +71,18 @@ impl Job {
 
     /// Starts what [`Job::command`] made.
     pub fn spawn(&self, command: &mut Command) -> Process {
+        self.spawn_into(command, Stdio::piped())
+    }
+
+    /// The same with a standard output of the caller's, which is then not read here.
+    pub fn spawn_into(&self, command: &mut Command, stdout: Stdio) -> Process {
         let arguments: Vec<_> = command.get_args().map(|argument| argument.to_string_lossy()).collect();
         let name = arguments.join(" ");
-        let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let spawned = command.stdin(Stdio::null()).stdout(stdout).stderr(Stdio::piped()).spawn();
         let mut child = spawned.unwrap_or_else(|error| panic!("cannot start `{name}`: {error}"));
         self.pids.lock().unwrap().insert(child.id() as i32);
-        let stdout = Text::collect(child.stdout.take().unwrap());
-        let stderr = Text::collect(child.stderr.take().unwrap());
+        let stdout = Text::collect(child.stdout.take());
+        let stderr = Text::collect(child.stderr.take());
         Process { name, child, stdout, stderr, until: self.until }
     }
 
@@ -92,7 +97,8 @@ impl Job {
         let processes = fs::read_dir("/proc").unwrap().flatten();
         let pids = processes.filter_map(|process| process.file_name().to_str()?.parse().ok());
         // An environment that cannot be read is another user's, a zombie's, or gone.
-        let marked = |pid: &i32| fs::read(format!("/proc/{pid}/environ")).is_ok_and(|found| contains(&found, &mark));
+        let marked =
+            |pid: &i32| fs::read(format!("/proc/{pid}/environ")).is_ok_and(|found| contains(&found, &mark));
         let alive: Vec<i32> = pids.filter(marked).collect();
         self.pids.lock().unwrap().extend(&alive);
         alive.into_iter().filter_map(Pid::from_raw).collect()
@@ -111,7 +117,8 @@ impl Job {
         // Other programs use /dev/shm too: ours carry our name, or the number of the process that made them.
         let pids = self.pids.lock().unwrap();
         let ours = |name: &&String| {
-            let mut numbers = name.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok());
+            let mut numbers =
+                name.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok());
             name.contains("weightsync") || numbers.any(|number: i32| pids.contains(&number))
         };
         let now = shared_memory();
@@ -149,16 +156,18 @@ struct Text {
 }
 
 impl Text {
-    fn collect(mut from: impl Read + Send + 'static) -> Text {
+    fn collect(from: Option<impl Read + Send + 'static>) -> Text {
         let text = Arc::new(Mutex::new(Vec::new()));
-        let into = text.clone();
-        let reader = thread::spawn(move || {
-            let mut block = [0; 4096];
-            while let Ok(count @ 1..) = from.read(&mut block) {
-                into.lock().unwrap().extend_from_slice(&block[..count]);
-            }
+        let reader = from.map(|mut from| {
+            let into = text.clone();
+            thread::spawn(move || {
+                let mut block = [0; 4096];
+                while let Ok(count @ 1..) = from.read(&mut block) {
+                    into.lock().unwrap().extend_from_slice(&block[..count]);
+                }
+            })
         });
-        Text { text, reader: Some(reader) }
+        Text { text, reader }
     }
 
     fn so_far(&self) -> String {
@@ -277,7 +286,8 @@ impl Output {
     pub fn events(&self, event: &str) -> Vec<serde_json::Value> {
         // A process that was killed may have left half a line.
         let whole = self.stdout.split_inclusive('\n').filter(|line| line.ends_with('\n'));
-        let parse = |line: &str| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}: {self}"));
+        let parse =
+            |line: &str| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}: {self}"));
         let objects = whole.map(parse);
         objects.filter(|object: &serde_json::Value| object["event"] == event).collect()
     }

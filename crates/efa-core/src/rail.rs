@@ -238,13 +238,17 @@ impl Rail {
         self.live.waker.clone()
     }
 
-    /// Blocks until the completion queue may have something, somebody calls the [`Waker`], or the time is up. May
-    /// return early: poll, then wait again.
+    /// Blocks until the completion queue may have something, somebody calls the [`Waker`], or the time is up; `false` when
+    /// it is known that nothing has happened. May return early: poll, then wait again.
+    ///
+    /// Waking up costs more than polling. While peers write, poll for some hundred microseconds after each wait that
+    /// answers `true`: over loopback TCP on two free cores, a receiver of 1 MiB writes that waited after every poll took
+    /// 3.7 GB/s, one that polled for 300 microseconds first 5.4, and one that never waited 5.6.
     ///
     /// # Errors
     ///
     /// When the system or the provider refuses to wait.
-    pub fn wait(&mut self, timeout: Duration) -> Result<(), RailError> {
+    pub fn wait(&mut self, timeout: Duration) -> Result<bool, RailError> {
         let live = &mut *self.live;
         if live.queue_descriptor.is_some() {
             let mut fid = live.cq.as_fid();
@@ -252,7 +256,7 @@ impl Rail {
             let code = unsafe { sys::fi_trywait(live.fabric.as_ptr(), &raw mut fid, 1) };
             if code == -sys::FI_EAGAIN {
                 // Something is there, or the provider must make progress first.
-                return Ok(());
+                return Ok(true);
             }
             check(&live.library, "fi_trywait", &live.name, code)?;
         }

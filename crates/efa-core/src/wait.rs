@@ -53,8 +53,12 @@ pub(crate) fn queue_descriptor(
     Ok(descriptor)
 }
 
-/// Waits up to `timeout` for the descriptor of the queue, where there is one, or for a call.
-pub(crate) fn block(waker: &Waker, queue: Option<BorrowedFd<'_>>, timeout: Duration) -> std::io::Result<()> {
+/// Waits up to `timeout` for the descriptor of the queue, where there is one, or for a call. `false` when neither came.
+pub(crate) fn block(
+    waker: &Waker,
+    queue: Option<BorrowedFd<'_>>,
+    timeout: Duration,
+) -> std::io::Result<bool> {
     let timeout = if queue.is_some() { timeout } else { timeout.min(BLIND_SLEEP) };
     // Beyond what the system can express the wait is cut short, which a wait may always be.
     let timeout = Timespec::try_from(timeout).unwrap_or(Timespec { tv_sec: i64::from(i32::MAX), tv_nsec: 0 });
@@ -68,7 +72,9 @@ pub(crate) fn block(waker: &Waker, queue: Option<BorrowedFd<'_>>, timeout: Durat
         waker.hush();
     }
     match polled {
-        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        // Without a queue nobody knows.
+        Ok(ready) => Ok(ready > 0 || queue.is_none()),
+        Err(rustix::io::Errno::INTR) => Ok(true),
         Err(errno) => Err(errno.into()),
     }
 }

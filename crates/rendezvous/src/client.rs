@@ -87,14 +87,17 @@ impl Client {
         self.progress.clone()
     }
 
-    /// Queues a message to be sent. Never waits.
+    /// Queues a message to be sent. Never waits. That the connection has ended is told by [`Client::receive`], after
+    /// what the controller said last: the reason is worth more than the fact.
     pub fn send(&self, message: ToController) -> Result<(), RendezvousError> {
-        let lost =
-            |reason: &str| RendezvousError::Lost { peer: self.peer, stage: "sending", reason: reason.into() };
-        self.outgoing.try_send(message).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => lost("it does not read its messages"),
-            mpsc::error::TrySendError::Closed(_) => lost("the connection has ended"),
-        })
+        match self.outgoing.try_send(message) {
+            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => Ok(()),
+            Err(mpsc::error::TrySendError::Full(_)) => Err(RendezvousError::Lost {
+                peer: self.peer,
+                stage: "room for a message",
+                reason: "it does not read its messages".into(),
+            }),
+        }
     }
 
     /// The next message, heartbeats left out. It never waits for longer than the controller's own deadlines: a
@@ -186,10 +189,13 @@ impl Link {
         let mut reading = std::pin::pin!(read_all(reader, peer, config.deadline, &incoming));
         tokio::select! {
             () = &mut reading => {}
-            written = write_all(writer, peer, config.deadline, outgoing, &progress) => match written {
-                // Closing a socket with unread bytes resets it, and a reset can overtake our goodbye.
-                Ok(()) => drop(timeout(LINGER_MAX, reading).await),
-                Err(error) => drop(incoming.send(Err(lost(peer, &error.to_string()))).await),
+            written = write_all(writer, peer, config.deadline, outgoing, &progress) => {
+                // Closing a socket with unread bytes resets it, and a reset can overtake our goodbye. And where it was
+                // the controller that hung up, its last message says why.
+                let _ = timeout(LINGER_MAX, reading).await;
+                if let Err(error) = written {
+                    let _ = incoming.send(Err(lost(peer, &error.to_string()))).await;
+                }
             }
         }
     }

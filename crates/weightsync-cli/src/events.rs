@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use weightsync::{PushReport, VersionReport};
 
+use crate::say::say;
 use crate::table::{bytes_text, seconds_text};
 
 /// See the module.
@@ -31,22 +32,22 @@ impl Event {
     pub(crate) fn print(&self, json: bool) {
         if json {
             match serde_json::to_string(self) {
-                Ok(line) => println!("{line}"),
+                Ok(line) => say!("{line}"),
                 Err(error) => tracing::error!(%error, "an event has no JSON"),
             }
             return;
         }
         match self {
             Self::Loaded { weight_bytes, seconds } => {
-                println!("loaded {} in {}", bytes_text(*weight_bytes), seconds_text(*seconds));
+                say!("loaded {} in {}", bytes_text(*weight_bytes), seconds_text(*seconds));
             }
             Self::Connected { routes, seconds } => {
-                println!("connected in {}", seconds_text(*seconds));
+                say!("connected in {}", seconds_text(*seconds));
                 for (to, rail) in routes {
-                    println!("  {to} over {rail}");
+                    say!("  {to} over {rail}");
                 }
             }
-            Self::Pushed(report) => println!(
+            Self::Pushed(report) => say!(
                 "version {} committed: {} written in {} ({:.2} GB/s), {} in all",
                 report.version,
                 bytes_text(report.bytes),
@@ -54,22 +55,22 @@ impl Event {
                 report.gb_per_second,
                 seconds_text(report.seconds),
             ),
-            Self::Served(report) => println!(
+            Self::Served(report) => say!(
                 "serving version {}: {} arrived in {} ({:.2} GB/s)",
                 report.version,
                 bytes_text(report.bytes),
                 seconds_text(report.seconds),
                 report.gb_per_second,
             ),
-            Self::Verified { version, params, bytes, seconds } => println!(
+            Self::Verified { version, params, bytes, seconds } => say!(
                 "verified version {version}: {params} parameters, all {} equal the reference ({})",
                 bytes_text(*bytes),
                 seconds_text(*seconds),
             ),
             Self::Ended { peak_rss_bytes: Some(bytes) } => {
-                println!("done; peak memory {}", bytes_text(*bytes))
+                say!("done; peak memory {}", bytes_text(*bytes))
             }
-            Self::Ended { peak_rss_bytes: None } => println!("done"),
+            Self::Ended { peak_rss_bytes: None } => say!("done"),
         }
     }
 }

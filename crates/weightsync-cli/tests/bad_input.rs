@@ -5,7 +5,7 @@ mod common;
 
 use std::fs::{self, OpenOptions};
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
@@ -432,18 +432,17 @@ fn a_controller_that_is_none_is_named() {
     ];
     for (says, hangs_up, words) in cases {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address: SocketAddr = listener.local_addr().unwrap();
+        let address = listener.local_addr().unwrap().to_string();
         let impostor = thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             let mut heard = [0; 12];
             stream.read_exact(&mut heard).unwrap();
             stream.write_all(&says).unwrap();
-            let until_closed = |mut stream: TcpStream| while matches!(stream.read(&mut heard), Ok(1..)) {};
-            if hangs_up { drop(stream) } else { until_closed(stream) }
+            while !hangs_up && matches!(stream.read(&mut heard), Ok(1..)) {}
         });
         let checkpoint = checkpoint.path().display();
         let rank = format!("--controller {address} --rank 0 --trainers 1 --inference 1 --deadline {SOON_SECONDS}");
-        let words = [words, &["trainer 0", &address.to_string()]].concat();
+        let words = [words, &["trainer 0", &address]].concat();
         job.run(&format!("push {rank} --checkpoint {checkpoint}")).fails(1, &words);
         impostor.join().unwrap();
     }

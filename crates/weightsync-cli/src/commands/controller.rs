@@ -5,6 +5,7 @@ use serde_json::json;
 use weightsync::{Controller, Report, ServerConfig};
 
 use crate::args::ControllerArgs;
+use crate::say::say;
 use crate::table::{bytes_text, seconds_text};
 
 pub(crate) async fn run(args: ControllerArgs) -> anyhow::Result<()> {
@@ -22,9 +23,9 @@ pub(crate) async fn run(args: ControllerArgs) -> anyhow::Result<()> {
     let controller = Controller::bind(server).await?;
     let address = controller.local_addr();
     if args.json {
-        println!("{}", json!({ "event": "listening", "address": address.to_string() }));
+        say!("{}", json!({ "event": "listening", "address": address.to_string() }));
     } else {
-        println!("listening on {address} for {world}");
+        say!("listening on {address} for {world}");
     }
     match controller.run(|report| print(&report, args.json)).await {
         None => Ok(()),
@@ -34,9 +35,9 @@ pub(crate) async fn run(args: ControllerArgs) -> anyhow::Result<()> {
 
 fn print(report: &Report, json: bool) {
     if json {
-        println!("{}", as_json(report));
+        say!("{}", as_json(report));
     } else if let Some(line) = as_text(report) {
-        println!("{line}");
+        say!("{line}");
     }
 }
 

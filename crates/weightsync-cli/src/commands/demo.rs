@@ -17,6 +17,7 @@ use weightsync_cli::synthetic::{self, Shape};
 use crate::args::DemoArgs;
 use crate::children::{Children, News};
 use crate::events::{BytesDiffer, Event};
+use crate::say::say;
 use crate::table::{Table, bytes_text, seconds_text};
 use crate::trace::Trace;
 
@@ -35,8 +36,8 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     let world = World { trainers: args.trainers, inference: args.inference };
     let mut demo = Demo::new(&args, world);
     if !args.json {
-        println!("checkpoint {} ({})", path.display(), bytes_text(checkpoint.bytes()));
-        println!("{world}, {} versions, fabric {}", args.steps, args.rail.fabric);
+        say!("checkpoint {} ({})", path.display(), bytes_text(checkpoint.bytes()));
+        say!("{world}, {} versions, fabric {}", args.steps, args.rail.fabric);
     }
     let failed = demo.play(&args, &path).await;
     if let Some(file) = &args.trace {
@@ -46,7 +47,7 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     failed?;
     demo.check_complete(&args)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&demo.summary(&args, &path))?);
+        say!("{}", serde_json::to_string_pretty(&demo.summary(&args, &path))?);
     } else {
         demo.print(&args);
     }
@@ -382,7 +383,7 @@ impl Demo {
         if let Some(plan) = &self.plan {
             let limit =
                 plan.limited_by.as_ref().map(|rank| format!(", limited by {rank}")).unwrap_or_default();
-            println!(
+            say!(
                 "plan {}: {} in {} writes, lower bound {}{limit}",
                 plan.digest.get(..12).unwrap_or(&plan.digest),
                 bytes_text(plan.bytes),
@@ -396,7 +397,7 @@ impl Demo {
             *rails.entry(rail.split("://").next().unwrap_or(rail)).or_default() += 1;
         }
         for (rail, pairs) in rails {
-            println!("{pairs} trainer-inference pairs over {rail}");
+            say!("{pairs} trainer-inference pairs over {rail}");
         }
         let mut table =
             Table::new(&["version", "pushed", "gathered", "write", "GB/s", "of bound", "pause", "verified"]);
@@ -416,15 +417,15 @@ impl Demo {
                 ),
             ]);
         }
-        println!("\n{}", table.render());
+        say!("\n{}", table.render());
         let mut table = Table::new(&["rank", "weights", "peak memory"]);
         for rank in &self.ranks {
             let peak = rank.peak_rss_bytes.map_or_else(|| "?".into(), bytes_text);
             table.row(vec![rank.rank.clone(), bytes_text(rank.weight_bytes), peak]);
         }
-        println!("\n{}", table.render());
+        say!("\n{}", table.render());
         let bytes: u64 = self.versions.values().map(|facts| facts.verified_bytes).sum();
-        println!(
+        say!(
             "\nverified: {} versions on {} inference ranks, all {} equal the reference",
             args.steps,
             args.inference,

@@ -5,6 +5,7 @@ use serde::Serialize;
 use topology::{Limit, RdmaKind, Roots, Snapshot};
 
 use crate::args::InfoArgs;
+use crate::say::say;
 use crate::table::bytes_text;
 
 #[derive(Serialize)]
@@ -42,7 +43,7 @@ pub(crate) fn run(args: &InfoArgs) -> anyhow::Result<()> {
     let meaning = meaning(&snapshot, libfabric.as_ref());
     let facts = Facts { libfabric, libfabric_error, snapshot, meaning };
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&facts)?);
+        say!("{}", serde_json::to_string_pretty(&facts)?);
     } else {
         print(&facts);
     }
@@ -127,17 +128,17 @@ fn print(facts: &Facts) {
     let unknown = || "unknown".to_owned();
     let Facts { libfabric, libfabric_error, snapshot, meaning } = facts;
     let host = &snapshot.host;
-    println!(
+    say!(
         "host        {}, Linux {}",
         host.name.clone().unwrap_or_else(unknown),
         host.kernel_release.clone().unwrap_or_else(unknown)
     );
-    println!(
+    say!(
         "cores       {} online, {} for this process",
         host.cpus_online.as_ref().map_or_else(unknown, |cpus| cpus.count().to_string()),
         host.cpus_allowed.as_ref().map_or_else(unknown, |cpus| cpus.count().to_string()),
     );
-    println!(
+    say!(
         "memory      {}, {} available",
         host.memory_bytes.map_or_else(unknown, bytes_text),
         host.memory_available_bytes.map_or_else(unknown, bytes_text),
@@ -147,34 +148,34 @@ fn print(facts: &Facts) {
         Some(Limit::Unlimited) => "unlimited".into(),
         Some(Limit::Bytes(bytes)) => bytes_text(bytes),
     };
-    println!("lockable    {locked}");
+    say!("lockable    {locked}");
     for pages in &host.huge_pages {
         let count = |pages: Option<u64>| pages.map_or_else(unknown, |pages| pages.to_string());
-        println!(
+        say!(
             "huge pages  {} of {} free, {} each",
             count(pages.pages_free),
             count(pages.pages_total),
             bytes_text(pages.page_bytes)
         );
     }
-    println!("NUMA        {} nodes", snapshot.numa_nodes.len());
+    say!("NUMA        {} nodes", snapshot.numa_nodes.len());
     match (libfabric, libfabric_error) {
         (Some(library), _) => {
-            println!("libfabric   {} at {}", library.version, library.path);
+            say!("libfabric   {} at {}", library.version, library.path);
             for provider in &library.providers {
                 let offers = match provider.domains.as_slice() {
                     [] => "nothing here".into(),
                     domains => domains.join(", "),
                 };
-                println!("  {:14}{offers}", provider.name);
+                say!("  {:14}{offers}", provider.name);
             }
         }
-        (None, error) => println!("libfabric   none: {}", error.clone().unwrap_or_else(unknown)),
+        (None, error) => say!("libfabric   none: {}", error.clone().unwrap_or_else(unknown)),
     }
     for nic in &snapshot.rdma_devices {
         let rate = nic.ports.iter().filter_map(|port| port.gigabits_per_second).sum::<f64>();
         let numa = nic.pci.as_ref().and_then(|pci| pci.numa_node);
-        println!(
+        say!(
             "RDMA NIC    {} ({:?}), {rate} Gb/s, NUMA node {}",
             nic.name,
             nic.kind,
@@ -184,17 +185,17 @@ fn print(facts: &Facts) {
     for nic in snapshot.net_devices.iter().filter(|nic| nic.is_up()) {
         let speed =
             nic.megabits_per_second.map_or_else(|| "speed unknown".into(), |rate| format!("{rate} Mb/s"));
-        println!("netdev      {}, {speed}", nic.name);
+        say!("netdev      {}, {speed}", nic.name);
     }
     for gpu in &snapshot.gpus {
-        println!(
+        say!(
             "GPU         {} at {}",
             gpu.model.clone().unwrap_or_else(|| "NVIDIA".into()),
             gpu.pci.address
         );
     }
-    println!();
+    say!("");
     for line in meaning {
-        println!("{line}");
+        say!("{line}");
     }
 }

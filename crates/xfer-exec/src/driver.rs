@@ -24,7 +24,7 @@ use crate::rail::{Done, Rail, RailIndex, RailWrite};
 
 /// How long the thread polls without a result before it waits. On a host with fewer cores than busy threads a longer
 /// spin takes the core from the peer that it waits for.
-const SPIN_MAX: Duration = Duration::from_micros(20);
+const SPIN_MAX: Duration = Duration::from_micros(100);
 
 /// The longest wait: an abort or a gather that ends meanwhile is seen after it.
 const WAIT_MAX: Duration = Duration::from_millis(1);

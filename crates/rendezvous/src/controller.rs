@@ -2,7 +2,7 @@
 //!
 //! `handle(event, now, &mut actions)` is the whole interface. It opens no socket, reads no clock and draws no random
 //! number (the seed of the push ids is an argument), so the same code runs behind [`crate::server`] and in a simulated
-//! cluster. A version is committed at one point of this file only: [`Controller::commit`], reached when every trainer
+//! cluster. A version is committed at one point of this file only: `Controller::commit`, reached when every trainer
 //! has reported every byte that the plan gives it.
 //!
 //! Policy: a member that is lost ends the job, and every other member is told who was lost and during what. A member

@@ -2,6 +2,7 @@
 //! before a byte is allocated, and the bytes are read as they come, so a peer that claims much and sends little holds
 //! little.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 
 use serde::{Serialize, de::DeserializeOwned};
@@ -23,7 +24,7 @@ pub(crate) async fn read<T: DeserializeOwned>(
     let mut prefix = [0; 4];
     match from.read_exact(&mut prefix).await {
         Ok(_) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(None),
         Err(error) => return Err(io(error)),
     }
     let bytes = u32::from_le_bytes(prefix);
@@ -33,7 +34,7 @@ pub(crate) async fn read<T: DeserializeOwned>(
     let mut body = Vec::new();
     let read = from.take(u64::from(bytes)).read_to_end(&mut body).await.map_err(io)?;
     if read != bytes as usize {
-        return Err(io(std::io::ErrorKind::UnexpectedEof.into()));
+        return Err(io(ErrorKind::UnexpectedEof.into()));
     }
     match postcard::take_from_bytes(&body) {
         Ok((message, [])) => Ok(Some(message)),
@@ -82,7 +83,7 @@ pub(crate) async fn exchange_preambles(
     let mut theirs = [0; 12];
     match stream.read_exact(&mut theirs).await {
         Ok(_) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+        Err(error) if matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) => {
             return Err(RendezvousError::NotWeightsync { peer });
         }
         Err(error) => return Err(io(error)),

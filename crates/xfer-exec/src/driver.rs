@@ -376,10 +376,10 @@ impl Thread {
         if offered > 0 {
             let posted = rail.post(outbox);
             let accepted = offered - outbox.len();
-            if let Err(error) = posted {
-                if let Some(write) = outbox.pop_front() {
-                    self.engine.handle(Event::Failed(write.id, error.reason), now, &mut self.actions);
-                }
+            if let Err(error) = posted
+                && let Some(write) = outbox.pop_front()
+            {
+                self.engine.handle(Event::Failed(write.id, error.reason), now, &mut self.actions);
             }
             while let Some(write) = outbox.pop_front() {
                 self.refused[index] = true;

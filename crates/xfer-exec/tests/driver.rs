@@ -112,8 +112,7 @@ fn local(bytes: &[u64]) -> (HostRail, Receivers) {
 }
 
 fn open(library: &Library) -> OfiEndpoint {
-    let mut hints = Hints::default();
-    hints.provider = library.tcp_provider();
+    let hints = Hints::new(library.tcp_provider()).source([127, 0, 0, 1].into());
     let info = library.infos(&hints).unwrap().remove(0);
     OfiEndpoint::open(&info, &RailConfig::for_info(&info)).unwrap()
 }

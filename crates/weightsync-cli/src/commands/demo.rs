@@ -173,8 +173,10 @@ impl Demo {
         self.bar.set_message("loading and connecting");
         let mut failures = Vec::new();
         loop {
+            // Once something has failed, the others have their deadline to find out, and no more.
+            let patience = if failures.is_empty() { PATIENCE } else { Duration::ZERO };
             let news = tokio::select! {
-                news = children.next(args.rail.deadline + PATIENCE) => news,
+                news = children.next(args.rail.deadline + patience) => news,
                 Some(report) = reports.recv() => {
                     self.hear(report, &mut failures);
                     continue;

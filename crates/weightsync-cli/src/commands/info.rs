@@ -188,11 +188,7 @@ fn print(facts: &Facts) {
         say!("netdev      {}, {speed}", nic.name);
     }
     for gpu in &snapshot.gpus {
-        say!(
-            "GPU         {} at {}",
-            gpu.model.clone().unwrap_or_else(|| "NVIDIA".into()),
-            gpu.pci.address
-        );
+        say!("GPU         {} at {}", gpu.model.clone().unwrap_or_else(|| "NVIDIA".into()), gpu.pci.address);
     }
     say!("");
     for line in meaning {

@@ -36,6 +36,12 @@ pub unsafe trait Memory: Send + Sync + 'static {
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// Whether other processes may map these bytes. Nobody can take a mapping from them again, so a [`Target`] on such
+    /// memory is never reclaimed.
+    fn is_shared(&self) -> bool {
+        false
+    }
 }
 
 /// Keeps a [`Memory`] alive. Gives no access to its bytes.
@@ -311,11 +317,11 @@ impl Target {
     ///
     /// # Errors
     ///
-    /// The handle itself, when there are others.
+    /// The handle itself, when there are others, or when other processes may have mapped the memory.
     pub fn reclaim(mut self) -> Result<LeaseMut, Self> {
         match Arc::get_mut(&mut self.piece) {
-            Some(_) => Ok(LeaseMut { piece: self.piece }),
-            None => Err(self),
+            Some(piece) if !piece.memory.0.is_shared() => Ok(LeaseMut { piece: self.piece }),
+            _ => Err(self),
         }
     }
 

@@ -5,7 +5,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
@@ -17,7 +17,7 @@ use crate::controller::heartbeat_interval;
 use crate::error::RendezvousError;
 use crate::frame;
 use crate::handshake::{self, Secret};
-use crate::protocol::{FRAME_BYTES_MAX, ToController, ToMember};
+use crate::protocol::{DEADLINE_RANGE, FRAME_BYTES_MAX, ToController, ToMember};
 
 /// Messages that may wait on either side; the protocol has one outstanding at a time.
 const QUEUE_MAX: usize = 64;
@@ -51,6 +51,10 @@ pub struct Client {
 impl Client {
     /// Reaches the controller, retrying until the deadline, and proves itself.
     pub async fn connect(config: ClientConfig) -> Result<Self, RendezvousError> {
+        if !DEADLINE_RANGE.contains(&config.deadline) {
+            let reason = format!("a deadline of {:?} is not within {DEADLINE_RANGE:?}", config.deadline);
+            return Err(RendezvousError::Refused { reason });
+        }
         let (opened_in, opened) = oneshot::channel();
         let (incoming_in, incoming) = mpsc::channel(QUEUE_MAX);
         let (outgoing, outgoing_out) = mpsc::channel(QUEUE_MAX);
@@ -90,7 +94,7 @@ impl Client {
     /// Queues a message to be sent. Never waits. That the connection has ended is told by [`Client::receive`], after
     /// what the controller said last: the reason is worth more than the fact.
     pub fn send(&self, message: ToController) -> Result<(), RendezvousError> {
-        match self.outgoing.try_send(message) {
+        match self.outgoing.try_send(message.bounded()) {
             Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => Ok(()),
             Err(mpsc::error::TrySendError::Full(_)) => Err(RendezvousError::Lost {
                 peer: self.peer,
@@ -186,10 +190,11 @@ impl Link {
         };
         let Self { incoming, outgoing, progress, config } = self;
         let (reader, writer) = stream.into_split();
-        let mut reading = std::pin::pin!(read_all(reader, peer, config.deadline, &incoming));
+        let joined = AtomicBool::new(false);
+        let mut reading = std::pin::pin!(read_all(reader, peer, config.deadline, &joined, &incoming));
         tokio::select! {
             () = &mut reading => {}
-            written = write_all(writer, peer, config.deadline, outgoing, &progress) => {
+            written = write_all(writer, peer, config.deadline, outgoing, &joined, &progress) => {
                 // Closing a socket with unread bytes resets it, and a reset can overtake our goodbye. And where it was
                 // the controller that hung up, its last message says why.
                 let _ = timeout(LINGER_MAX, reading).await;
@@ -241,6 +246,7 @@ async fn read_all(
     mut from: impl tokio::io::AsyncRead + Unpin,
     peer: SocketAddr,
     silence_max: Duration,
+    joined: &AtomicBool,
     incoming: &mpsc::Sender<Result<ToMember, RendezvousError>>,
 ) {
     loop {
@@ -250,6 +256,8 @@ async fn read_all(
             Ok(Ok(Some(message))) => (Ok(message), false),
             Ok(Ok(None)) => (Err(lost(peer, "it closed the connection; its log says why")), true),
             Ok(Err(error)) => (Err(lost(peer, &error.to_string())), true),
+            // The controller says nothing to those who have not joined.
+            Err(_) if !joined.load(Ordering::Relaxed) => continue,
             Err(_) => {
                 (Err(RendezvousError::Deadline { peer, stage: "a sign of life", waited: silence_max }), true)
             }
@@ -266,11 +274,11 @@ async fn write_all(
     peer: SocketAddr,
     deadline: Duration,
     mut outgoing: mpsc::Receiver<ToController>,
+    joined: &AtomicBool,
     progress: &AtomicU64,
 ) -> Result<(), RendezvousError> {
     let mut beats = interval(heartbeat_interval(deadline));
     beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut joined = false;
     loop {
         let message = tokio::select! {
             message = outgoing.recv() => match message {
@@ -278,12 +286,12 @@ async fn write_all(
                 None => break,
             },
             // The controller hears a join before anything else.
-            _ = beats.tick(), if joined => {
+            _ = beats.tick(), if joined.load(Ordering::Relaxed) => {
                 ToController::Heartbeat { progress: progress.load(Ordering::Relaxed) }
             }
         };
-        joined = true;
         frame::write(&mut to, &message, peer, FRAME_BYTES_MAX).await?;
+        joined.store(true, Ordering::Relaxed);
     }
     to.shutdown().await.map_err(|source| RendezvousError::Io { peer, source })
 }

@@ -16,8 +16,8 @@ use xfer_plan::{
 };
 
 use crate::protocol::{
-    ABORT_REASON_BYTES_MAX, ENDPOINT_BYTES_MAX, JOB_BYTES_MAX, Join, MemberManifest, Peer, Planned,
-    PlannedPart, PushId, RANKS_MAX, ToController, ToMember, World,
+    DEADLINE_RANGE, ENDPOINT_BYTES_MAX, JOB_BYTES_MAX, Join, MemberManifest, Peer, Planned, PlannedPart,
+    PushId, RANKS_MAX, ToController, ToMember, World, cut,
 };
 
 /// A member is lost when nothing was heard from it for this part of the deadline, so that the stage that waits for it
@@ -29,6 +29,9 @@ const HEARTBEATS_PER_SILENCE: u32 = 5;
 
 /// Between heartbeats at most this long, so that progress is seen.
 const HEARTBEAT_MAX: Duration = Duration::from_secs(1);
+
+/// Ticks that may be missed before the controller takes itself for stalled.
+const STALL_TICKS: u32 = 3;
 
 /// How often members and the controller say that they are alive.
 pub fn heartbeat_interval(deadline: Duration) -> Duration {
@@ -171,7 +174,7 @@ struct Push {
 }
 
 enum Phase {
-    /// Since the first member joined.
+    /// Since the last member joined.
     Joining(Option<Duration>),
     Connecting {
         since: Duration,
@@ -199,6 +202,7 @@ pub struct Controller {
     quotas: Vec<Quota>,
     committed: u64,
     attempts: u64,
+    ticked_at: Duration,
 }
 
 type Actions = Vec<Action>;
@@ -213,6 +217,9 @@ impl Controller {
                 return Err(format!("a job needs between 1 and {RANKS_MAX} {side}, not {ranks}"));
             }
         }
+        if !DEADLINE_RANGE.contains(&config.deadline) {
+            return Err(format!("a deadline of {:?} is not within {DEADLINE_RANGE:?}", config.deadline));
+        }
         if config.job.len() > JOB_BYTES_MAX {
             return Err(format!("the job's name has {} bytes, more than {JOB_BYTES_MAX}", config.job.len()));
         }
@@ -225,6 +232,7 @@ impl Controller {
             quotas: Vec::new(),
             committed: 0,
             attempts: 0,
+            ticked_at: Duration::ZERO,
         })
     }
 
@@ -238,6 +246,11 @@ impl Controller {
         matches!(self.phase, Phase::Ended)
     }
 
+    /// The longest that any stage waits without progress.
+    pub fn deadline(&self) -> Duration {
+        self.config.deadline
+    }
+
     /// How often the driver owes an [`Event::Tick`], and members a heartbeat.
     pub fn tick_interval(&self) -> Duration {
         heartbeat_interval(self.config.deadline)
@@ -249,7 +262,7 @@ impl Controller {
             Event::Received(from, message) => self.receive(from, message, now, actions),
             Event::Disconnected(connection, reason) => {
                 if let Some(member) = self.members.remove(&connection) {
-                    self.lose(member, &format!("its connection ended: {reason}"), now, actions);
+                    self.lose(member, &format!("its connection ended: {reason}"), actions);
                 }
             }
             Event::Tick => self.tick(now, actions),
@@ -267,8 +280,8 @@ impl Controller {
             seat.heard_at = now;
         }
         match message {
-            ToController::Join(_) => self.lose(member, "it joined twice", now, actions),
-            ToController::Ready { digest } => self.ready(member, digest, now, actions),
+            ToController::Join(_) => self.lose(member, "it joined twice", actions),
+            ToController::Ready { digest } => self.ready(member, digest, actions),
             ToController::Begin { version } => self.begin(member, version, now, actions),
             ToController::Prepared { push } => self.advance(member, push, Stage::Preparing, now, actions),
             ToController::Written { push, bytes, writes } => {
@@ -276,9 +289,15 @@ impl Controller {
             }
             ToController::Committed { push } => self.advance(member, push, Stage::Committing, now, actions),
             ToController::Failed { push, reason } => {
-                let current = matches!(&self.phase, Phase::Pushing(current) if current.id == push);
-                if current {
-                    self.abort(format!("{member}: {}", bounded(reason)), now, actions);
+                let reason = bounded(reason);
+                match &self.phase {
+                    Phase::Pushing(current) if current.id != push => {}
+                    // The decision is taken: who cannot follow it is lost.
+                    Phase::Pushing(current) if current.stage == Stage::Committing => {
+                        self.lose(member, &format!("it failed after the commit: {reason}"), actions);
+                    }
+                    Phase::Pushing(_) => self.abort(format!("{member}: {reason}"), actions),
+                    _ => {}
                 }
             }
             ToController::Heartbeat { progress } => {
@@ -289,9 +308,9 @@ impl Controller {
                 }
             }
             ToController::Leave { reason: Some(reason) } => {
-                self.lose(member, &format!("it gave up: {}", bounded(reason)), now, actions);
+                self.lose(member, &format!("it gave up: {}", bounded(reason)), actions);
             }
-            ToController::Leave { reason: None } => self.leave(member, now, actions),
+            ToController::Leave { reason: None } => self.leave(member, actions),
         }
     }
 
@@ -315,7 +334,8 @@ impl Controller {
         self.seats.insert(member, seat);
         actions.push(Action::Report(Report::Joined(member)));
         if let Phase::Joining(since) = &mut self.phase {
-            since.get_or_insert(now);
+            // Whoever joins is progress: the others get the whole deadline again.
+            *since = Some(now);
         }
         if self.config.world.members().all(|member| self.seats.contains_key(&member)) {
             self.plan(now, actions);
@@ -323,7 +343,7 @@ impl Controller {
     }
 
     fn admits(&self, join: &Join) -> Result<(), String> {
-        let Join { job, member, world, manifest, endpoint } = join;
+        let Join { job, member, world, deadline, manifest, endpoint } = join;
         let Phase::Joining(_) = self.phase else {
             return Err(format!("{member} comes too late: the job has started without it"));
         };
@@ -332,6 +352,12 @@ impl Controller {
         }
         if *world != self.config.world {
             return Err(format!("{member} expects {world}, but this job has {}", self.config.world));
+        }
+        if *deadline != self.config.deadline {
+            let ours = self.config.deadline;
+            return Err(format!(
+                "{member} has a deadline of {deadline:?}, this job of {ours:?}; give the same everywhere"
+            ));
         }
         if !world.contains(*member) {
             return Err(format!("there is no {member} among {world}; ranks count from 0"));
@@ -406,12 +432,12 @@ impl Controller {
         self.phase = Phase::Connecting { since: now, waiting: self.config.world.members().collect() };
     }
 
-    fn ready(&mut self, member: Rank, digest: Digest, now: Duration, actions: &mut Actions) {
+    fn ready(&mut self, member: Rank, digest: Digest, actions: &mut Actions) {
         if digest != self.digest {
-            return self.lose(member, "it is ready for another plan than the one agreed", now, actions);
+            return self.lose(member, "it is ready for another plan than the one agreed", actions);
         }
         let Phase::Connecting { waiting, .. } = &mut self.phase else {
-            return self.lose(member, "it said twice that it is ready", now, actions);
+            return self.lose(member, "it said twice that it is ready", actions);
         };
         waiting.remove(&member);
         if waiting.is_empty() {
@@ -425,7 +451,7 @@ impl Controller {
 
     fn begin(&mut self, member: Rank, version: u64, now: Duration, actions: &mut Actions) {
         let Rank::Trainer(_) = member else {
-            return self.lose(member, "only trainers begin versions", now, actions);
+            return self.lose(member, "only trainers begin versions", actions);
         };
         if version <= self.committed {
             let reason =
@@ -450,23 +476,23 @@ impl Controller {
             }
             Phase::Pushing(push) if push.stage == Stage::Collecting && push.version == version => {
                 if !push.waiting.remove(&member) {
-                    return self.lose(member, "it began the same version twice", now, actions);
+                    return self.lose(member, "it began the same version twice", actions);
                 }
             }
             Phase::Pushing(push) if push.stage == Stage::Collecting => {
                 let reason =
                     format!("{member} began version {version} while others began version {}", push.version);
-                self.abort(reason.clone(), now, actions);
+                self.abort(reason.clone(), actions);
                 return self.reply(member, ToMember::Abort { version, reason }, actions);
             }
             _ => {
-                return self.lose(member, "it began a version before the last one ended", now, actions);
+                return self.lose(member, "it began a version before the last one ended", actions);
             }
         }
         if let Some(gone) =
             self.trainers().find(|trainer| self.seats.get(trainer).is_none_or(|seat| seat.left))
         {
-            return self.abort(format!("{gone} has left the job"), now, actions);
+            return self.abort(format!("{gone} has left the job"), actions);
         }
         if self.nobody_waited_for() {
             self.enter(Stage::Preparing, now, actions);
@@ -478,7 +504,7 @@ impl Controller {
         match &mut self.phase {
             Phase::Pushing(current) if current.id == push && current.stage == stage => {
                 if !current.waiting.remove(&member) {
-                    return self.lose(member, "it answered what it was not asked", now, actions);
+                    return self.lose(member, "it answered what it was not asked", actions);
                 }
             }
             // An answer to an attempt that has ended meanwhile.
@@ -507,9 +533,9 @@ impl Controller {
                     "it reports {} bytes in {} writes where the plan has {} bytes in {} writes",
                     quota.bytes, quota.writes, planned.bytes, planned.writes
                 );
-                self.lose(member, &reason, now, actions);
+                self.lose(member, &reason, actions);
             }
-            None => self.lose(member, "only trainers write", now, actions),
+            None => self.lose(member, "only trainers write", actions),
         }
     }
 
@@ -562,7 +588,7 @@ impl Controller {
     }
 
     /// Ends the attempt without a commit. The job goes on.
-    fn abort(&mut self, reason: String, _now: Duration, actions: &mut Actions) {
+    fn abort(&mut self, reason: String, actions: &mut Actions) {
         let Phase::Pushing(push) = std::mem::replace(&mut self.phase, Phase::Idle) else {
             return;
         };
@@ -579,9 +605,9 @@ impl Controller {
 
     // --- losses and ends -----------------------------------------------------------------------------------------
 
-    fn leave(&mut self, member: Rank, now: Duration, actions: &mut Actions) {
+    fn leave(&mut self, member: Rank, actions: &mut Actions) {
         if !matches!(self.phase, Phase::Idle) || matches!(member, Rank::Receiver(_)) {
-            return self.lose(member, "it left", now, actions);
+            return self.lose(member, "it left", actions);
         }
         if let Some(seat) = self.seats.get_mut(&member) {
             seat.left = true;
@@ -595,7 +621,7 @@ impl Controller {
         }
     }
 
-    fn lose(&mut self, member: Rank, reason: &str, now: Duration, actions: &mut Actions) {
+    fn lose(&mut self, member: Rank, reason: &str, actions: &mut Actions) {
         let Some(seat) = self.seats.remove(&member) else {
             return;
         };
@@ -624,7 +650,7 @@ impl Controller {
                 }
             }
             Phase::Pushing(_) => {
-                self.abort(reason.clone(), now, actions);
+                self.abort(reason.clone(), actions);
                 self.end(Some(reason), actions);
             }
             _ => self.end(Some(reason), actions),
@@ -645,11 +671,19 @@ impl Controller {
     // --- time ----------------------------------------------------------------------------------------------------
 
     fn tick(&mut self, now: Duration, actions: &mut Actions) {
+        // Time in which this process itself did not run (it was stopped, or planned for long) is nobody's silence.
+        let stalled = now.saturating_sub(std::mem::replace(&mut self.ticked_at, now));
+        if stalled > STALL_TICKS * self.tick_interval() {
+            for seat in self.seats.values_mut() {
+                (seat.heard_at, seat.progress_at) = (now, now);
+            }
+            return self.send_all(|_| true, ToMember::Heartbeat, actions);
+        }
         let deadline = self.config.deadline;
         let silence_max = deadline / SILENCE_DIVISOR;
         let silent = |seat: &Seat| !seat.left && now.saturating_sub(seat.heard_at) > silence_max;
         while let Some(member) = self.seats.iter().find(|(_, seat)| silent(seat)).map(|(member, _)| *member) {
-            self.lose(member, &format!("nothing was heard from it for {silence_max:?}"), now, actions);
+            self.lose(member, &format!("nothing was heard from it for {silence_max:?}"), actions);
         }
         self.send_all(|_| true, ToMember::Heartbeat, actions);
         let late = |since: Duration| now.saturating_sub(since) > deadline;
@@ -685,12 +719,11 @@ impl Controller {
                         self.lose(
                             member,
                             &format!("waited {deadline:?} for it to confirm the commit"),
-                            now,
                             actions,
                         );
                     }
                 } else {
-                    self.abort(reason, now, actions);
+                    self.abort(reason, actions);
                 }
             }
             _ => {}
@@ -737,9 +770,7 @@ fn refuse(connection: ConnectionId, reason: String, actions: &mut Actions) {
 
 /// A peer's text, cut to what may travel on.
 fn bounded(mut text: String) -> String {
-    if text.len() > ABORT_REASON_BYTES_MAX {
-        text.truncate(text.floor_char_boundary(ABORT_REASON_BYTES_MAX));
-    }
+    cut(&mut text);
     text
 }
 

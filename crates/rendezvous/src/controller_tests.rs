@@ -46,7 +46,7 @@ fn join(member: Rank) -> Join {
             }],
         }),
     };
-    Join { job: "job".into(), member, world: world(), manifest, endpoint: vec![1, 2, 3] }
+    Join { job: "job".into(), member, world: world(), deadline: DEADLINE, manifest, endpoint: vec![1, 2, 3] }
 }
 
 fn connection(member: Rank) -> ConnectionId {
@@ -308,6 +308,7 @@ fn strangers_and_mistakes_are_refused_by_name() {
         bench.reason(T0)
     };
     assert!(wrong(|join| join.job = "other".into()).contains("another job"));
+    assert!(wrong(|join| join.deadline = Duration::from_secs(1)).contains("give the same everywhere"));
     assert!(wrong(|join| join.world.trainers = 9).contains("expects 9 trainers"));
     assert!(wrong(|join| join.member = Rank::Trainer(TrainerRank(7))).contains("no trainer 7"));
     assert!(wrong(|join| join.member = I0).contains("other side's manifest"));
@@ -423,4 +424,42 @@ proptest! {
         let ended = bench.log.iter().filter(|action| matches!(action, Action::Report(Report::Ended { .. }))).count();
         prop_assert_eq!(ended, usize::from(bench.controller.has_ended()));
     }
+}
+
+#[test]
+fn a_failure_after_the_decision_cannot_undo_it() {
+    let mut bench = Bench::started();
+    let push = bench.begin_to_writing(1);
+    bench.say(T0, WRITTEN(push));
+    bench.say(T1, WRITTEN(push));
+    bench.say(I0, ToController::Failed { push, reason: "no flush".into() });
+    let told = bench.told(T0);
+    assert!(!told.iter().any(|message| matches!(message, ToMember::Abort { .. })), "{told:?}");
+    assert!(told.contains(&ToMember::Done { push, version: 1, unconfirmed: vec![I0] }), "{told:?}");
+}
+
+#[test]
+fn a_controller_that_was_stopped_blames_nobody() {
+    let mut bench = Bench::started();
+    bench.begin_to_writing(1);
+    bench.pass(1, &[T0, T1, I0]);
+    // Stopped for a minute: the tick comes before the heartbeats that wait in its queue.
+    bench.now += Duration::from_secs(60);
+    bench.event(Event::Tick);
+    assert!(matches!(bench.controller.phase, Phase::Pushing(_)));
+    // Who is silent from then on is lost as ever.
+    bench.pass(16, &[T0, T1]);
+    assert!(bench.reason(T0).contains("inference 0 was lost"), "{}", bench.reason(T0));
+}
+
+#[test]
+fn members_that_come_one_by_one_all_get_the_deadline() {
+    let mut bench = Bench::new();
+    bench.say(T0, ToController::Join(Box::new(join(T0))));
+    bench.pass(25, &[T0]);
+    bench.say(T1, ToController::Join(Box::new(join(T1))));
+    bench.pass(25, &[T0, T1]);
+    assert!(!bench.controller.has_ended());
+    bench.pass(6, &[T0, T1]);
+    assert!(bench.reason(T0).contains("inference 0 to join"), "{}", bench.reason(T0));
 }

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,12 @@ pub const PROTOCOL_VERSION: u32 = 1;
 
 /// Bytes of a frame before the peer is authenticated: the handshake's messages are under 100 bytes.
 pub(crate) const HANDSHAKE_FRAME_BYTES_MAX: u32 = 256;
+
+/// Bytes of a frame from a member that has joined: a reason is the longest.
+pub(crate) const MEMBER_FRAME_BYTES_MAX: u32 = 16 << 10;
+
+/// Deadlines outside of this make no sense: heartbeats have to fit in, and sums of times must not overflow.
+pub const DEADLINE_RANGE: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(86_400);
 
 /// Bytes of a frame between members: the manifest of a rank with 100 000 tensors of 100 bytes of name, shape and map,
 /// with room.
@@ -90,6 +97,8 @@ pub struct Join {
     pub member: Rank,
     /// What it takes the job's size to be; must be the controller's.
     pub world: World,
+    /// The longest that it waits without progress; must be the controller's, or one gives up on the other too soon.
+    pub deadline: Duration,
     /// What it has or needs.
     pub manifest: MemberManifest,
     /// How peers reach its memory. Opaque here: told, unread, to the members that the plan pairs with this one.
@@ -251,4 +260,39 @@ pub enum ToMember {
     Finished,
     /// Sign of life.
     Heartbeat,
+}
+
+impl ToController {
+    /// Cuts what a person wrote to what may travel.
+    pub(crate) fn bounded(mut self) -> Self {
+        if let Self::Failed { reason, .. } | Self::Leave { reason: Some(reason) } = &mut self {
+            cut(reason);
+        }
+        self
+    }
+}
+
+impl ToMember {
+    /// The message's name, for errors.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Planned(_) => "a plan",
+            Self::Start => "a start",
+            Self::Prepare { .. } => "a prepare",
+            Self::Write { .. } => "a write",
+            Self::Commit { .. } => "a commit",
+            Self::Done { .. } => "a done",
+            Self::Abort { .. } => "an abort",
+            Self::Refused { .. } => "a refusal",
+            Self::Finished => "a finish",
+            Self::Heartbeat => "a heartbeat",
+        }
+    }
+}
+
+/// Cuts a text to [`ABORT_REASON_BYTES_MAX`].
+pub(crate) fn cut(text: &mut String) {
+    if text.len() > ABORT_REASON_BYTES_MAX {
+        text.truncate(text.floor_char_boundary(ABORT_REASON_BYTES_MAX));
+    }
 }

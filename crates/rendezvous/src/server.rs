@@ -21,10 +21,12 @@ use crate::controller::{Action, ConnectionId, Controller, ControllerConfig, Even
 use crate::error::RendezvousError;
 use crate::frame;
 use crate::handshake::{self, Secret, random_seed};
-use crate::protocol::{DEADLINE_DEFAULT, FRAME_BYTES_MAX, JOB_DEFAULT, ToController, ToMember, World};
+use crate::protocol::{
+    DEADLINE_DEFAULT, FRAME_BYTES_MAX, JOB_DEFAULT, MEMBER_FRAME_BYTES_MAX, ToController, ToMember, World,
+};
 
-/// Connections that have not joined yet. A full job of 65 536 ranks joins in waves; the rest wait in the backlog.
-const UNJOINED_MAX: usize = 1024;
+/// Connections that have not proved themselves. A full job of 65 536 ranks comes in waves; the rest wait in the backlog.
+const UNPROVED_MAX: usize = 1024;
 
 /// A connection proves itself within this time, or goes.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
@@ -133,10 +135,11 @@ impl Server {
     pub async fn run(self, mut observe: impl FnMut(Report)) -> Option<String> {
         let Self { listener, secret, mut controller, .. } = self;
         let start = Instant::now();
+        let join_max = controller.deadline();
         let mut ticks = interval(controller.tick_interval());
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (events_in, mut events) = mpsc::channel(EVENTS_MAX);
-        let unjoined = Arc::new(Semaphore::new(UNJOINED_MAX));
+        let unproved = Arc::new(Semaphore::new(UNPROVED_MAX));
         let mut outgoing: HashMap<ConnectionId, mpsc::Sender<ToMember>> = HashMap::new();
         let mut tasks = JoinSet::new();
         let mut connections = 0;
@@ -144,13 +147,13 @@ impl Server {
         let mut ended = None;
         while !controller.has_ended() {
             let event = tokio::select! {
-                accepted = accept(&listener, &unjoined) => {
+                accepted = accept(&listener, &unproved) => {
                     let (stream, peer, permit) = accepted;
                     connections += 1;
-                    let connection = Connection { id: ConnectionId(connections), peer, events: events_in.clone() };
+                    let connection = Connection { id: ConnectionId(connections), peer, events: events_in.clone(), join_max };
                     let secret = secret.clone();
                     tasks.spawn(async move {
-                        // The permit covers the handshake and the first message only.
+                        // The permit covers the handshake only.
                         connection.serve(stream, &secret, permit).await;
                     });
                     continue;
@@ -160,6 +163,8 @@ impl Server {
                         outgoing.insert(connection, sender);
                         continue;
                     }
+                    // What a connection says after it was closed counts for nothing.
+                    Input::Event(Event::Received(connection, _)) if !outgoing.contains_key(&connection) => continue,
                     Input::Event(event) => event,
                 },
                 _ = ticks.tick() => Event::Tick,
@@ -205,10 +210,10 @@ impl Server {
 
 type Permit = tokio::sync::OwnedSemaphorePermit;
 
-/// The next connection, once there is room for one that has not joined.
-async fn accept(listener: &TcpListener, unjoined: &Arc<Semaphore>) -> (TcpStream, SocketAddr, Permit) {
+/// The next connection, once there is room for one that has not proved itself.
+async fn accept(listener: &TcpListener, unproved: &Arc<Semaphore>) -> (TcpStream, SocketAddr, Permit) {
     loop {
-        let Ok(permit) = unjoined.clone().acquire_owned().await else { std::future::pending().await };
+        let Ok(permit) = unproved.clone().acquire_owned().await else { std::future::pending().await };
         match listener.accept().await {
             Ok((stream, peer)) => return (stream, peer, permit),
             Err(error) => {
@@ -229,29 +234,39 @@ struct Connection {
     id: ConnectionId,
     peer: SocketAddr,
     events: mpsc::Sender<Input>,
+    /// From its proof to its join.
+    join_max: Duration,
 }
 
 impl Connection {
     async fn serve(self, mut stream: TcpStream, secret: &Secret, permit: Permit) {
-        let first = timeout(HANDSHAKE_MAX, async {
+        let proved = timeout(HANDSHAKE_MAX, async {
             stream.set_nodelay(true).map_err(|source| RendezvousError::Io { peer: self.peer, source })?;
-            handshake::accept(&mut stream, self.peer, secret).await?;
-            frame::read::<ToController>(&mut stream, self.peer, FRAME_BYTES_MAX).await
+            handshake::accept(&mut stream, self.peer, secret).await
         });
+        match proved.await {
+            Ok(Ok(())) => drop(permit),
+            Ok(Err(error)) => return tracing::warn!(peer = %self.peer, %error, "refused a connection"),
+            Err(_) => {
+                return tracing::warn!(peer = %self.peer, "did not prove itself within {HANDSHAKE_MAX:?}");
+            }
+        }
+        // A member opens and registers its memory before it joins, which takes time.
+        let first =
+            timeout(self.join_max, frame::read::<ToController>(&mut stream, self.peer, FRAME_BYTES_MAX));
         let first = match first.await {
             Ok(Ok(Some(message))) => message,
             Ok(Ok(None)) => return tracing::debug!(peer = %self.peer, "closed before it joined"),
             Ok(Err(error)) => return tracing::warn!(peer = %self.peer, %error, "refused a connection"),
-            Err(_) => return tracing::warn!(peer = %self.peer, "did not join within {HANDSHAKE_MAX:?}"),
+            Err(_) => return tracing::warn!(peer = %self.peer, "did not join within {:?}", self.join_max),
         };
-        drop(permit);
         let (sender, outgoing) = mpsc::channel(OUTGOING_MAX);
         let (mut read_half, write_half) = stream.split();
         let _ = self.events.send(Input::Opened(self.id, sender)).await;
         let _ = self.events.send(Input::Event(Event::Received(self.id, first))).await;
         let read = async {
             loop {
-                match frame::read(&mut read_half, self.peer, FRAME_BYTES_MAX).await {
+                match frame::read(&mut read_half, self.peer, MEMBER_FRAME_BYTES_MAX).await {
                     Ok(Some(message)) => {
                         let event = Input::Event(Event::Received(self.id, message));
                         if self.events.send(event).await.is_err() {

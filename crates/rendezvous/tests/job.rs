@@ -53,6 +53,7 @@ fn join(member: Rank) -> ToController {
         job: rendezvous::JOB_DEFAULT.into(),
         member,
         world: WORLD,
+        deadline: DEADLINE,
         manifest,
         endpoint: member.to_string().into_bytes(),
     }))

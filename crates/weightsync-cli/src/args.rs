@@ -69,6 +69,8 @@ pub(crate) struct DemoArgs {
     #[command(flatten)]
     pub(crate) rail: RailArgs,
     #[command(flatten)]
+    pub(crate) staging: StagingArgs,
+    #[command(flatten)]
     pub(crate) plan: PlanArgs,
     /// Write a timeline of all ranks, for Perfetto (ui.perfetto.dev) or chrome://tracing
     #[arg(long, value_name = "FILE")]
@@ -87,9 +89,9 @@ pub(crate) struct RailArgs {
     /// The longest that any rank waits without progress, in seconds
     #[arg(long, default_value = "30", value_name = "SECONDS", value_parser = seconds)]
     pub(crate) deadline: Duration,
-    /// A trainer's staging memory, in MiB
-    #[arg(long, default_value_t = 256, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
-    pub(crate) watermark: u64,
+    /// The NIC of each rank's rail, as `weightsync info` lists libfabric's domains [default: the first]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) nic: Option<String>,
     /// Bandwidth of a rank's NICs in Gb/s, for the lower bound [default: the NIC's line rate; over loopback what one
     /// thread copies]
     #[arg(long, value_name = "GBPS", value_parser = positive)]
@@ -117,6 +119,14 @@ impl PlanArgs {
             gather_chunk_bytes_max: chunk_bytes_max,
         }
     }
+}
+
+/// A trainer's memory beside its weights.
+#[derive(Args, Clone)]
+pub(crate) struct StagingArgs {
+    /// A trainer's staging memory, in MiB
+    #[arg(long, default_value_t = 256, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub(crate) watermark: u64,
 }
 
 /// Which job.
@@ -187,6 +197,8 @@ pub(crate) struct ControllerArgs {
 pub(crate) struct PushArgs {
     #[command(flatten)]
     pub(crate) rank: RankArgs,
+    #[command(flatten)]
+    pub(crate) staging: StagingArgs,
     /// Versions to push; each is one training step
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) steps: u64,
@@ -212,10 +224,9 @@ pub(crate) struct InfoArgs {
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
-    seconds_or_none(text).and_then(|seconds| match seconds {
-        Duration::ZERO => Err("must be more than 0".into()),
-        seconds => Ok(seconds),
-    })
+    let seconds = seconds_or_none(text)?;
+    let range = weightsync::DEADLINE_RANGE;
+    if range.contains(&seconds) { Ok(seconds) } else { Err(format!("must be within {range:?}")) }
 }
 
 fn seconds_or_none(text: &str) -> Result<Duration, String> {
@@ -262,9 +273,8 @@ impl RailArgs {
     pub(crate) fn apply(&self, config: &mut SessionConfig) {
         config.fabric = self.fabric;
         config.deadline = self.deadline;
-        config.watermark_bytes = self.watermark << 20;
-        config.rail_bytes_per_second =
-            self.nic_gbps.map(|gbps| (gbps * 1e9 / 8.0) as u64).filter(|rate| *rate > 0);
+        config.nic.clone_from(&self.nic);
+        config.rail_bytes_per_second = self.nic_gbps.map(|gbps| ((gbps * 1e9 / 8.0) as u64).max(1));
     }
 }
 
@@ -300,7 +310,7 @@ mod tests {
     #[test]
     fn seconds_are_bounded() {
         assert_eq!(seconds("1.5"), Ok(Duration::from_millis(1500)));
-        for wrong in ["0", "-1", "nan", "inf", "1e9", "soon"] {
+        for wrong in ["0", "1e-9", "-1", "nan", "inf", "1e9", "soon"] {
             assert!(seconds(wrong).is_err(), "{wrong}");
         }
         assert_eq!(seconds_or_none("0"), Ok(Duration::ZERO));

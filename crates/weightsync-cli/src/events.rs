@@ -75,6 +75,9 @@ impl Event {
     }
 }
 
+/// Exit code for weights that arrived, but not as they must be.
+pub(crate) const EXIT_BYTES_DIFFER: u8 = 3;
+
 /// Weights that are not as they must be: an exit code of its own.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]

@@ -17,12 +17,10 @@ use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
 use crate::args::{Cli, Command};
-use crate::events::BytesDiffer;
+use crate::events::{BytesDiffer, EXIT_BYTES_DIFFER};
 
-/// A run that failed: an error, a lost rank, a deadline.
+/// A run that failed: an error, a lost rank, a deadline. clap itself ends with 2 on wrong usage.
 const EXIT_FAILED: u8 = 1;
-/// Weights that arrived, but not as they must be. (clap itself ends with 2 on wrong usage.)
-const EXIT_BYTES_DIFFER: u8 = 3;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

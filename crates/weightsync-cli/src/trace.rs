@@ -1,5 +1,7 @@
 //! A timeline of all ranks in the Trace Event Format, which Perfetto and chrome://tracing open.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Value, json};
 use weightsync::Span;
 
@@ -7,15 +9,19 @@ use weightsync::Span;
 #[derive(Default)]
 pub(crate) struct Trace {
     events: Vec<Value>,
+    /// Rows whose rank has been named.
+    named: BTreeSet<usize>,
 }
 
 impl Trace {
     /// Adds the stages of one version of a rank. `row` orders the ranks.
     pub(crate) fn add(&mut self, row: usize, rank: &str, version: u64, stages: &[Span]) {
-        self.events.push(json!({ "ph": "M", "name": "process_name", "pid": row, "args": { "name": rank } }));
-        self.events.push(
-            json!({ "ph": "M", "name": "process_sort_index", "pid": row, "args": { "sort_index": row } }),
-        );
+        if self.named.insert(row) {
+            let name = json!({ "ph": "M", "name": "process_name", "pid": row, "args": { "name": rank } });
+            let order =
+                json!({ "ph": "M", "name": "process_sort_index", "pid": row, "args": { "sort_index": row } });
+            self.events.extend([name, order]);
+        }
         self.events.extend(stages.iter().map(|stage| {
             json!({
                 "ph": "X",

@@ -7,7 +7,7 @@ use rendezvous::{ClientConfig, DEADLINE_DEFAULT, JOB_DEFAULT, Secret, World};
 
 use crate::fabric::Fabric;
 
-/// Staging memory of a trainer, unless told otherwise: 256 chunks of 1 MiB keep 32 rails of depth 8 busy.
+/// Staging memory of a trainer, unless told otherwise: twice the chunks of 1 MiB that a rail has in flight.
 pub const WATERMARK_BYTES_DEFAULT: u64 = 256 << 20;
 
 /// What a rank needs to know to take part in a job. [`SessionConfig::new`] fills in the rest.
@@ -31,6 +31,9 @@ pub struct SessionConfig {
     pub watermark_bytes: u64,
     /// The address that this rank's rail binds to; `None` takes the one that reaches the controller.
     pub bind: Option<IpAddr>,
+    /// The NIC of this rank's rail, as libfabric names its domain (`rdmap79s0-rdm`, `mlx5_0`, `eth0`); `None` takes the
+    /// first that libfabric offers. Ranks of one host that should use different NICs name them.
+    pub nic: Option<String>,
     /// The rail's bandwidth for the lower bound; `None` takes the NIC's line rate, or over loopback and shared memory
     /// what one thread copies here.
     pub rail_bytes_per_second: Option<u64>,
@@ -49,6 +52,7 @@ impl SessionConfig {
             deadline: DEADLINE_DEFAULT,
             watermark_bytes: WATERMARK_BYTES_DEFAULT,
             bind: None,
+            nic: None,
             rail_bytes_per_second: None,
         }
     }

@@ -13,7 +13,7 @@ use crate::fabric::FabricError;
 const REGIONS_MAX: usize = 4096;
 
 /// See the module.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Endpoint {
     /// [`crate::fabric::host_identity`].
     pub(crate) host: String,
@@ -23,7 +23,7 @@ pub(crate) struct Endpoint {
     pub(crate) local: Option<LocalEndpoint>,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct RailEndpoint {
     /// libfabric's provider; both ends must have the same.
     pub(crate) provider: String,
@@ -35,7 +35,7 @@ pub(crate) struct RailEndpoint {
     pub(crate) scratch: Option<RemoteRegion>,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct LocalEndpoint {
     name: String,
     key: [u8; KEY_BYTES],

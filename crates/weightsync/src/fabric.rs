@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use efa_core::{Hints, Info, InfoError, Library, Provider, Rail, RailConfig};
 use topology::{Roots, Snapshot};
 
+use crate::config::SessionConfig;
+
 /// How to reach peers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Fabric {
@@ -143,8 +145,9 @@ pub(crate) struct OpenRail {
     pub(crate) link_bytes_per_second: Option<u64>,
 }
 
-/// Opens this rank's rail. `None` where `fabric` can do without one: `local`, and `auto` without a libfabric.
-pub(crate) fn open(fabric: Fabric, source: IpAddr) -> Result<Option<OpenRail>, FabricError> {
+/// Opens this rank's rail, on the NIC that was named or the first. `None` where the fabric can do without one: `local`, and `auto` without a libfabric.
+pub(crate) fn open(config: &SessionConfig, source: IpAddr) -> Result<Option<OpenRail>, FabricError> {
+    let fabric = config.fabric;
     let providers: &[fn(&Library) -> Provider] = match fabric {
         Fabric::Local => return Ok(None),
         Fabric::Auto => &[|_| Provider::Efa, |_| Provider::Verbs, Library::tcp_provider],
@@ -173,6 +176,9 @@ pub(crate) fn open(fabric: Fabric, source: IpAddr) -> Result<Option<OpenRail>, F
         let mut hints = Hints::new(provider);
         if matches!(provider, Provider::Tcp | Provider::TcpRxm) {
             hints = hints.source(source);
+        }
+        if let Some(nic) = &config.nic {
+            hints = hints.domain(nic.clone());
         }
         match library.infos(&hints) {
             Ok(infos) => match infos.first() {
@@ -217,12 +223,24 @@ fn refuse_idle_nics(library: &str) -> Result<(), FabricError> {
     Err(FabricError::NicsUnused { devices, library: library.to_owned() })
 }
 
-/// Names this host and its network namespace: ranks for which it is equal can share memory.
+/// What a host is called whose identity cannot be read.
+const UNKNOWN_HOST: &str = "unknown";
+
+/// Names this host and its network namespace.
 pub(crate) fn host_identity() -> String {
-    let read =
-        |path: &str| std::fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default();
-    let namespace = std::fs::read_link("/proc/self/ns/net").map(|link| link.display().to_string());
-    format!("{} {}", read("/proc/sys/kernel/random/boot_id"), namespace.unwrap_or_default())
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    let namespace = std::fs::read_link("/proc/self/ns/net");
+    match (boot, namespace) {
+        (Ok(boot), Ok(namespace)) if !boot.trim().is_empty() => {
+            format!("{} {}", boot.trim(), namespace.display())
+        }
+        _ => UNKNOWN_HOST.into(),
+    }
+}
+
+/// Whether two ranks can share memory.
+pub(crate) fn same_host(here: &str, there: &str) -> bool {
+    here == there && here != UNKNOWN_HOST
 }
 
 /// What one thread of this host copies per second: the bandwidth of a rail that is a memory copy. The median over spans

@@ -16,8 +16,8 @@ pub use fabric::{Fabric, FabricError};
 pub use inference::{Inference, InferenceSession, ParamId, Served};
 pub use rendezvous::controller::{ControllerConfig, Report};
 pub use rendezvous::{
-    DEADLINE_DEFAULT, JOB_DEFAULT, PROTOCOL_VERSION, RendezvousError, Secret, Server as Controller,
-    ServerConfig, ServerHandle, World,
+    DEADLINE_DEFAULT, DEADLINE_RANGE, JOB_DEFAULT, PROTOCOL_VERSION, RendezvousError, Secret,
+    Server as Controller, ServerConfig, ServerHandle, World,
 };
 pub use report::{PushReport, Span, VersionReport};
 pub use trainer::{TensorId, TensorSpec, Trainer, TrainerSession};

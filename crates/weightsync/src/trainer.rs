@@ -3,17 +3,19 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
 
 use efa_core::{Lease, LeaseMut, MemoryRef};
 use rendezvous::{
-    Client, Join, MemberManifest, Peer, Planned, PlannedPart, PushId, RendezvousError, ToController, ToMember,
+    Client, GiveUp, Join, MemberManifest, Peer, Planned, PlannedPart, PushId, RendezvousError, ToController,
+    ToMember,
 };
 use tokio::sync::oneshot;
 use xfer_exec::driver::{HostRail, Outcome, Sender, SenderConfig};
 use xfer_exec::local::{Attached, LocalRail, fetch};
 use xfer_exec::ofi::{OfiPeer, OfiRail};
 use xfer_exec::program::Route;
-use xfer_exec::{Program, RailIndex};
+use xfer_exec::{Failure, Program, RailIndex};
 use xfer_plan::{
     DType, OpKind, RailDecl, Rank, ReceiverRank, RegionIndex, SourcePiece, TensorBox, TrainerManifest,
     TrainerRank,
@@ -166,7 +168,7 @@ impl Trainer {
         let rank = TrainerRank(config.rank);
         let mut client = Client::connect(config.client()).await?;
         let source = config.bind.unwrap_or(client.local_addr().ip());
-        let opened = fabric::open(config.fabric, source)?;
+        let opened = fabric::open(&config, source)?;
         let manifest = TrainerManifest {
             host: fabric::host_identity(),
             regions: regions.iter().map(|region| region.len() as u64).collect(),
@@ -187,6 +189,7 @@ impl Trainer {
             job: config.job.clone(),
             member: Rank::Trainer(rank),
             world: config.world,
+            deadline: config.deadline,
             manifest: MemberManifest::Trainer(manifest),
             endpoint: endpoint.encode()?,
         })))?;
@@ -213,7 +216,15 @@ impl Trainer {
             ToMember::Start => {}
             other => return Err(unexpected("the start", &other)),
         }
-        Ok(TrainerSession { client, sender, weights: Weights::Here(regions), tensors, routes, bound_seconds })
+        Ok(TrainerSession {
+            client,
+            sender,
+            weights: Weights::Here(regions),
+            tensors,
+            routes,
+            bound_seconds,
+            pushing: false,
+        })
     }
 }
 
@@ -224,9 +235,7 @@ pub(crate) fn rail_bytes_per_second(config: &SessionConfig, opened: Option<&Open
 }
 
 pub(crate) fn unexpected(expected: &'static str, found: &ToMember) -> Error {
-    // The variant's name only: the rest can be long.
-    let found = format!("{found:?}").split(['(', ' ', '{']).next().unwrap_or_default().to_owned();
-    Error::Rendezvous(RendezvousError::Unexpected { expected, found })
+    Error::Rendezvous(RendezvousError::Unexpected { expected, found: found.name().into() })
 }
 
 /// Everything that is needed to get from a plan to rails.
@@ -252,12 +261,13 @@ impl Connecting {
                 found: "an inference rank's".into(),
             }));
         };
+        let until = Instant::now() + self.config.deadline;
         let mut by_fabric = BTreeMap::new();
         let mut by_memory = BTreeMap::new();
         for Peer { member, endpoint } in planned.peers {
             let Rank::Receiver(to) = member else { continue };
             let peer = Endpoint::decode(&to.to_string(), &endpoint)?;
-            match self.choose(to, peer)? {
+            match self.choose(to, peer, until)? {
                 Way::Local(attached, bytes) => drop(by_memory.insert(to, (attached, bytes))),
                 Way::Fabric(peer) => drop(by_fabric.insert(to, peer)),
             }
@@ -267,8 +277,16 @@ impl Connecting {
         let mut described = BTreeMap::new();
         // A staging slot holds the longest gather, and all slots together the watermark; without gathers there is none.
         let gathers = plan.ops.iter().filter(|op| op.kind() == OpKind::Gather);
-        let slot_bytes = gathers.map(|op| op.bytes()).max().unwrap_or(0).min(self.config.watermark_bytes);
-        let staging_bytes = if slot_bytes == 0 { 0 } else { self.config.watermark_bytes };
+        let slot_bytes = gathers.map(|op| op.bytes()).max().unwrap_or(0);
+        let watermark_bytes = self.config.watermark_bytes;
+        if slot_bytes > watermark_bytes && !by_fabric.is_empty() {
+            let reason = format!(
+                "the plan gathers {slot_bytes} bytes at once, more than the watermark of {watermark_bytes}; raise it or shorten \
+                 the chunks"
+            );
+            return Err(Error::Memory { what: "staging", reason });
+        }
+        let staging_bytes = if slot_bytes == 0 || by_fabric.is_empty() { 0 } else { watermark_bytes };
         let staging_bytes = usize::try_from(staging_bytes).unwrap_or(usize::MAX);
         let staging = LeaseMut::zeroed(staging_bytes)
             .map_err(|error| Error::Memory { what: "staging", reason: error.to_string() })?;
@@ -292,8 +310,13 @@ impl Connecting {
             }
             let mut memories = self.memories;
             memories.push(staging.memory().clone());
-            let ofi = OfiRail::connect(opened.rail, &memories, by_fabric, self.config.deadline)
-                .map_err(|error| FabricError::Rail(error.to_string()))?;
+            let ofi = OfiRail::connect(
+                opened.rail,
+                &memories,
+                by_fabric,
+                until.saturating_duration_since(Instant::now()),
+            )
+            .map_err(|error| FabricError::Rail(error.to_string()))?;
             rails.push(Box::new(ofi));
         }
         let program = Program::new(plan, names, &self.region_bytes, routes, slot_bytes)?;
@@ -303,16 +326,17 @@ impl Connecting {
             rails,
             staging,
             slot_bytes,
-            deadline: self.config.deadline,
+            // Half: it fails, drains and says which peer is to blame before the controller gives up on this trainer.
+            deadline: self.config.deadline / 2,
             progress: self.progress,
         })?;
         Ok((sender, described))
     }
 
     /// The way to one peer.
-    fn choose(&self, to: ReceiverRank, peer: Endpoint) -> Result<Way, FabricError> {
+    fn choose(&self, to: ReceiverRank, peer: Endpoint, until: Instant) -> Result<Way, FabricError> {
         let name = || to.to_string();
-        let same_host = peer.host == self.endpoint.host;
+        let same_host = fabric::same_host(&peer.host, &self.endpoint.host);
         let offers = peer.offers();
         if self.config.fabric.allows_local()
             && same_host
@@ -323,7 +347,9 @@ impl Connecting {
                 reason: error.to_string(),
             };
             let attach = |(region, bytes): (u32, &u64)| {
-                let file = fetch(&local.doorman(), region, self.config.deadline)?;
+                // A socket takes no timeout of 0.
+                let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+                let file = fetch(&local.doorman(), region, left)?;
                 Attached::new(&file, region, *bytes)
             };
             let attached =
@@ -371,7 +397,27 @@ pub struct TrainerSession {
     tensors: Vec<Tensor>,
     routes: BTreeMap<ReceiverRank, String>,
     bound_seconds: f64,
+    /// A push is under way, or was dropped in the middle.
+    pushing: bool,
 }
+
+/// What a push holds while it runs: dropped in the middle, it gives up.
+struct InPush<'a> {
+    session: &'a mut TrainerSession,
+    guard: Option<GiveUp>,
+}
+
+impl Drop for InPush<'_> {
+    fn drop(&mut self) {
+        match self.guard.take() {
+            // Dropped in the middle: the guard tells the controller, and the rails stop posting.
+            Some(_guard) => self.session.sender.abort(GIVEN_UP.into()),
+            None => self.session.pushing = false,
+        }
+    }
+}
+
+const GIVEN_UP: &str = "its push was given up half way";
 
 impl TrainerSession {
     /// Which rail leads to each inference rank that this trainer writes to.
@@ -419,6 +465,20 @@ impl TrainerSession {
     /// After [`Error::Aborted`] and [`Error::Push`] the version is not committed and may be pushed again, unless a rank
     /// was lost. After [`Error::Unconfirmed`] it is committed.
     pub async fn push(&mut self, version: u64) -> Result<PushReport, Error> {
+        if self.pushing {
+            return Err(Error::Broken);
+        }
+        self.pushing = true;
+        let guard = self.client.give_up_on_drop(GIVEN_UP);
+        let mut push = InPush { session: self, guard: Some(guard) };
+        let pushed = push.session.push_to_end(version).await;
+        if let Some(guard) = push.guard.take() {
+            guard.never_mind();
+        }
+        pushed
+    }
+
+    async fn push_to_end(&mut self, version: u64) -> Result<PushReport, Error> {
         let Weights::Here(_) = &self.weights else {
             return Err(Error::Broken);
         };
@@ -497,14 +557,18 @@ impl TrainerSession {
             return Err(Error::Broken);
         };
         self.weights = thaw(std::mem::take(&mut outcome.regions));
-        match ended {
-            Some(error) => Err(error),
-            None => Ok(outcome),
+        match (ended, &outcome.result) {
+            (None, _) => Ok(outcome),
+            // What failed here first says more than the abort that followed.
+            (Some(Error::Aborted { .. }), Err(failure)) if !matches!(failure, Failure::Aborted(_)) => {
+                Err(Error::Push { version, failure: failure.clone() })
+            }
+            (Some(error), _) => Err(error),
         }
     }
 
     /// Tells the controller that this rank failed, and waits until it has told everybody.
-    async fn give_up(&mut self, version: u64, push: PushId, failure: xfer_exec::Failure) -> Error {
+    async fn give_up(&mut self, version: u64, push: PushId, failure: Failure) -> Error {
         let told = self.client.send(ToController::Failed { push, reason: failure.to_string() });
         if told.is_ok()
             && let Err(error) = self.client.receive("the end of the failed push").await
@@ -521,6 +585,11 @@ impl TrainerSession {
         self.client.leave(None).await;
         let sender = self.sender;
         let _ = tokio::task::spawn_blocking(move || sender.close()).await;
+    }
+
+    /// Leaves because this trainer cannot go on, which ends the job; the others are told why.
+    pub async fn give_up_job(self, reason: String) {
+        self.client.leave(Some(reason)).await;
     }
 
     /// Bytes of one push of this rank that have been delivered so far, for a progress bar.

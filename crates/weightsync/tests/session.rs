@@ -1,5 +1,6 @@
 //! Sessions over shared memory, all ranks in this process: what a version means, and what is left after a failure.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use weightsync::{
@@ -9,22 +10,27 @@ use weightsync::{
 
 const DEADLINE: Duration = Duration::from_secs(20);
 
-async fn controller(world: World, deadline: Duration) -> ServerHandle {
-    let mut config = ServerConfig::loopback(world).unwrap();
-    config.controller.deadline = deadline;
-    Controller::bind(config).await.unwrap().spawn(|_| {})
+struct Job {
+    server: ServerHandle,
+    deadline: Duration,
 }
 
-fn config(server: &ServerHandle, world: World, rank: u32) -> SessionConfig {
-    let mut config = SessionConfig::new(server.local_addr().to_string(), world, rank);
+async fn controller(world: World, deadline: Duration) -> Job {
+    let mut config = ServerConfig::loopback(world).unwrap();
+    config.controller.deadline = deadline;
+    Job { server: Controller::bind(config).await.unwrap().spawn(|_| {}), deadline }
+}
+
+fn config(job: &Job, world: World, rank: u32) -> SessionConfig {
+    let mut config = SessionConfig::new(job.server.local_addr().to_string(), world, rank);
     config.fabric = Fabric::Local;
-    config.deadline = DEADLINE;
+    config.deadline = job.deadline;
     config
 }
 
 /// Trainer `rank` of `trainers` owns one row of `w`.
-async fn trainer(server: &ServerHandle, world: World, rank: u32, columns: u64) -> (TrainerSession, TensorId) {
-    let mut trainer = Trainer::new(config(server, world, rank));
+async fn trainer(job: &Job, world: World, rank: u32, columns: u64) -> (TrainerSession, TensorId) {
+    let mut trainer = Trainer::new(config(job, world, rank));
     let spec = TensorSpec {
         name: "w".into(),
         dtype: DType::U8,
@@ -36,8 +42,8 @@ async fn trainer(server: &ServerHandle, world: World, rank: u32, columns: u64) -
 }
 
 /// The one inference rank holds `w` whole.
-async fn inference(server: &ServerHandle, world: World, columns: u64) -> (InferenceSession, ParamId) {
-    let mut inference = Inference::new(config(server, world, 0));
+async fn inference(job: &Job, world: World, columns: u64) -> (InferenceSession, ParamId) {
+    let mut inference = Inference::new(config(job, world, 0));
     let shape = [u64::from(world.trainers), columns];
     let id = inference.register("w", DType::U8, &shape, ParamMap::tensor("w")).unwrap();
     (inference.connect().await.unwrap(), id)
@@ -51,12 +57,9 @@ fn row(session: &InferenceSession, id: ParamId, row: u64, columns: usize) -> Res
 #[tokio::test(flavor = "multi_thread")]
 async fn versions_arrive_whole_and_in_order() {
     let world = World { trainers: 2, inference: 1 };
-    let server = controller(world, DEADLINE).await;
-    let ((mut a, a_id), (mut b, b_id), (mut serving, id)) = tokio::join!(
-        trainer(&server, world, 0, 100),
-        trainer(&server, world, 1, 100),
-        inference(&server, world, 100)
-    );
+    let job = controller(world, DEADLINE).await;
+    let ((mut a, a_id), (mut b, b_id), (mut serving, id)) =
+        tokio::join!(trainer(&job, world, 0, 100), trainer(&job, world, 1, 100), inference(&job, world, 100));
     assert_eq!(serving.served(), Served::Version(0));
     assert_eq!(row(&serving, id, 1, 100).unwrap(), [0; 100]);
     for version in [1, 2, 7] {
@@ -78,19 +81,16 @@ async fn versions_arrive_whole_and_in_order() {
     assert!(matches!(row(&serving, id, 2, 100), Err(Error::Range { .. })));
     let ((), (), ended) = tokio::join!(a.leave(), b.leave(), serving.wait_version(8, None));
     assert!(matches!(ended, Err(Error::Finished { committed: 7 })), "{ended:?}");
-    assert_eq!(server.ended().await, None);
+    assert_eq!(job.server.ended().await, None);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_failed_push_the_bytes_are_torn_until_the_next_one() {
     let world = World { trainers: 2, inference: 1 };
     // The controller gives up on a trainer that does not begin.
-    let server = controller(world, Duration::from_secs(2)).await;
-    let ((mut a, a_id), (mut b, b_id), (mut serving, id)) = tokio::join!(
-        trainer(&server, world, 0, 8),
-        trainer(&server, world, 1, 8),
-        inference(&server, world, 8)
-    );
+    let job = controller(world, Duration::from_secs(2)).await;
+    let ((mut a, a_id), (mut b, b_id), (mut serving, id)) =
+        tokio::join!(trainer(&job, world, 0, 8), trainer(&job, world, 1, 8), inference(&job, world, 8));
     a.tensor_mut(a_id).unwrap().fill(1);
     b.tensor_mut(b_id).unwrap().fill(1);
 
@@ -126,20 +126,29 @@ async fn after_a_failed_push_the_bytes_are_torn_until_the_next_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_push_given_up_half_way_gives_the_weights_back_and_no_further_push() {
+async fn a_push_given_up_half_way_gives_the_weights_back_and_ends_the_job() {
     let world = World { trainers: 1, inference: 1 };
-    let server = controller(world, DEADLINE).await;
-    let columns = 256 << 20;
+    let job = controller(world, DEADLINE).await;
+    // Enough that the first progress is seen long before the last byte.
+    let columns = 512 << 20;
     let ((mut a, id), (mut serving, _)) =
-        tokio::join!(trainer(&server, world, 0, columns), inference(&server, world, columns));
-    a.tensor_mut(id).unwrap()[0] = 1;
+        tokio::join!(trainer(&job, world, 0, columns), inference(&job, world, columns));
     let waiting =
         tokio::spawn(async move { serving.wait_version(1, None).await.map(|report| report.version) });
-    let given_up = tokio::time::timeout(Duration::from_millis(20), a.push(1)).await;
-    if given_up.is_ok() {
-        // The whole push was faster than that: nothing was given up.
-        return;
+    let progress = a.progress();
+    let some_written = async {
+        while progress.load(Ordering::Relaxed) == 0 {
+            tokio::time::sleep(Duration::from_micros(200)).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = some_written => {}
+        pushed = a.push(1) => panic!("it ended before any progress was seen: {pushed:?}"),
     }
+    // The push has been dropped. The others are told at once, and why.
+    let error = waiting.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("trainer 0") && error.contains("given up half way"), "{error}");
     let began = std::time::Instant::now();
     while let Err(error) = a.tensor_mut(id).map(drop) {
         assert!(matches!(error, Error::Busy), "{error}");
@@ -147,17 +156,62 @@ async fn a_push_given_up_half_way_gives_the_weights_back_and_no_further_push() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     assert!(matches!(a.push(2).await, Err(Error::Broken)));
-    // The others are told at once, and why.
-    let error = waiting.await.unwrap().unwrap_err().to_string();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_push_given_up_before_it_wrote_ends_the_job_too() {
+    let world = World { trainers: 2, inference: 1 };
+    let job = controller(world, DEADLINE).await;
+    let ((mut a, id), (mut b, _), _serving) =
+        tokio::join!(trainer(&job, world, 0, 8), trainer(&job, world, 1, 8), inference(&job, world, 8));
+    // The other trainer does not begin.
+    assert!(tokio::time::timeout(Duration::from_millis(50), a.push(1)).await.is_err());
+    a.tensor_mut(id).unwrap();
+    let error = b.push(1).await.unwrap_err().to_string();
     assert!(error.contains("trainer 0") && error.contains("given up half way"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rank_lost_between_versions_is_named() {
+    let world = World { trainers: 1, inference: 1 };
+    let job = controller(world, DEADLINE).await;
+    let ((mut a, _), (serving, _)) = tokio::join!(trainer(&job, world, 0, 8), inference(&job, world, 8));
+    drop(serving);
+    assert!(job.server.ended().await.unwrap().contains("inference 0 was lost"));
+    let error = a.push(1).await.unwrap_err().to_string();
+    assert!(error.contains("inference 0 was lost"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_version_that_is_there_is_not_waited_for() {
+    let world = World { trainers: 1, inference: 1 };
+    let job = controller(world, DEADLINE).await;
+    let ((mut a, _), (mut serving, _)) = tokio::join!(trainer(&job, world, 0, 8), inference(&job, world, 8));
+    let (pushed, served) = tokio::join!(a.push(3), serving.wait_version(2, None));
+    assert!(pushed.is_ok() && served.unwrap().version == 3);
+    for version in [1, 3] {
+        assert_eq!(serving.wait_version(version, None).await.unwrap().version, 3);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deadlines_must_agree() {
+    let world = World { trainers: 1, inference: 1 };
+    let job = controller(world, Duration::from_secs(3)).await;
+    let mut other = config(&job, world, 0);
+    other.deadline = DEADLINE;
+    let error = Trainer::new(other).connect().await.map(drop).unwrap_err().to_string();
+    assert!(error.contains("deadline of 20s") && error.contains("3s"), "{error}");
+    let mut absurd = config(&job, world, 0);
+    absurd.deadline = Duration::from_nanos(1);
+    assert!(Trainer::new(absurd).connect().await.is_err());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn waiting_for_a_version_can_end() {
     let world = World { trainers: 1, inference: 1 };
-    let server = controller(world, DEADLINE).await;
-    let ((mut a, _), (mut serving, _)) =
-        tokio::join!(trainer(&server, world, 0, 8), inference(&server, world, 8));
+    let job = controller(world, DEADLINE).await;
+    let ((mut a, _), (mut serving, _)) = tokio::join!(trainer(&job, world, 0, 8), inference(&job, world, 8));
     let error = serving.wait_version(1, Some(Duration::from_millis(20))).await.unwrap_err();
     assert!(matches!(error, Error::NotYet { wanted: 1, .. }), "{error}");
     let (pushed, served) = tokio::join!(a.push(1), serving.wait_version(1, Some(DEADLINE)));
@@ -167,9 +221,8 @@ async fn waiting_for_a_version_can_end() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_something() {
     let world = World { trainers: 1, inference: 1 };
-    let server = controller(world, DEADLINE).await;
-    let ((mut a, _), (mut serving, id)) =
-        tokio::join!(trainer(&server, world, 0, 0), inference(&server, world, 0));
+    let job = controller(world, DEADLINE).await;
+    let ((mut a, _), (mut serving, id)) = tokio::join!(trainer(&job, world, 0, 0), inference(&job, world, 0));
     let (pushed, served) = tokio::join!(a.push(1), serving.wait_version(1, None));
     assert_eq!((pushed.unwrap().bytes, served.unwrap().bytes), (0, 0));
     assert_eq!(row(&serving, id, 0, 0).unwrap(), []);

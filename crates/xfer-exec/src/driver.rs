@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender as ChannelSender, bounded, unbounded};
+use crossbeam_channel::{Receiver, Sender as ChannelSender, bounded};
 use efa_core::{Lease, LeaseMut};
 use xfer_plan::Op;
 
@@ -32,7 +32,10 @@ const WAIT_MAX: Duration = Duration::from_millis(1);
 /// How often the engine is told the time. Its deadlines are of seconds.
 const TICK: Duration = Duration::from_millis(5);
 
-/// Staging slots at most: eight times what the deepest rail has in flight, so that tiny gathers do not turn a large
+/// Commands that may wait: a session pushes one version at a time, and aborts it once.
+const COMMANDS_MAX: usize = 4;
+
+/// Staging slots at most: far more than any rail has in flight, so that tiny gathers do not turn a large
 /// watermark into millions of slots.
 const SLOTS_MAX: usize = 1024;
 
@@ -96,32 +99,27 @@ pub struct Sender {
 impl Sender {
     /// Starts the thread.
     pub fn start(config: SenderConfig) -> io::Result<Self> {
-        // One push and one abort at a time; the queue cannot grow.
-        let (commands, inbox) = unbounded();
-        let name = config.name.clone();
-        let thread = std::thread::Builder::new().name(format!("rails {name}")).spawn(move || {
-            match Thread::new(config) {
-                Ok(mut thread) => thread.serve(&inbox),
-                Err(error) => tracing::error!(%error, "no gather thread"),
-            }
-        })?;
+        let (commands, inbox) = bounded(COMMANDS_MAX);
+        let name = format!("rails {}", config.name);
+        let mut thread = Thread::new(config)?;
+        let thread = std::thread::Builder::new().name(name).spawn(move || thread.serve(&inbox))?;
         Ok(Self { commands, thread: Some(thread) })
     }
 
     /// Begins a push of `regions`, which are this rank's regions in the order of its manifest. `reply` is called from
     /// the thread when it is over; if the thread is gone, it is dropped.
     pub fn push(&self, regions: Vec<Lease>, reply: impl FnOnce(Outcome) + Send + 'static) {
-        let _ = self.commands.send(Command::Push(regions, Box::new(reply)));
+        let _ = self.commands.try_send(Command::Push(regions, Box::new(reply)));
     }
 
     /// Ends the present push, if there is one.
     pub fn abort(&self, reason: String) {
-        let _ = self.commands.send(Command::Abort(reason));
+        let _ = self.commands.try_send(Command::Abort(reason));
     }
 
     /// Ends the thread and waits until its rails are closed.
     pub fn close(mut self) {
-        self.commands = unbounded().0;
+        self.commands = bounded(0).0;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -266,7 +264,7 @@ impl Thread {
             }
             if moved {
                 moved_at = now;
-            } else if self.actions.is_empty() && now > moved_at + SPIN_MAX {
+            } else if now > moved_at + SPIN_MAX {
                 self.wait();
             }
         };
@@ -381,9 +379,12 @@ impl Thread {
             {
                 self.engine.handle(Event::Failed(write.id, error.reason), now, &mut self.actions);
             }
-            while let Some(write) = outbox.pop_front() {
+            // Each goes to the front of the engine's queue: the last first, so that their order stays.
+            while let Some(write) = outbox.pop_back() {
                 self.refused[index] = true;
-                self.engine.handle(Event::Refused(write.id), now, &mut self.actions);
+                let id = write.id;
+                let event = if outbox.is_empty() { Event::Refused(id) } else { Event::Unoffered(id) };
+                self.engine.handle(event, now, &mut self.actions);
             }
             if accepted == offered {
                 self.refused[index] = false;

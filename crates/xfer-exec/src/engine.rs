@@ -56,6 +56,8 @@ pub enum Event {
     Gathered(Slot),
     /// A rail had no room for a WRITE.
     Refused(WriteId),
+    /// A WRITE was not offered to its rail, which had refused another: it waits its turn.
+    Unoffered(WriteId),
     /// A rail has been polled: it may have room again.
     Polled(RailIndex),
     /// A WRITE is in the peer's memory.
@@ -157,6 +159,16 @@ pub enum Failure {
         /// WRITEs in flight to it.
         in_flight: u32,
     },
+    /// Nothing moves, and no peer is to blame.
+    #[error(
+        "nothing has moved for {waited:?} ({gathering} gathers in progress): is this process starved of its cores?"
+    )]
+    Stalled {
+        /// How long.
+        waited: Duration,
+        /// Gathers that have not ended.
+        gathering: u32,
+    },
     /// A rail broke.
     #[error("{rail} failed: {reason}")]
     Rail {
@@ -231,6 +243,8 @@ pub struct Engine {
     next_op: usize,
     next_row: u32,
     delivered: Delivered,
+    /// When anything last moved.
+    moved_at: Duration,
     /// The rails have been closed: there is no further push.
     closed: bool,
 }
@@ -263,6 +277,7 @@ impl Engine {
             next_op: 0,
             next_row: 0,
             delivered: Delivered::default(),
+            moved_at: Duration::ZERO,
             closed: false,
         }
     }
@@ -287,7 +302,8 @@ impl Engine {
         match event {
             Event::Start => self.start(now),
             Event::Gathered(slot) => self.gathered(slot, now),
-            Event::Refused(id) => self.refused(id, now),
+            Event::Refused(id) => self.put_back(id, true, now),
+            Event::Unoffered(id) => self.put_back(id, false, now),
             Event::Polled(rail) => {
                 if let Some(rail) = self.rails.get_mut(rail.index()) {
                     rail.full = false;
@@ -313,9 +329,30 @@ impl Engine {
         for peer in &mut self.peers {
             *peer = PeerState::default();
         }
+        self.moved_at = now;
         if self.closed {
             self.fail(Failure::Closed, now);
+        } else if let Some(defect) = self.cannot_run() {
+            self.fail(Failure::Protocol(defect.into()), now);
         }
+    }
+
+    /// Why the program could never end on these rails and slots.
+    fn cannot_run(&self) -> Option<&'static str> {
+        for op in self.program.ops() {
+            let rail = self.program.route(op.to).and_then(|route| self.rails.get(route.rail.index()));
+            match rail.map(|rail| rail.limits) {
+                None => return Some("an operation's rail does not exist"),
+                Some(limits) if limits.depth == 0 => return Some("a rail has no depth"),
+                Some(limits)
+                    if op.kind() == OpKind::Gather && !limits.takes_rows && self.slots.is_empty() =>
+                {
+                    return Some("a gather has no staging memory; raise the watermark");
+                }
+                Some(_) => {}
+            }
+        }
+        None
     }
 
     /// Moves work on as far as the bounds allow, and ends the push when nothing is left.
@@ -436,6 +473,7 @@ impl Engine {
             return self.fail(Failure::Protocol("a gather ended that was not begun".into()), now);
         };
         self.gathering -= 1;
+        self.moved_at = now;
         match self.phase {
             Phase::Writing => self.queue(WriteId { op, row: slot.0 }, End::Back),
             _ => self.free.push(slot),
@@ -465,13 +503,14 @@ impl Engine {
         }
     }
 
-    fn refused(&mut self, id: WriteId, now: Duration) {
+    /// A WRITE comes back unposted; `refused` by its rail or not even offered.
+    fn put_back(&mut self, id: WriteId, refused: bool, now: Duration) {
         let Some(post) = self.take(id, now) else { return };
-        self.delivered.refusals += 1;
+        self.delivered.refusals += u64::from(refused);
         match self.phase {
             Phase::Writing => {
                 self.rails[post.rail.index()].full = true;
-                self.peers[post.to.index()].refused = true;
+                self.peers[post.to.index()].refused |= refused;
                 self.queue(id, End::Front);
             }
             _ => self.release(&post),
@@ -488,6 +527,7 @@ impl Engine {
         }
         let peer = &mut self.peers[post.to.index()];
         (peer.since, peer.refused) = (now, false);
+        self.moved_at = now;
         self.release(&post);
     }
 
@@ -504,6 +544,8 @@ impl Engine {
         for rail in &mut self.rails {
             rail.in_flight = 0;
         }
+        // A gather that has not ended by now never will; what it holds is its own.
+        self.gathering = 0;
         if let Phase::Closing(failure) = &self.phase {
             self.phase = Phase::Draining(failure.clone(), now);
         }
@@ -512,15 +554,18 @@ impl Engine {
     fn tick(&mut self, now: Duration, actions: &mut Actions) {
         match &self.phase {
             Phase::Writing => {
+                let deadline = self.config.deadline;
+                let owes = |peer: &PeerState| peer.in_flight > 0 || peer.refused;
                 let waited = |peer: &PeerState| now.saturating_sub(peer.since);
-                let late = |peer: &PeerState| {
-                    (peer.in_flight > 0 || peer.refused) && waited(peer) > self.config.deadline
-                };
+                let late = |peer: &PeerState| owes(peer) && waited(peer) > deadline;
                 let found = self.peers.iter().position(late).map(|rank| (rank, &self.peers[rank]));
+                let stalled = now.saturating_sub(self.moved_at) > deadline && !self.peers.iter().any(owes);
                 if let Some((rank, peer)) = found {
                     let to = ReceiverRank(rank as u32);
                     let failure = Failure::Deadline { to, waited: waited(peer), in_flight: peer.in_flight };
                     self.fail(failure, now);
+                } else if stalled {
+                    self.fail(Failure::Stalled { waited: deadline, gathering: self.gathering }, now);
                 }
             }
             Phase::Draining(failure, since) if now.saturating_sub(*since) > self.config.drain => {

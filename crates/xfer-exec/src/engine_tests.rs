@@ -142,7 +142,12 @@ impl World {
                     assert!(!self.delivered.contains(&post.id), "posted again after delivery");
                     assert!(post.rows.count == 1 || self.case.rails[post.rail.index()].takes_rows);
                     if refuse() {
-                        self.handle(Event::Refused(post.id));
+                        let refused = post.id.row % 2 == 0;
+                        self.handle(if refused {
+                            Event::Refused(post.id)
+                        } else {
+                            Event::Unoffered(post.id)
+                        });
                     } else {
                         self.in_flight.push(post);
                         let rail = self.in_flight.iter().filter(|other| other.rail == post.rail).count();
@@ -313,4 +318,41 @@ fn a_completion_that_is_not_in_flight_fails_the_push_and_does_not_panic() {
             panic!("{:?}", world.actions);
         };
     }
+}
+
+#[test]
+fn a_program_that_could_never_end_fails_at_once() {
+    let gather = Case {
+        ops: vec![(0, 2, true)],
+        rails: vec![RailLimits { depth: 1, takes_rows: false }],
+        slots: 0,
+        seed: 0,
+        fault: Fault::None,
+    };
+    let shallow = Case { rails: vec![RailLimits { depth: 0, takes_rows: true }], ..gather.clone() };
+    for case in [gather, shallow] {
+        let mut world = World::new(case);
+        world.run();
+        let Some(Err(Failure::Protocol(_))) = world.finished else { panic!("{:?}", world.finished) };
+    }
+}
+
+#[test]
+fn a_gather_that_never_ends_does_not_hold_the_push_for_ever() {
+    let rails = vec![RailLimits { depth: 1, takes_rows: false }];
+    let case = Case { ops: vec![(0, 2, true)], rails, slots: 1, seed: 0, fault: Fault::None };
+    let mut world = World::new(case);
+    world.handle(Event::Start);
+    let Some(Action::Gather { .. }) = world.actions.pop_front() else { panic!("no gather") };
+    let mut ended = None;
+    for _ in 0..1000 {
+        world.now += Duration::from_millis(1);
+        world.handle(Event::Tick);
+        match world.actions.pop_front() {
+            Some(Action::CloseRails) => world.handle(Event::RailsClosed),
+            Some(Action::Finish(result)) => ended = Some(result),
+            _ => {}
+        }
+    }
+    assert!(matches!(ended, Some(Err(Failure::Stalled { gathering: 1, .. }))), "{ended:?}");
 }

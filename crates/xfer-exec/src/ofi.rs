@@ -146,8 +146,8 @@ impl Rail for OfiRail {
                 }
                 Err(refused) => {
                     let (write, reason) = *refused;
+                    failed = Some((write.id, reason));
                     writes.push_front(write);
-                    failed = Some(reason);
                     break;
                 }
             }
@@ -157,7 +157,8 @@ impl Rail for OfiRail {
             Err(error) => {
                 let posted = self.targets.len() - self.batch.len();
                 self.targets.drain(..posted);
-                failed = Some(error.to_string());
+                failed =
+                    self.batch.front().map(|write| (WriteId::from_token(write.token), error.to_string()));
             }
         }
         // What was not taken goes back, the last one first.
@@ -172,7 +173,13 @@ impl Rail for OfiRail {
                 offset,
             });
         }
-        failed.map_or(Ok(()), |reason| Err(self.error(reason)))
+        match failed {
+            // Only the WRITE at the front may be blamed: what was ready before a bad one goes first.
+            Some((id, reason)) if writes.front().is_some_and(|write| write.id == id) => {
+                Err(self.error(reason))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn poll(&mut self, done: &mut Vec<Done<Lease>>) -> Result<(), RailError> {

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use xfer_plan::limits::RANKS_MAX;
 use xfer_plan::{Op, OpKind, ParamId, RankPlan, ReceiverRank, RegionIndex};
 
 use crate::rail::RailIndex;
@@ -46,6 +47,12 @@ pub enum ProgramError {
     /// More operations than a [`WriteId`] can name.
     #[error("the plan has {0} operations for this rank, more than 2^32")]
     TooManyOps(usize),
+    /// More bytes or WRITEs than 2^64.
+    #[error("the plan has more than 2^64 bytes or writes for this rank")]
+    TooMuch,
+    /// A rank that no job has.
+    #[error("there is no inference {0}: a job has at most {RANKS_MAX}")]
+    Rank(usize),
     /// An operation without bytes, or whose gather exceeds a staging slot.
     #[error("the plan's operation {op} for {param} moves {bytes} bytes where 1 to {bytes_max} are possible")]
     Size {
@@ -117,6 +124,9 @@ impl Program {
             return Err(ProgramError::TooManyOps(plan.ops.len()));
         }
         let ranks = routes.last_key_value().map_or(0, |(last, _)| last.index() + 1);
+        if ranks > RANKS_MAX {
+            return Err(ProgramError::Rank(ranks - 1));
+        }
         let mut by_rank: Vec<Option<Route>> = vec![None; ranks];
         for (rank, route) in routes {
             by_rank[rank.index()] = Some(route);
@@ -124,8 +134,9 @@ impl Program {
         let mut program = Self { ops: Vec::new(), names, routes: by_rank, bytes: 0, writes: 0 };
         for (index, op) in plan.ops.iter().enumerate() {
             program.check(index, op, region_bytes, slot_bytes)?;
-            program.bytes += op.bytes();
-            program.writes += op.writes();
+            let sums = program.bytes.checked_add(op.bytes()).zip(program.writes.checked_add(op.writes()));
+            let Some((bytes, writes)) = sums else { return Err(ProgramError::TooMuch) };
+            (program.bytes, program.writes) = (bytes, writes);
         }
         program.ops = plan.ops;
         Ok(program)

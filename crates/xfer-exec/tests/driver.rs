@@ -101,11 +101,11 @@ struct Receivers {
 fn local(bytes: &[u64]) -> (HostRail, Receivers) {
     let (mut peers, mut arenas, mut doormen) = (BTreeMap::new(), Vec::new(), Vec::new());
     for (rank, bytes) in (0..).map(ReceiverRank).zip(bytes) {
-        let (lease, file) = SharedFile::create(*bytes).unwrap();
+        let (arena, file) = SharedFile::create(*bytes).unwrap();
         let doorman = Doorman::open(vec![file]).unwrap();
         let file = fetch(doorman.address(), 0, DEADLINE).unwrap();
         peers.insert(rank, vec![Attached::new(&file, 0, *bytes).unwrap()]);
-        arenas.push(lease.expose());
+        arenas.push(arena);
         doormen.push(doorman);
     }
     (Box::new(LocalRail::new(peers)), Receivers { arenas, _doormen: doormen, _targets: Vec::new() })

@@ -16,7 +16,7 @@ use weightsync_cli::synthetic::{self, Shape};
 
 use crate::args::DemoArgs;
 use crate::children::{Children, News};
-use crate::events::{BytesDiffer, Event};
+use crate::events::{BytesDiffer, EXIT_BYTES_DIFFER, Event};
 use crate::say::say;
 use crate::table::{Table, bytes_text, seconds_text};
 use crate::trace::Trace;
@@ -40,11 +40,13 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
         say!("{world}, {} versions, fabric {}", args.steps, args.rail.fabric);
     }
     let failed = demo.play(&args, &path).await;
-    if let Some(file) = &args.trace {
-        std::fs::write(file, demo.trace.render())
-            .with_context(|| format!("cannot write {}", file.display()))?;
-    }
+    let traced = match &args.trace {
+        Some(file) => std::fs::write(file, demo.trace.render())
+            .with_context(|| format!("cannot write {}", file.display())),
+        None => Ok(()),
+    };
     failed?;
+    traced?;
     demo.check_complete(&args)?;
     if args.json {
         say!("{}", serde_json::to_string_pretty(&demo.summary(&args, &path))?);
@@ -138,7 +140,7 @@ struct Demo {
 impl Demo {
     fn new(args: &DemoArgs, world: World) -> Self {
         let bar = bar(
-            args.steps * u64::from(args.inference),
+            args.steps.saturating_mul(u64::from(args.inference)),
             "{msg:32} {bar:40} {pos}/{len} rank versions verified",
         );
         let ranks = world
@@ -239,8 +241,6 @@ impl Demo {
             &args.rail.fabric.to_string(),
             "--deadline",
             &args.rail.deadline.as_secs_f64().to_string(),
-            "--watermark",
-            &args.rail.watermark.to_string(),
         ]
         .map(OsString::from)
         .into();
@@ -248,8 +248,19 @@ impl Demo {
             line.extend(["--nic-gbps".into(), gbps.to_string().into()]);
         }
         line.extend(["--checkpoint".into(), checkpoint.into()]);
+        if let Some(nic) = &args.rail.nic {
+            line.extend(["--nic".into(), nic.into()]);
+        }
         match command {
-            "push" => line.extend(["--steps".into(), args.steps.to_string().into()]),
+            "push" => line.extend(
+                [
+                    "--steps".into(),
+                    args.steps.to_string(),
+                    "--watermark".into(),
+                    args.staging.watermark.to_string(),
+                ]
+                .map(OsString::from),
+            ),
             _ => line.push("--verify".into()),
         }
         line
@@ -297,14 +308,14 @@ impl Demo {
             }
             News::Exited(Ok(status)) if status.success() => {}
             News::Exited(status) => {
+                let differs =
+                    matches!(&status, Ok(status) if status.code() == Some(i32::from(EXIT_BYTES_DIFFER)));
                 let ended = match status {
                     Ok(status) => status.to_string(),
                     Err(error) => error.to_string(),
                 };
                 let words = self.last_words.get(&number).cloned();
                 let reason = words.unwrap_or_else(|| format!("{} ended without a word: {ended}", facts.rank));
-                // 3 is this command's own exit code for bytes that differ.
-                let differs = ended.ends_with(": 3");
                 failures.push(if differs { Ending::Differs(reason) } else { Ending::Failed(reason) });
             }
         }

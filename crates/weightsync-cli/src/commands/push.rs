@@ -18,7 +18,9 @@ pub(crate) async fn run(args: PushArgs) -> anyhow::Result<()> {
     let began = Instant::now();
     let checkpoint = Checkpoint::open(&args.rank.checkpoint)?;
     let shards = shards(&checkpoint, args.rank.job.trainers, args.rank.rank)?;
-    let mut trainer = Trainer::new(args.rank.config()?);
+    let mut config = args.rank.config()?;
+    config.watermark_bytes = args.staging.watermark << 20;
+    let mut trainer = Trainer::new(config);
     let ids = trainer.allocate(shards.clone())?;
     for (shard, id) in shards.iter().zip(&ids) {
         let into = trainer.tensor_mut(*id).ok_or_else(|| anyhow!("no memory for {}", shard.name))?;
@@ -38,7 +40,13 @@ pub(crate) async fn run(args: PushArgs) -> anyhow::Result<()> {
             tokio::time::sleep(args.pause).await;
         }
         train(&mut session, &shards, &ids, step)?;
-        let report = session.push(step).await.with_context(|| format!("trainer {}", args.rank.rank))?;
+        let report = match session.push(step).await {
+            Ok(report) => report,
+            Err(error) => {
+                session.give_up_job(error.to_string()).await;
+                return Err(error).with_context(|| format!("trainer {}", args.rank.rank));
+            }
+        };
         Event::Pushed(report).print(json);
     }
     session.leave().await;

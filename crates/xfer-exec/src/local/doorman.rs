@@ -10,6 +10,7 @@ use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustix::io::retry_on_intr;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, Shutdown, recvmsg, sendmsg, sockopt,
@@ -32,12 +33,19 @@ const REQUEST_BYTES: usize = KEY_BYTES + 4;
 const GRANTED: u8 = 1;
 
 /// What a sender needs to know to fetch a receiver's files.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct DoormanAddress {
     /// Abstract name of the socket.
     pub name: String,
     /// What to present.
     pub key: [u8; KEY_BYTES],
+}
+
+/// Without the key.
+impl std::fmt::Debug for DoormanAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DoormanAddress").field("name", &self.name).finish_non_exhaustive()
+    }
 }
 
 /// Hands out the files of this process's regions until it is dropped.
@@ -65,10 +73,20 @@ impl Doorman {
         address.key.copy_from_slice(key);
         let key = address.key;
         let thread = std::thread::Builder::new().name("doorman".into()).spawn(move || {
-            // `accept` fails once the listener is shut down.
-            while let Ok((stream, _)) = serving.accept() {
-                if let Err(error) = serve(stream, &key, &files) {
-                    tracing::warn!(%error, "refused a request for shared memory");
+            loop {
+                match serving.accept() {
+                    Ok((stream, _)) => {
+                        if let Err(error) = serve(stream, &key, &files) {
+                            tracing::warn!(%error, "refused a request for shared memory");
+                        }
+                    }
+                    // What `accept` says of a listener that was shut down.
+                    Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => return,
+                    // Out of file descriptors, for instance.
+                    Err(error) => {
+                        tracing::warn!(%error, "accept");
+                        std::thread::sleep(Duration::from_millis(50));
+                    }
                 }
             }
         });
@@ -94,10 +112,7 @@ impl Drop for Doorman {
 
 fn serve(mut stream: UnixStream, key: &[u8; KEY_BYTES], files: &[SharedFile]) -> Result<(), LocalError> {
     let refused = |reason: String| LocalError::Doorman { address: "this process".into(), reason };
-    let peer = sockopt::socket_peercred(&stream).map_err(call("getsockopt(SO_PEERCRED)"))?;
-    if peer.uid != rustix::process::geteuid() && !peer.uid.is_root() {
-        return Err(refused(format!("process {} runs as another user", peer.pid.as_raw_nonzero())));
-    }
+    check_user(&stream).map_err(refused)?;
     let io = |error: std::io::Error| refused(error.to_string());
     stream.set_read_timeout(Some(CLIENT_TIMEOUT)).map_err(io)?;
     stream.set_write_timeout(Some(CLIENT_TIMEOUT)).map_err(io)?;
@@ -114,17 +129,28 @@ fn serve(mut stream: UnixStream, key: &[u8; KEY_BYTES], files: &[SharedFile]) ->
     let mut control = SendAncillaryBuffer::new(&mut space);
     let files = [file.as_fd()];
     control.push(SendAncillaryMessage::ScmRights(&files));
-    sendmsg(&stream, &[IoSlice::new(&[GRANTED])], &mut control, SendFlags::NOSIGNAL)
+    retry_on_intr(|| sendmsg(&stream, &[IoSlice::new(&[GRANTED])], &mut control, SendFlags::NOSIGNAL))
         .map_err(call("sendmsg"))?;
     Ok(())
 }
 
-/// Fetches the file of a peer's region.
+/// Both ends must run as the same user, or the other as root: abstract names are there for everybody to take.
+fn check_user(stream: &UnixStream) -> Result<(), String> {
+    let other =
+        sockopt::socket_peercred(stream).map_err(|error| format!("getsockopt(SO_PEERCRED): {error}"))?;
+    if other.uid == rustix::process::geteuid() || other.uid.is_root() {
+        return Ok(());
+    }
+    Err(format!("process {} runs as another user", other.pid.as_raw_nonzero()))
+}
+
+/// Fetches the file of a peer's region. Each of its few steps takes `deadline` at most.
 pub fn fetch(address: &DoormanAddress, region: u32, deadline: Duration) -> Result<OwnedFd, LocalError> {
     let failed = |reason: String| LocalError::Doorman { address: address.name.clone(), reason };
     let io = |error: std::io::Error| failed(error.to_string());
     let socket = SocketAddr::from_abstract_name(&address.name).map_err(io)?;
     let mut stream = UnixStream::connect_addr(&socket).map_err(io)?;
+    check_user(&stream).map_err(failed)?;
     stream.set_read_timeout(Some(deadline)).map_err(io)?;
     stream.set_write_timeout(Some(deadline)).map_err(io)?;
     let mut request = [0; REQUEST_BYTES];
@@ -134,8 +160,9 @@ pub fn fetch(address: &DoormanAddress, region: u32, deadline: Duration) -> Resul
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut answer = [0];
-    let received =
-        recvmsg(&stream, &mut [IoSliceMut::new(&mut answer)], &mut control, RecvFlags::CMSG_CLOEXEC);
+    let received = retry_on_intr(|| {
+        recvmsg(&stream, &mut [IoSliceMut::new(&mut answer)], &mut control, RecvFlags::CMSG_CLOEXEC)
+    });
     let received = received.map_err(call("recvmsg"))?;
     let file = control.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut files) => files.next(),
@@ -156,8 +183,7 @@ mod tests {
 
     #[test]
     fn a_peer_with_the_key_gets_the_memory() {
-        let (lease, file) = SharedFile::create(64).unwrap();
-        let target = lease.expose();
+        let (target, file) = SharedFile::create(64).unwrap();
         let doorman = Doorman::open(vec![file]).unwrap();
         let file = fetch(doorman.address(), 0, SOON).unwrap();
         Attached::new(&file, 0, 64).unwrap().copy_in(0, b"hello").unwrap();
@@ -168,7 +194,7 @@ mod tests {
 
     #[test]
     fn a_wrong_key_or_region_is_refused_and_the_next_is_served() {
-        let (_lease, file) = SharedFile::create(64).unwrap();
+        let (_target, file) = SharedFile::create(64).unwrap();
         let doorman = Doorman::open(vec![file]).unwrap();
         let wrong = DoormanAddress { key: [0; KEY_BYTES], ..doorman.address().clone() };
         assert!(matches!(fetch(&wrong, 0, SOON), Err(LocalError::Doorman { .. })));

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use efa_core::{LeaseMut, Memory};
+use efa_core::{LeaseMut, Memory, Target};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 
@@ -52,7 +52,8 @@ impl Drop for Mapping {
 }
 
 // SAFETY: the file is sealed against shrinking, so `base..base + len` stays valid until `drop` unmaps it, and never
-// moves. Other processes that have the file write through it only what the owner exposed to them.
+// moves. Whoever has the file may write through it, so the only handle that ever leaves this module is a `Target`, which
+// forms no references, and which `is_shared` keeps from becoming anything else.
 unsafe impl Memory for Mapping {
     fn base(&self) -> NonNull<u8> {
         self.base
@@ -60,6 +61,10 @@ unsafe impl Memory for Mapping {
 
     fn len(&self) -> usize {
         self.len
+    }
+
+    fn is_shared(&self) -> bool {
+        true
     }
 }
 
@@ -71,12 +76,13 @@ pub struct SharedFile {
 }
 
 impl SharedFile {
-    /// `bytes` zero bytes, all of them backed by memory, and the file to share them by.
+    /// `bytes` zero bytes, all of them backed by memory, and the file to share them by. They are a target from the
+    /// start: whoever gets the file may write them.
     ///
     /// # Errors
     ///
     /// [`LocalError::NoRoom`] when there is no memory for them, rather than a SIGBUS later.
-    pub fn create(bytes: u64) -> Result<(LeaseMut, Self), LocalError> {
+    pub fn create(bytes: u64) -> Result<(Target, Self), LocalError> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = rustix::fs::memfd_create("weightsync", flags).map_err(call("memfd_create"))?;
         let no_room = |source| LocalError::NoRoom { bytes, source };
@@ -92,7 +98,7 @@ impl SharedFile {
         rustix::fs::fcntl_add_seals(&file, seals).map_err(call("fcntl(F_ADD_SEALS)"))?;
         let len = usize::try_from(bytes).map_err(|_| no_room(rustix::io::Errno::NOMEM))?;
         let mapping = Mapping::new(file.as_fd(), len)?;
-        Ok((LeaseMut::new(mapping), Self { file: Arc::new(file), bytes }))
+        Ok((LeaseMut::new(mapping).expose(), Self { file: Arc::new(file), bytes }))
     }
 
     /// Its length.
@@ -107,11 +113,17 @@ impl AsFd for SharedFile {
     }
 }
 
-/// Memory that can still be had on this host, as the kernel estimates it.
+/// Memory that can still be had: on this host as the kernel estimates it, or in this container if that is less.
 fn available_bytes() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+    let host = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)?;
+    let cgroup = |name: &str| {
+        std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse::<u64>().ok()
+    };
+    let container =
+        cgroup("memory.max").zip(cgroup("memory.current")).map(|(max, used)| max.saturating_sub(used));
+    Some(container.map_or(host, |container| container.min(host)))
 }
 
 /// Another process's arena, mapped here to be written to.
@@ -155,8 +167,7 @@ mod tests {
 
     #[test]
     fn what_a_sender_copies_the_owner_reads() {
-        let (lease, file) = SharedFile::create(10_000).unwrap();
-        let target = lease.expose();
+        let (target, file) = SharedFile::create(10_000).unwrap();
         let mut attached = Attached::new(&file.file, 0, 10_000).unwrap();
         attached.copy_in(9_990, &[7; 10]).unwrap();
         assert_eq!(attached.copy_in(9_991, &[8; 10]), None);
@@ -167,14 +178,21 @@ mod tests {
     }
 
     #[test]
+    fn what_was_shared_is_never_a_lease_again() {
+        let (target, file) = SharedFile::create(64).unwrap();
+        drop(file);
+        assert!(target.reclaim().is_err());
+    }
+
+    #[test]
     fn an_empty_arena_works() {
-        let (_lease, file) = SharedFile::create(0).unwrap();
+        let (_target, file) = SharedFile::create(0).unwrap();
         assert_eq!(Attached::new(&file.file, 0, 0).unwrap().copy_in(0, &[]), Some(()));
     }
 
     #[test]
     fn a_file_of_another_length_is_refused() {
-        let (_lease, file) = SharedFile::create(4096).unwrap();
+        let (_target, file) = SharedFile::create(4096).unwrap();
         let error = Attached::new(&file.file, 3, 8192).err().unwrap();
         assert!(matches!(error, LocalError::Length { region: 3, expected: 8192, found: 4096 }), "{error}");
     }
@@ -188,7 +206,7 @@ mod tests {
 
     #[test]
     fn the_owner_cannot_shrink_it_either() {
-        let (_lease, file) = SharedFile::create(4096).unwrap();
+        let (_target, file) = SharedFile::create(4096).unwrap();
         assert!(rustix::fs::ftruncate(&file, 0).is_err());
     }
 

@@ -1,7 +1,6 @@
 //! One trainer to one inference rank on this machine: `tcp` beside a plain libfabric loop, `local` beside a memcpy.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::{Context, bail};
 use serde::Serialize;
@@ -113,10 +112,8 @@ fn compare(
 ) -> anyhow::Result<Comparison> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let world = World { trainers: 1, inference: 1 };
-    let deadline = Duration::from_secs(60);
     let controller = runtime.block_on(async {
-        let mut config = ServerConfig::loopback(world)?;
-        config.controller.deadline = deadline;
+        let config = ServerConfig::loopback(world)?;
         anyhow::Ok(Controller::bind(config).await?.spawn(|_| {}))
     })?;
     let (address, bytes) = (controller.local_addr().to_string(), options.bytes.to_string());

@@ -287,7 +287,7 @@ impl Param {
                 Some((rows, more)) => *rows = rows.saturating_add(more),
                 None => shape = Some(bounds.shape().to_vec()),
             }
-            let map = ParamMap::tensor(&tensor.name);
+            let map = ParamMap::tensor(&tensor.name).shaped(&tensor.shape);
             maps.push(if bounds == whole { map } else { map.slice(bounds) });
         }
         let map = match maps.len() {

@@ -55,7 +55,8 @@ fn a_damaged_checkpoint_is_named_with_its_tensor() {
             // Nobody is there to join: it does not get that far.
             let rank = "--controller 127.0.0.1:1 --rank 0 --trainers 1 --inference 1";
             let output = job.run(&format!("{side} {rank} --checkpoint {path}")).fails(1, &words);
-            let told = output.stderr.matches("copy it again").count() + output.stderr.matches("No such file").count();
+            let told = output.stderr.matches("copy it again").count()
+                + output.stderr.matches("No such file").count();
             assert!(told <= 1, "told twice: {output}");
         }
     }
@@ -88,7 +89,8 @@ fn mismatch(fabric: &'static str, inference: u32, wanted: &Path) -> Vec<Output> 
     let (cluster, controller) = Cluster::start(fabric, 2, inference);
     let base = base();
     let trainers = (0..2).map(|rank| cluster.rank("push", rank, base.path(), ""));
-    let ranks: Vec<_> = trainers.chain((0..inference).map(|rank| cluster.rank("serve", rank, wanted, ""))).collect();
+    let ranks: Vec<_> =
+        trainers.chain((0..inference).map(|rank| cluster.rank("serve", rank, wanted, ""))).collect();
     let outputs = ranks.into_iter().chain([controller]).map(|process| process.finish()).collect();
     cluster.job.end();
     outputs
@@ -101,10 +103,26 @@ fn two_checkpoints_that_do_not_fit_are_explained_to_every_rank(fabric: &'static 
         [("lm_head.weight", Dtype::F32, &[6, 4]), norm, ("lm_head.bias", Dtype::F32, &[6])];
     let cases = [
         (1, checkpoint_of(&one_more), &["inference 0", "lm_head.bias", "which no trainer declares"][..]),
-        (1, checkpoint_of(&head(Dtype::F32, &[4, 4])), &["inference 0", "`lm_head.weight`", "[4, 4]", "[6, 4]"]),
-        (1, checkpoint_of(&head(Dtype::F32, &[6, 5])), &["inference 0", "`lm_head.weight`", "[6, 5]", "[6, 4]"]),
-        (2, checkpoint_of(&head(Dtype::F32, &[8, 4])), &["inference 1", "`lm_head.weight`", "[6, 4]"]),
-        (2, checkpoint_of(&head(Dtype::BF16, &[6, 4])), &["inference 0", "`lm_head.weight`", "F32", "BF16", "cast"]),
+        (
+            1,
+            checkpoint_of(&head(Dtype::F32, &[4, 4])),
+            &["inference 0", "`lm_head.weight`", "[4, 4]", "[6, 4]"],
+        ),
+        (
+            1,
+            checkpoint_of(&head(Dtype::F32, &[6, 5])),
+            &["inference 0", "`lm_head.weight`", "[6, 5]", "[6, 4]"],
+        ),
+        (
+            2,
+            checkpoint_of(&head(Dtype::F32, &[8, 4])),
+            &["inference 0", "`lm_head.weight`", "[8, 4]", "[6, 4]"],
+        ),
+        (
+            2,
+            checkpoint_of(&head(Dtype::BF16, &[6, 4])),
+            &["inference 0", "`lm_head.weight`", "F32", "BF16", "cast"],
+        ),
     ];
     for (inference, wanted, words) in cases {
         for output in mismatch(fabric, inference, wanted.path()) {
@@ -115,9 +133,9 @@ fn two_checkpoints_that_do_not_fit_are_explained_to_every_rank(fabric: &'static 
 
 /// Each inference rank slices what it takes for half of the rows.
 #[test]
-#[ignore = "known gap: a parameter map does not say which global shape it was made for, so a slice of a larger tensor fits"]
 fn a_shard_of_a_smaller_tensor_is_refused() {
-    let wanted = checkpoint_of(&[("lm_head.weight", Dtype::F32, &[4, 4]), ("model.norm.weight", Dtype::F32, &[4])]);
+    let wanted =
+        checkpoint_of(&[("lm_head.weight", Dtype::F32, &[4, 4]), ("model.norm.weight", Dtype::F32, &[4])]);
     for output in mismatch("local", 2, wanted.path()) {
         output.fails(1, &["`lm_head.weight`", "[4, 4]", "[6, 4]"]);
     }
@@ -133,9 +151,12 @@ fn wrong_bytes_have_an_exit_code_of_their_own(fabric: &'static str) {
     fs::write(&file, bytes).unwrap();
     let serve = cluster.rank("serve", 0, wanted.path(), "--verify");
     let push = cluster.rank("push", 0, pushed.path(), "--steps 100000");
-    serve.finish().fails(3, &["inference 0", "version 1", "`model.norm.weight` differs in 1 bytes", "expected"]);
-    push.finish().fails(1, &["inference 0"]);
-    controller.finish().fails(1, &["inference 0"]);
+    serve
+        .finish()
+        .fails(3, &["inference 0", "version 1", "`model.norm.weight` differs in 1 bytes", "expected"]);
+    for other in [push, controller] {
+        other.finish().fails(1, &["inference 0 was lost", "`model.norm.weight` differs"]);
+    }
     cluster.job.end();
 }
 
@@ -149,7 +170,7 @@ fn a_wrong_command_line_is_a_usage_error() {
         ("demo --fabric rdma", &["'rdma'", "auto, local, tcp, shm, efa, verbs"][..]),
         ("demo --trainers 0", &["--trainers"]),
         ("demo --steps 0", &["--steps"]),
-        ("demo --deadline 0", &["--deadline", "more than 0"]),
+        ("demo --deadline 0", &["--deadline", "must be"]),
         ("controller --trainers 1", &["--inference"]),
         (&format!("push {rank}"), &["--rank"]),
         (&format!("push {rank} --rank one"), &["--rank", "'one'"]),
@@ -175,8 +196,14 @@ fn help_says_what_matters() {
     let commands = ["demo", "controller", "push", "serve", "info", "LIBFABRIC_SO", "WEIGHTSYNC_SECRET"];
     says("--help", &[&exit_codes[..], &commands[..]].concat());
     says("demo --help", &["--trainers", "--inference", "--steps", "--fabric", "--trace", "every byte"]);
-    says("controller --help", &["--listen", "--secret-file", "--insecure", "--deadline", "WEIGHTSYNC_SECRET"]);
-    says("push --help", &["--controller", "--rank", "--checkpoint", "--steps", "--fabric", "--bind", "--deadline"]);
+    says(
+        "controller --help",
+        &["--listen", "--secret-file", "--insecure", "--deadline", "WEIGHTSYNC_SECRET"],
+    );
+    says(
+        "push --help",
+        &["--controller", "--rank", "--checkpoint", "--steps", "--fabric", "--bind", "--deadline"],
+    );
     says("serve --help", &["--controller", "--rank", "--checkpoint", "--verify", "--fabric", "--deadline"]);
     says("info --help", &["--json"]);
     says("--version", &[env!("CARGO_PKG_VERSION")]);
@@ -186,8 +213,11 @@ fn help_says_what_matters() {
 #[test]
 fn info_works_with_and_without_libfabric() {
     let job = Job::new();
-    let libraries: &[Option<&str>] =
-        if has_libfabric() { &[None, Some("/nonexistent/libfabric.so.1")] } else { &[Some("/nonexistent/libfabric.so.1")] };
+    let libraries: &[Option<&str>] = if has_libfabric() {
+        &[None, Some("/nonexistent/libfabric.so.1")]
+    } else {
+        &[Some("/nonexistent/libfabric.so.1")]
+    };
     for library in libraries {
         let run = |arguments: &[&str]| {
             let mut command = job.command(arguments);
@@ -218,7 +248,10 @@ fn info_works_with_and_without_libfabric() {
 #[test]
 fn a_reader_that_goes_away_is_no_panic() {
     let (job, checkpoint) = (Job::new(), tiny());
-    let demo = format!("demo --fabric local --trainers 1 --inference 1 --checkpoint {}", checkpoint.path().display());
+    let demo = format!(
+        "demo --fabric local --trainers 1 --inference 1 --checkpoint {}",
+        checkpoint.path().display()
+    );
     let controller = "controller --listen 127.0.0.1:0 --trainers 1 --inference 1";
     for arguments in ["info", "info --json", controller, &demo, &format!("{demo} --json")] {
         let (reader, writer) = std::io::pipe().unwrap();
@@ -237,7 +270,8 @@ fn without_libfabric_a_host_can_still_push_to_itself() {
     let (job, checkpoint) = (Job::new(), tiny());
     let demo = |fabric: &str| {
         let checkpoint = checkpoint.path().display();
-        let arguments = format!("demo --fabric {fabric} --trainers 2 --inference 1 --steps 1 --checkpoint {checkpoint}");
+        let arguments =
+            format!("demo --fabric {fabric} --trainers 2 --inference 1 --steps 1 --checkpoint {checkpoint}");
         let mut command = job.command(arguments.split_whitespace());
         job.spawn(command.env("LIBFABRIC_SO", "/nonexistent/libfabric.so.1")).finish()
     };
@@ -262,7 +296,10 @@ fn a_fabric_that_the_host_lacks_is_an_error_and_no_slow_push() {
         return println!("skipped: this host has EFA");
     }
     let (job, checkpoint) = (Job::new(), tiny());
-    let output = job.run(&format!("demo --fabric efa --trainers 2 --inference 1 --checkpoint {}", checkpoint.path().display()));
+    let output = job.run(&format!(
+        "demo --fabric efa --trainers 2 --inference 1 --checkpoint {}",
+        checkpoint.path().display()
+    ));
     output.fails(1, &["no efa rail here", "trainer 0", "trainer 1", "inference 0", "/opt/amazon/efa"]);
     job.end();
 }
@@ -297,7 +334,10 @@ fn a_controller_that_cannot_listen_says_why() {
     job.run(&format!("controller --listen nowhere {world}")).fails(1, &["cannot listen on nowhere"]);
     let open = format!("controller --listen 0.0.0.0:0 --json {world}");
     job.run(&open).fails(1, &["without a secret", "WEIGHTSYNC_SECRET", "insecure"]);
-    for allowed in [job.start(&format!("{open} --insecure")), job.spawn(job.command(open.split(' ')).env("WEIGHTSYNC_SECRET", "s"))] {
+    for allowed in [
+        job.start(&format!("{open} --insecure")),
+        job.spawn(job.command(open.split(' ')).env("WEIGHTSYNC_SECRET", "s")),
+    ] {
         let mut controller = allowed;
         assert!(listening_at(&mut controller).starts_with("0.0.0.0:"));
         controller.kill().was_killed();
@@ -316,7 +356,8 @@ fn a_rank_without_a_controller_gives_up_at_its_deadline() {
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     for (side, name) in [("push", "trainer 0"), ("serve", "inference 0")] {
         let checkpoint = checkpoint.path().display();
-        let rank = format!("--controller {address} --rank 0 --trainers 1 --inference 1 --deadline {SOON_SECONDS}");
+        let rank =
+            format!("--controller {address} --rank 0 --trainers 1 --inference 1 --deadline {SOON_SECONDS}");
         job.run(&format!("{side} {rank} --checkpoint {checkpoint}"))
             .fails(1, &[name, "cannot reach the controller", &address.to_string(), "is it running"]);
     }
@@ -340,6 +381,11 @@ fn who_does_not_belong_is_refused_and_the_job_goes_on() {
     for side in ["push", "serve"] {
         start(side, 0, "wrong", "").finish().fails(1, &["127.0.0.1", "secret", "give both sides the same"]);
         start(side, 0, "right", "--job other").finish().fails(1, &["another job than 'default'"]);
+        let other = cluster.arguments(side, 0, checkpoint.path());
+        let other = other.replace(&format!("--deadline {DEADLINE_SECONDS}"), "--deadline 7");
+        let mut command = cluster.job.command(other.split_whitespace());
+        let output = cluster.job.spawn(command.env("WEIGHTSYNC_SECRET", "right")).finish();
+        output.fails(1, &["a deadline of 7s", "give the same everywhere"]);
     }
     start("push", 1, "right", "").finish().fails(1, &["no trainer 1", "the job has 1"]);
     start("serve", 9, "right", "").finish().fails(1, &["no inference rank 9", "the job has 1"]);
@@ -422,26 +468,31 @@ fn strangers_do_not_disturb_a_controller() {
 fn a_controller_that_is_none_is_named() {
     let (job, checkpoint) = (Job::new(), tiny());
     let http = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n".to_vec();
-    // What it says, whether it hangs up then, and what the rank makes of it.
-    let cases: [(Vec<u8>, bool, &[&str]); 5] = [
-        (preamble(99), false, &["speaks protocol version 99", "run the same release everywhere"]),
-        (http, true, &["does not speak the weightsync protocol", "check the address and port"]),
-        (b"SSH-2.0-x".to_vec(), false, &["did not answer within"]),
-        (vec![], true, &["does not speak the weightsync protocol", "check the address and port"]),
-        (vec![], false, &["did not answer within", "handshake"]),
+    let none: &[&str] = &["does not speak the weightsync protocol", "check the address and port"];
+    let release: &[&str] = &["speaks protocol version 99", "run the same release everywhere"];
+    // What it says, if it listens at all, whether it then hangs up, and what the rank makes of it.
+    let cases = [
+        (Some(preamble(99)), false, release),
+        (Some(http), true, none),
+        (Some(vec![]), true, none),
+        (None, true, none),
+        (Some(b"SSH-2.0-x".to_vec()), false, &["did not answer within"]),
+        (Some(vec![]), false, &["did not answer within", "handshake"]),
     ];
     for (says, hangs_up, words) in cases {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let impostor = thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
+            let Some(says) = says else { return };
             let mut heard = [0; 12];
             stream.read_exact(&mut heard).unwrap();
             stream.write_all(&says).unwrap();
             while !hangs_up && matches!(stream.read(&mut heard), Ok(1..)) {}
         });
         let checkpoint = checkpoint.path().display();
-        let rank = format!("--controller {address} --rank 0 --trainers 1 --inference 1 --deadline {SOON_SECONDS}");
+        let rank =
+            format!("--controller {address} --rank 0 --trainers 1 --inference 1 --deadline {SOON_SECONDS}");
         let words = [words, &["trainer 0", &address]].concat();
         job.run(&format!("push {rank} --checkpoint {checkpoint}")).fails(1, &words);
         impostor.join().unwrap();

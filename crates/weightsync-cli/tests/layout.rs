@@ -20,6 +20,7 @@ fn evaluate(checkpoint: &Checkpoint, step: u64, param: &LocalParam) -> Vec<u8> {
     fn locate(map: &ParamMap, index: &[u64], shapes: &dyn Fn(&str) -> Vec<u64>) -> (String, Vec<u64>) {
         match map {
             ParamMap::Tensor(name) => (name.clone(), index.to_vec()),
+            ParamMap::Shaped { of, .. } => locate(of, index, shapes),
             ParamMap::Slice { of, bounds } => {
                 let index: Vec<u64> =
                     index.iter().zip(bounds.start()).map(|(index, start)| index + start).collect();
@@ -212,6 +213,7 @@ fn a_qwen_is_cut_as_the_engine_expects() {
 fn describe(map: &ParamMap) -> String {
     match map {
         ParamMap::Tensor(name) => name.rsplit('.').nth(1).unwrap().to_owned(),
+        ParamMap::Shaped { of, .. } => describe(of),
         ParamMap::Slice { of, bounds } => format!("{}{bounds}", describe(of)),
         ParamMap::Concat { parts, .. } => parts.iter().map(describe).collect::<Vec<_>>().join(" + "),
     }

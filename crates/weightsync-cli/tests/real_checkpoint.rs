@@ -31,9 +31,13 @@ fn received(checkpoint: &Checkpoint, map: &ParamMap, step: u64) -> Vec<u8> {
     };
     match map {
         ParamMap::Tensor(name) => part(name, None),
+        ParamMap::Shaped { of, .. } => received(checkpoint, of, step),
         ParamMap::Slice { of, bounds } => match &**of {
-            ParamMap::Tensor(name) => part(name, Some(bounds)),
-            _ => panic!("slices are of tensors"),
+            ParamMap::Shaped { of, .. } => match &**of {
+                ParamMap::Tensor(name) => part(name, Some(bounds)),
+                _ => panic!("shapes are of tensors"),
+            },
+            _ => panic!("slices are of shaped tensors"),
         },
         ParamMap::Concat { dim: 0, parts } => {
             parts.iter().flat_map(|part| received(checkpoint, part, step)).collect()

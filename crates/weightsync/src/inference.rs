@@ -325,4 +325,9 @@ impl InferenceSession {
         let Self { client, .. } = self;
         client.leave(None).await;
     }
+
+    /// Leaves because this rank cannot go on, which ends the job; the others are told why.
+    pub async fn give_up_job(self, reason: String) {
+        self.client.leave(Some(reason)).await;
+    }
 }

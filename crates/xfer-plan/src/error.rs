@@ -45,6 +45,10 @@ pub enum LayoutError {
         "map concatenates {found:?} to {expected:?} on dimension {dim}: all other dimensions must be equal"
     )]
     ConcatMismatch { dim: usize, expected: Vec<u64>, found: Vec<u64> },
+    #[error(
+        "map is made for a shape of {expected:?}, but what it is given has {found:?}: do both sides load the same model?"
+    )]
+    OtherShape { expected: Vec<u64>, found: Vec<u64> },
     #[error("map is nested deeper than {max} levels: flatten its slices and concatenations")]
     MapTooDeep { max: usize },
     #[error("map has more than {max} nodes: split the parameter")]

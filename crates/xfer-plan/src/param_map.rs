@@ -33,6 +33,14 @@ use crate::tensor_box::TensorBox;
 pub enum ParamMap {
     /// The whole of one source tensor.
     Tensor(String),
+    /// Another map's result, if it has this shape. A slice fits in any shape that is large enough; this is how a map says
+    /// which one it was made for, so that another model of the same names is an error and not another layout.
+    Shaped {
+        /// Whose result.
+        of: Box<ParamMap>,
+        /// The shape that it must have.
+        shape: Vec<u64>,
+    },
     /// The part `bounds` of another map's result.
     Slice {
         /// What is sliced.
@@ -71,6 +79,12 @@ impl ParamMap {
         ParamMap::Tensor(name.into())
     }
 
+    /// The same, refused where its shape is another.
+    #[must_use]
+    pub fn shaped(self, shape: &[u64]) -> ParamMap {
+        ParamMap::Shaped { of: Box::new(self), shape: shape.to_vec() }
+    }
+
     /// The part `bounds` of this map's result.
     #[must_use]
     pub fn slice(self, bounds: TensorBox) -> ParamMap {
@@ -83,7 +97,7 @@ impl ParamMap {
     }
 
     /// Shard `index` of `shards` along dimension `dim`, with `torch.chunk`'s sizes. `shape` is this map's own
-    /// shape.
+    /// shape; where it turns out to be another, the map is refused.
     ///
     /// # Errors
     /// When there is no such dimension or no such shard.
@@ -94,7 +108,7 @@ impl ParamMap {
         let whole = TensorBox::whole(shape)?;
         let &len = shape.get(dim).ok_or(LayoutError::NoSuchDim { dim, rank: shape.len() })?;
         let (start, len) = chunk(len, shards, index);
-        Ok(self.slice(whole.with_dim(dim, start, len)?))
+        Ok(self.shaped(shape).slice(whole.with_dim(dim, start, len)?))
     }
 
     /// The shape of the result, given the shapes of the source tensors.
@@ -136,7 +150,7 @@ impl ParamMap {
             }
             match map {
                 ParamMap::Tensor(_) => {}
-                ParamMap::Slice { of, .. } => walk(of, depth + 1, nodes, f)?,
+                ParamMap::Slice { of, .. } | ParamMap::Shaped { of, .. } => walk(of, depth + 1, nodes, f)?,
                 ParamMap::Concat { parts, .. } => {
                     for part in parts {
                         walk(part, depth + 1, nodes, f)?;
@@ -164,6 +178,13 @@ impl ParamMap {
         self.visit(&mut |node| {
             let resolved = match node {
                 ParamMap::Tensor(name) => resolve_tensor(name, lookup)?,
+                ParamMap::Shaped { shape, .. } => {
+                    let of = done.pop().ok_or(LayoutError::MapMalformed { detail: "shape of nothing" })?;
+                    if of.shape != *shape {
+                        return Err(LayoutError::OtherShape { expected: shape.clone(), found: of.shape });
+                    }
+                    of
+                }
                 ParamMap::Slice { bounds, .. } => {
                     let of = done.pop().ok_or(LayoutError::MapMalformed { detail: "slice of nothing" })?;
                     resolve_slice(of, bounds)?
@@ -241,12 +262,13 @@ fn resolve_concat<T>(
     Ok(whole)
 }
 
-/// A node on the wire. Postfix: a slice takes the last result, a concatenation the last `parts`.
+/// A node on the wire. Postfix: a slice or a shape takes the last result, a concatenation the last `parts`.
 #[derive(Serialize)]
 #[serde(rename_all = "snake_case")]
 enum StepRef<'a> {
     Tensor(&'a str),
     Slice(&'a TensorBox),
+    Shaped(&'a [u64]),
     Concat { dim: usize, parts: usize },
 }
 
@@ -255,6 +277,7 @@ enum StepRef<'a> {
 enum Step {
     Tensor(String),
     Slice(TensorBox),
+    Shaped(Vec<u64>),
     Concat { dim: usize, parts: usize },
 }
 
@@ -265,6 +288,7 @@ impl Serialize for ParamMap {
             steps.push(match node {
                 ParamMap::Tensor(name) => StepRef::Tensor(name),
                 ParamMap::Slice { bounds, .. } => StepRef::Slice(bounds),
+                ParamMap::Shaped { shape, .. } => StepRef::Shaped(shape),
                 ParamMap::Concat { dim, parts } => StepRef::Concat { dim: *dim, parts: parts.len() },
             });
             Ok(())
@@ -295,6 +319,11 @@ impl MapVisitor {
                 let (of, depth) =
                     done.pop().ok_or(LayoutError::MapMalformed { detail: "slice of nothing" })?;
                 (of.slice(bounds), depth + 1)
+            }
+            Step::Shaped(shape) => {
+                let (of, depth) =
+                    done.pop().ok_or(LayoutError::MapMalformed { detail: "shape of nothing" })?;
+                (of.shaped(&shape), depth + 1)
             }
             Step::Concat { parts, .. } if parts > done.len() => {
                 return Err(LayoutError::MapMalformed { detail: "concatenation of missing parts" });

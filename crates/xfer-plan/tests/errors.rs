@@ -119,6 +119,15 @@ fn maps_that_make_no_sense() {
         ],
     );
     check(
+        |m| {
+            wanted(m).map =
+                ParamMap::tensor("w").shaped(&[3, 8]).slice(TensorBox::new(&[0, 0], &[2, 8]).unwrap())
+        },
+        expect![
+            "inference 0, parameter `p`: map is made for a shape of [3, 8], but what it is given has [4, 8]: do both sides load the same model?"
+        ],
+    );
+    check(
         |m| wanted(m).map = ParamMap::concat(0, []),
         expect!["inference 0, parameter `p`: map concatenates nothing: give at least one part"],
     );

@@ -40,7 +40,13 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
                 version = report.version;
                 Event::Served(report).print(json);
                 if args.verify {
-                    verify(&checkpoint, &session, &params, &ids, (tp, rank), version)?.print(json);
+                    match verify(&checkpoint, &session, &params, &ids, (tp, rank), version) {
+                        Ok(event) => event.print(json),
+                        Err(error) => {
+                            session.give_up_job(error.to_string()).await;
+                            return Err(error);
+                        }
+                    }
                 }
             }
             Err(Error::Finished { .. }) => break,

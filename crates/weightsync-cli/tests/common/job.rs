@@ -196,15 +196,17 @@ pub struct Process {
 }
 
 impl Process {
-    /// Waits until a whole line of its standard output contains `words`, and returns that line.
+    /// Waits until a whole line of what it writes contains `words`, and returns that line.
     pub fn wait_for(&mut self, words: &str) -> String {
         loop {
-            // Whether it has ended is asked before the output is read: what it said last is not missed.
+            // Whether it has ended is asked before what it wrote is read: its last words are not missed.
             let ended = self.child.try_wait().unwrap().is_some();
-            let text = if ended { self.stdout.whole(self.until) } else { self.stdout.so_far() };
-            let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
-            if let Some(line) = whole.map(str::trim_end).find(|line| line.contains(words)) {
-                return line.to_owned();
+            for text in [&mut self.stdout, &mut self.stderr] {
+                let text = if ended { text.whole(self.until) } else { text.so_far() };
+                let mut whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+                if let Some(line) = whole.find(|line| line.contains(words)) {
+                    return line.trim_end().to_owned();
+                }
             }
             assert!(!ended && Instant::now() < self.until, "never said {words:?}: {self}");
             thread::sleep(POLL);

@@ -182,7 +182,10 @@ fn map(choices: &mut Choices, tensors: &[&Tensor], depth: u32) -> (ParamMap, Vec
         }
         _ => {
             let tensor = choices.one_of(tensors);
-            (ParamMap::tensor(&tensor.name), tensor.shape.clone())
+            let map = ParamMap::tensor(&tensor.name);
+            let odd = tensor.shape.iter().sum::<u64>() % 2 == 1;
+            let map = if odd { map.shaped(&tensor.shape) } else { map };
+            (map, tensor.shape.clone())
         }
     }
 }
@@ -280,6 +283,7 @@ pub(crate) fn expected(manifest: &Manifest, untouched: u8) -> Memory {
 fn follow<'m>(map: &'m ParamMap, mut at: Vec<u64>, shapes: &BTreeMap<&str, &[u64]>) -> (&'m str, Vec<u64>) {
     match map {
         ParamMap::Tensor(name) => (name, at),
+        ParamMap::Shaped { of, .. } => follow(of, at, shapes),
         ParamMap::Slice { of, bounds } => {
             let inner = at.iter().zip(bounds.start()).map(|(index, start)| index + start).collect();
             follow(of, inner, shapes)
@@ -300,6 +304,7 @@ fn follow<'m>(map: &'m ParamMap, mut at: Vec<u64>, shapes: &BTreeMap<&str, &[u64
 fn len_along(map: &ParamMap, dim: usize, shapes: &BTreeMap<&str, &[u64]>) -> u64 {
     match map {
         ParamMap::Tensor(name) => shapes[name.as_str()][dim],
+        ParamMap::Shaped { of, .. } => len_along(of, dim, shapes),
         ParamMap::Slice { bounds, .. } => bounds.shape()[dim],
         ParamMap::Concat { dim: along, parts } if *along == dim => {
             parts.iter().map(|part| len_along(part, dim, shapes)).sum()

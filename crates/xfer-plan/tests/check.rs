@@ -141,7 +141,7 @@ fn operations_that_are_wrong() {
     check(
         |p| p.trainers[0].ops.swap(0, 1),
         expect![
-            "the plan says its digest is ca6fb00531bde2b4e501d5623f6b5982d60c7e4e0178f8119951871212688d5b but it is 72b935d7272ee123c40ff202faf3af5fda4448c57d4d3ff8dcfb8c8042aeb779: it was changed after planning"
+            "the plan says its digest is 8cd0f7e84b09b4fd74a61297a82365598a500e6412a07ca3b81d8c59ba020d7a but it is a0581b8a9e694262bdf3bf000baa41d110b59dcf8b46843becee3080b90eebc5: it was changed after planning"
         ],
     );
 }
@@ -207,13 +207,13 @@ fn sums_that_are_wrong() {
     check(
         |p| p.manifest_digest.0 = [0; 32],
         expect![
-            "planned from manifest 0000000000000000000000000000000000000000000000000000000000000000, checked against ff84ffa0a46ddda3570c91a886cbcc224c9695844b27b01b4907eab75b33c9d5: plan again from this manifest"
+            "planned from manifest 0000000000000000000000000000000000000000000000000000000000000000, checked against cbf6bb1dddeecdc8f42ebf2ee553591343707b5f0ac3a533514a838c1650cc87: plan again from this manifest"
         ],
     );
     check(
         |p| p.names.push("another".into()),
         expect![
-            "the plan says its digest is ca6fb00531bde2b4e501d5623f6b5982d60c7e4e0178f8119951871212688d5b but it is e1b45f288c36b9712d65f3456bfec3c20dea3ce7ef3d1ef7499b9f2084eace4b: it was changed after planning"
+            "the plan says its digest is 8cd0f7e84b09b4fd74a61297a82365598a500e6412a07ca3b81d8c59ba020d7a but it is 5a3281f79a168a7fe9f0fe65d2a2a66f4b4077eff5930efd7e843cccc9c262e2: it was changed after planning"
         ],
     );
 }

@@ -89,8 +89,8 @@ fn the_digest_is_the_same_everywhere() {
     );
     let plan = checked(&manifest);
     expect![[r#"
-        675b5158cb314cc40e5b44453c05b615c2b3de507291c054b31607a6391e6eae
-        plan 2d838a2a22e552fde5db1878c00d491ff2f524a193f577f75096c72fd61eff12: 4 trainer(s) to 2 inference rank(s), 2 parameter name(s)
+        5740f7c9882dbcdbbd980db66c1ff85cab90ae9d7df33b88c8934839eb8af578
+        plan d10ec286b9779a04ea37434e6cae16e784aed5e7384e964d396ed91285839b76: 4 trainer(s) to 2 inference rank(s), 2 parameter name(s)
           moves 58 B in 8 operations (0 direct, 8 gathered, 0 by rows), 8 WRITEs
           egress  from 13 B to 16 B a rank
           ingress from 29 B to 29 B a rank

@@ -40,18 +40,34 @@ impl Options {
 struct Comparison {
     /// What was measured.
     name: &'static str,
-    /// Beside what.
-    reference: &'static str,
-    /// The ratio of medians that is asked of it.
+    /// The ratio of medians that is asked of it, beside the fastest reference.
     target: f64,
-    ours_gb_per_second: Vec<f64>,
-    reference_gb_per_second: Vec<f64>,
-    ours_median: f64,
-    reference_median: f64,
     ratio: f64,
+    ours: Series,
+    references: Vec<Series>,
     /// The trainer's most memory, beyond its weights, and for `local` beyond the arena that it maps and fills.
     trainer_overhead_bytes: u64,
 }
+
+/// The rounds of one program.
+#[derive(Serialize)]
+struct Series {
+    name: &'static str,
+    gb_per_second: Vec<f64>,
+    median: f64,
+}
+
+impl Series {
+    fn new(name: &'static str, gb_per_second: Vec<f64>) -> Self {
+        let mut sorted = gb_per_second.clone();
+        sorted.sort_by(f64::total_cmp);
+        let median = sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN);
+        Self { name, gb_per_second, median }
+    }
+}
+
+/// Something to measure beside, one round a call.
+type Reference<'a> = (&'static str, &'a mut dyn FnMut() -> anyhow::Result<Transfer>);
 
 #[derive(Serialize)]
 struct Results {
@@ -68,23 +84,28 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         Some(plain_loop) => {
             let program = plain_loop.display().to_string();
             let bytes = options.bytes.to_string();
-            let reference = || -> anyhow::Result<Transfer> {
-                let mut process =
-                    Process::start(&program, &["--total-bytes", &bytes, "--region-bytes", &bytes])?;
+            let plain = |options: &[&str]| -> anyhow::Result<Transfer> {
+                let mut args = vec!["--total-bytes", &bytes, "--region-bytes", &bytes];
+                args.extend(options);
+                let mut process = Process::start(&program, &args)?;
                 let transfer = process.answer()?;
                 process.finish()?;
                 Ok(transfer)
             };
-            comparisons.push(compare(options, "tcp", "plain libfabric loop", 0.95, reference)?);
+            let references: [Reference; 2] = [
+                ("plain libfabric loop, receiver sleeps", &mut || plain(&[])),
+                ("plain libfabric loop, receiver spins", &mut || plain(&["--spin"])),
+            ];
+            comparisons.push(compare(options, "tcp", 0.95, references.into())?);
         }
         None => eprintln!("skipped: tcp (no --plain-loop: no reference to measure beside)"),
     }
     let mut copier = Process::role(&["memcpy", &options.bytes.to_string()])?;
-    let reference = || -> anyhow::Result<Transfer> {
+    let mut copy = || -> anyhow::Result<Transfer> {
         copier.ask("copy")?;
         copier.answer()
     };
-    comparisons.push(compare(options, "local", "memcpy of one thread", 0.9, reference)?);
+    comparisons.push(compare(options, "local", 0.9, vec![("memcpy of one thread", &mut copy)])?);
     copier.finish()?;
 
     let results = Results {
@@ -102,13 +123,12 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Rounds of ours and of the reference, in turn. One round of each goes first and is not counted: it touches memory.
+/// Rounds of ours and of every reference, in turn. One round of each goes first and is not counted: it touches memory.
 fn compare(
     options: &Options,
     fabric: &'static str,
-    reference_name: &'static str,
     target: f64,
-    mut reference: impl FnMut() -> anyhow::Result<Transfer>,
+    mut references: Vec<Reference>,
 ) -> anyhow::Result<Comparison> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let world = World { trainers: 1, inference: 1 };
@@ -119,47 +139,41 @@ fn compare(
     let (address, bytes) = (controller.local_addr().to_string(), options.bytes.to_string());
     let inference = Process::role(&["inference", &address, &bytes, fabric])?;
     let mut trainer = Process::role(&["trainer", &address, &bytes, fabric])?;
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let mut ours = Vec::new();
+    let mut theirs = vec![Vec::new(); references.len()];
     let mut trainer_overhead_bytes = 0;
     for round in 0..=options.rounds {
         trainer.ask("push")?;
         let pushed: Transfer = trainer.answer()?;
-        let copied = reference()?;
-        if !options.json {
-            let note = if round == 0 { " (warm-up, not counted)" } else { "" };
-            eprintln!(
-                "{fabric} {:.2} GB/s, {reference_name} {:.2} GB/s{note}",
-                pushed.gb_per_second(),
-                copied.gb_per_second()
-            );
+        let mut line = format!("{fabric} {:.2} GB/s", pushed.gb_per_second());
+        for ((name, reference), series) in references.iter_mut().zip(&mut theirs) {
+            let rate = reference()?.gb_per_second();
+            line += &format!("; {name} {rate:.2} GB/s");
+            if round > 0 {
+                series.push(rate);
+            }
         }
-        let mapped = if fabric == "local" { options.bytes } else { 0 };
-        trainer_overhead_bytes = pushed.peak_rss_bytes.saturating_sub(options.bytes + mapped);
         if round > 0 {
             ours.push(pushed.gb_per_second());
-            theirs.push(copied.gb_per_second());
         }
+        eprintln!("{line}{}", if round == 0 { " (warm-up, not counted)" } else { "" });
+        let mapped = if fabric == "local" { options.bytes } else { 0 };
+        trainer_overhead_bytes = pushed.peak_rss_bytes.saturating_sub(options.bytes + mapped);
     }
     trainer.finish()?;
     inference.finish()?;
-    let (ours_median, reference_median) = (median(&ours), median(&theirs));
+    let ours = Series::new("weightsync", ours);
+    let names = references.iter().map(|(name, _)| *name);
+    let references: Vec<Series> = names.zip(theirs).map(|(name, series)| Series::new(name, series)).collect();
+    let fastest = references.iter().map(|series| series.median).fold(f64::NAN, f64::max);
     Ok(Comparison {
         name: fabric,
-        reference: reference_name,
         target,
-        ratio: ours_median / reference_median,
-        ours_gb_per_second: ours,
-        reference_gb_per_second: theirs,
-        ours_median,
-        reference_median,
+        ratio: ours.median / fastest,
+        ours,
+        references,
         trainer_overhead_bytes,
     })
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 fn print(results: &Results) {
@@ -171,14 +185,15 @@ fn print(results: &Results) {
     );
     for comparison in &results.comparisons {
         println!(
-            "{:6} {:6.2} GB/s   {} {:.2} GB/s   ratio {:.2} (target {:.2})   {} MiB more memory than the weights",
+            "{:6} {:6.2} GB/s   ratio {:.2} to the fastest reference (target {:.2})   {} MiB more memory than the weights",
             comparison.name,
-            comparison.ours_median,
-            comparison.reference,
-            comparison.reference_median,
+            comparison.ours.median,
             comparison.ratio,
             comparison.target,
             comparison.trainer_overhead_bytes >> 20,
         );
+        for reference in &comparison.references {
+            println!("       {:6.2} GB/s   {}", reference.median, reference.name);
+        }
     }
 }

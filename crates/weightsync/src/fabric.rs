@@ -13,6 +13,7 @@ use efa_core::{Hints, Info, InfoError, Library, Provider, Rail, RailConfig};
 use topology::{Roots, Snapshot};
 
 use crate::config::SessionConfig;
+use crate::endpoint::Endpoint;
 
 /// How to reach peers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -241,6 +242,13 @@ pub(crate) fn host_identity() -> String {
 /// Whether two ranks can share memory.
 pub(crate) fn same_host(here: &str, there: &str) -> bool {
     here == there && here != UNKNOWN_HOST
+}
+
+/// Whether this process may run on a core for itself and each of the `peers` that are on this host: then its rail thread
+/// polls without sleeping. Peers that it exchanges nothing with are not known to it and not counted.
+pub(crate) fn a_core_each(here: &str, peers: &[Endpoint]) -> bool {
+    let neighbours = peers.iter().filter(|peer| same_host(here, &peer.host)).count();
+    std::thread::available_parallelism().is_ok_and(|cores| cores.get() > neighbours)
 }
 
 /// What one thread of this host copies per second: the bandwidth of a rail that is a memory copy. The median over spans

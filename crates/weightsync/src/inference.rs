@@ -20,7 +20,7 @@ use crate::endpoint::{Endpoint, LocalEndpoint, RailEndpoint};
 use crate::error::Error;
 use crate::fabric::{self, FabricError};
 use crate::report::{Stopwatch, VersionReport, gb_per_second};
-use crate::trainer::{rail_bytes_per_second, unexpected};
+use crate::trainer::{decode_peers, rail_bytes_per_second, unexpected};
 
 /// Bytes that anybody may overwrite, for warm-ups.
 const SCRATCH_BYTES: usize = 4096;
@@ -118,7 +118,7 @@ impl Inference {
         let target = opened.map(|opened| OfiTarget::start(opened.rail)).transpose()?;
 
         let manifest = ReceiverManifest {
-            host,
+            host: host.clone(),
             regions: vec![bytes],
             rails: vec![RailDecl { bytes_per_second }],
             params: params.clone(),
@@ -135,6 +135,7 @@ impl Inference {
             ToMember::Planned(planned) => *planned,
             other => return Err(unexpected("the plan", &other)),
         };
+        let busy_poll = fabric::a_core_each(&host, &decode_peers(&planned.peers)?);
         let bytes_per_push = match planned.part {
             PlannedPart::Inference(part) => part.bytes,
             PlannedPart::Trainer { .. } => 0,
@@ -146,7 +147,8 @@ impl Inference {
         }
         Ok(InferenceSession {
             client,
-            _target: target,
+            target,
+            busy_poll,
             _doorman: doorman,
             arena,
             params,
@@ -192,7 +194,7 @@ struct Push {
 pub struct InferenceSession {
     client: Client,
     // Field order is teardown order: nobody can write to the arena any more when it goes.
-    _target: Option<OfiTarget>,
+    target: Option<OfiTarget>,
     _doorman: Option<Doorman>,
     arena: Target,
     params: Vec<DestinationParam>,
@@ -201,6 +203,8 @@ pub struct InferenceSession {
     push: Option<Push>,
     last: Option<VersionReport>,
     bytes_per_push: u64,
+    /// The rail's thread polls while a version is in flight.
+    busy_poll: bool,
 }
 
 impl InferenceSession {
@@ -246,8 +250,10 @@ impl InferenceSession {
                 }
                 _ => self.client.receive("a version").await,
             };
-            match message? {
+            let message = message.inspect_err(|_| self.receive_bytes(false))?;
+            match message {
                 ToMember::Prepare { push, version } => {
+                    self.receive_bytes(true);
                     // From here on a byte may change at any time.
                     self.served = Served::Torn(version);
                     let stage = Stopwatch::start("write");
@@ -258,6 +264,7 @@ impl InferenceSession {
                     let Some(ended) = self.push.take_if(|current| current.id == push) else {
                         continue;
                     };
+                    self.receive_bytes(false);
                     self.served = Served::Version(committed);
                     self.committed = committed;
                     self.client.send(ToController::Committed { push })?;
@@ -268,6 +275,7 @@ impl InferenceSession {
                     }
                 }
                 ToMember::Abort { version, reason } => {
+                    self.receive_bytes(false);
                     self.push = None;
                     return Err(Error::Aborted { version, reason });
                 }
@@ -276,6 +284,13 @@ impl InferenceSession {
                 }
                 other => return Err(unexpected("a version", &other)),
             }
+        }
+    }
+
+    /// Between the beginning of a push and its end the rail's thread has something to do.
+    fn receive_bytes(&self, on: bool) {
+        if let Some(target) = self.target.as_ref().filter(|_| self.busy_poll) {
+            target.busy_poll(on);
         }
     }
 

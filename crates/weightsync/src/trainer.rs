@@ -234,6 +234,11 @@ pub(crate) fn rail_bytes_per_second(config: &SessionConfig, opened: Option<&Open
     config.rail_bytes_per_second.or(link).unwrap_or_else(fabric::copy_bytes_per_second)
 }
 
+/// What the plan's peers say of themselves.
+pub(crate) fn decode_peers(peers: &[Peer]) -> Result<Vec<Endpoint>, FabricError> {
+    peers.iter().map(|Peer { member, endpoint }| Endpoint::decode(&member.to_string(), endpoint)).collect()
+}
+
 pub(crate) fn unexpected(expected: &'static str, found: &ToMember) -> Error {
     Error::Rendezvous(RendezvousError::Unexpected { expected, found: found.name().into() })
 }
@@ -264,9 +269,10 @@ impl Connecting {
         let until = Instant::now() + self.config.deadline;
         let mut by_fabric = BTreeMap::new();
         let mut by_memory = BTreeMap::new();
-        for Peer { member, endpoint } in planned.peers {
+        let peers = decode_peers(&planned.peers)?;
+        let busy_poll = fabric::a_core_each(&self.endpoint.host, &peers);
+        for (member, peer) in planned.peers.iter().map(|peer| peer.member).zip(peers) {
             let Rank::Receiver(to) = member else { continue };
-            let peer = Endpoint::decode(&to.to_string(), &endpoint)?;
             match self.choose(to, peer, until)? {
                 Way::Local(attached, bytes) => drop(by_memory.insert(to, (attached, bytes))),
                 Way::Fabric(peer) => drop(by_fabric.insert(to, peer)),
@@ -328,6 +334,7 @@ impl Connecting {
             slot_bytes,
             // Half: it fails, drains and says which peer is to blame before the controller gives up on this trainer.
             deadline: self.config.deadline / 2,
+            busy_poll,
             progress: self.progress,
         })?;
         Ok((sender, described))

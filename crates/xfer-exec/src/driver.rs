@@ -2,7 +2,7 @@
 //!
 //! Everything that a push touches belongs to this thread: rails, queues, counters, staging slots. The weights come in
 //! by value with a push and go back by value with its outcome, so nobody can change them meanwhile. While a push runs
-//! the thread polls; when nothing has moved for `SPIN_MAX` it waits on a rail's wait object; between pushes it sleeps
+//! the thread polls; where cores are short, it waits on a rail's wait object when nothing has moved for `SPIN_MAX`; between pushes it sleeps
 //! on its command queue.
 
 use std::collections::VecDeque;
@@ -56,6 +56,8 @@ pub struct SenderConfig {
     pub slot_bytes: u64,
     /// See [`EngineConfig::deadline`].
     pub deadline: Duration,
+    /// Poll without ever sleeping while a push runs: for hosts with a core for every rank.
+    pub busy_poll: bool,
     /// Bytes delivered in the present push, for whoever watches.
     pub progress: Arc<AtomicU64>,
 }
@@ -167,6 +169,7 @@ struct Thread {
     slots: Vec<SlotMemory>,
     to_gather: ChannelSender<GatherJob>,
     from_gather: Receiver<Gathered>,
+    busy_poll: bool,
     progress: Arc<AtomicU64>,
     done: Vec<Done<Lease>>,
     actions: VecDeque<Action>,
@@ -174,7 +177,8 @@ struct Thread {
 
 impl Thread {
     fn new(config: SenderConfig) -> io::Result<Self> {
-        let SenderConfig { program, rails, mut staging, slot_bytes, deadline, progress, name } = config;
+        let SenderConfig { program, rails, mut staging, slot_bytes, deadline, busy_poll, progress, name } =
+            config;
         let slot_bytes = usize::try_from(slot_bytes).unwrap_or(usize::MAX);
         let mut slots = Vec::new();
         while slots.len() < SLOTS_MAX
@@ -213,6 +217,7 @@ impl Thread {
             slots,
             to_gather,
             from_gather,
+            busy_poll,
             progress,
             done: Vec::new(),
             actions: VecDeque::new(),
@@ -264,7 +269,7 @@ impl Thread {
             }
             if moved {
                 moved_at = now;
-            } else if now > moved_at + SPIN_MAX {
+            } else if !self.busy_poll && now > moved_at + SPIN_MAX {
                 self.wait();
             }
         };

@@ -146,6 +146,7 @@ fn sender(plan: RankPlan, rail: HostRail, bytes: &[u64], staging: LeaseMut) -> S
         staging,
         slot_bytes: SLOT_BYTES,
         deadline: DEADLINE,
+        busy_poll: false,
         progress: Arc::new(AtomicU64::new(0)),
     })
     .unwrap()

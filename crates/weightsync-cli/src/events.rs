@@ -2,12 +2,16 @@
 //! reads the JSON of its children.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use weightsync::{PushReport, VersionReport};
 
 use crate::say::say;
 use crate::table::{bytes_text, seconds_text};
+
+/// How long the exit of a rank whose parent is gone may take. Exit handlers have nothing to do that takes longer.
+const EXIT_MAX: Duration = Duration::from_secs(3);
 
 /// See the module.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -96,6 +100,12 @@ pub(crate) fn end_with_stdin(asked: bool) -> anyhow::Result<()> {
     if asked {
         let watch = || {
             let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+            // Exit handlers of libraries run while rails are still busy, and may wait for them without end.
+            let force = || {
+                std::thread::sleep(EXIT_MAX);
+                std::process::abort()
+            };
+            let _ = std::thread::Builder::new().name("exit".into()).spawn(force);
             std::process::exit(1);
         };
         std::thread::Builder::new().name("stdin".into()).spawn(watch)?;

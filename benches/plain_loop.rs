@@ -2,7 +2,9 @@
 //!
 //! One process walks a large source buffer and writes it, chunk by chunk, to the same offsets of a target in another
 //! process, with a fixed number of writes in flight. Both buffers are real memory and larger than any cache, as in a real
-//! push. It prints one line of JSON: bytes, seconds, GB/s (10^9 bytes). Connecting and page faults are not counted.
+//! push. It prints one line of JSON: bytes, seconds, GB/s (10^9 bytes). Connecting and page faults are not counted. With
+//! `--ask` it does so once for every line of its standard input, and keeps its memory between: a process that ends gives
+//! gigabytes back to the kernel, and whatever is measured next pays for that.
 //!
 //! `cargo run --release -p libfabric-sys --example plain_loop -- --total-bytes 16G`
 //!
@@ -12,7 +14,7 @@
 
 use std::error::Error;
 use std::ffi::{CString, c_void};
-use std::io::{BufRead, BufReader, Read as _, Write as _};
+use std::io::{BufRead, BufReader, Read as _, Write};
 use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 use std::ptr;
@@ -45,15 +47,19 @@ struct Options {
     chunk_bytes: usize,
     window: usize,
     source: Ipv4Addr,
-    /// The server spins on its queue instead of blocking.
+    /// The server spins on its queue during a round instead of blocking.
     spin: bool,
+    /// A round for every line of standard input, instead of one; the server spins if the line says `spin`.
+    ask: bool,
 }
 
 fn main() -> Outcome<()> {
     let options = parse(std::env::args().skip(1))?;
     match options.role.as_deref() {
         Some("server") => serve(&options),
-        Some("client") => write_all(&options, options.greeting.as_deref().unwrap_or_default()),
+        Some("client") => {
+            write_all(&options, options.greeting.as_deref().unwrap_or_default(), &mut std::io::sink())
+        }
         _ => with_own_server(&options),
     }
 }
@@ -68,6 +74,7 @@ fn parse(arguments: impl Iterator<Item = String>) -> Outcome<Options> {
         window: 16,
         source: Ipv4Addr::LOCALHOST,
         spin: false,
+        ask: false,
     };
     let mut arguments = arguments;
     while let Some(argument) = arguments.next() {
@@ -79,6 +86,7 @@ fn parse(arguments: impl Iterator<Item = String>) -> Outcome<Options> {
             "--window" => options.window = value()?.parse()?,
             "--source" => options.source = value()?.parse()?,
             "--spin" => options.spin = true,
+            "--ask" => options.ask = true,
             "server" | "client" if options.role.is_none() => options.role = Some(argument),
             _ if options.role.as_deref() == Some("client") => options.greeting = Some(argument),
             _ => return Err(format!("what is '{argument}'?").into()),
@@ -108,22 +116,24 @@ fn with_own_server(options: &Options) -> Outcome<()> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["server", "--source", &options.source.to_string()]);
     command.args(["--region-bytes", &options.region_bytes.to_string()]);
-    if options.spin {
-        command.arg("--spin");
-    }
     let mut server = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
     let mut greeting = String::new();
     BufReader::new(server.stdout.take().ok_or("no pipe")?).read_line(&mut greeting)?;
-    let result = write_all(options, greeting.trim());
-    drop(server.stdin.take());
+    let mut tell = server.stdin.take().ok_or("no pipe")?;
+    let result = write_all(options, greeting.trim(), &mut tell);
+    drop(tell);
     let status = server.wait()?;
     result?;
     if status.success() { Ok(()) } else { Err(format!("the server ended with {status}").into()) }
 }
 
+/// What the server hears on its standard input: spin on the queue from now on, or sleep on it.
+const SPIN: u8 = b'+';
+const SLEEP: u8 = b'-';
+
 /// Exposes a target and makes progress until standard input ends.
 fn serve(options: &Options) -> Outcome<()> {
-    let rail = Rail::open(options, !options.spin)?;
+    let rail = Rail::open(options, true)?;
     let target = committed(options.region_bytes)?;
     let key = random_key()?;
     let mr = rail.register(target, options.region_bytes, sys::FI_REMOTE_WRITE, key)?;
@@ -133,13 +143,17 @@ fn serve(options: &Options) -> Outcome<()> {
     std::io::stdout().flush()?;
 
     static CLIENT_GONE: AtomicBool = AtomicBool::new(false);
+    static SPINS: AtomicBool = AtomicBool::new(false);
+    SPINS.store(options.spin, Ordering::Relaxed);
     std::thread::spawn(|| {
-        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        for word in std::io::stdin().lock().bytes().map_while(Result::ok) {
+            SPINS.store(word == SPIN, Ordering::Relaxed);
+        }
         CLIENT_GONE.store(true, Ordering::Relaxed);
     });
     let mut entries = [EMPTY; ENTRIES];
     while !CLIENT_GONE.load(Ordering::Relaxed) {
-        if options.spin {
+        if SPINS.load(Ordering::Relaxed) {
             rail.completions(&mut entries)?;
         } else {
             // SAFETY: the queue is open, and the room has so many entries.
@@ -152,27 +166,55 @@ fn serve(options: &Options) -> Outcome<()> {
     Ok(())
 }
 
-/// Writes the source to the target, and prints how long it took.
-fn write_all(options: &Options, greeting: &str) -> Outcome<()> {
+/// Connects to the server, then writes the source to the target and prints how long it took: once, or once per line of
+/// standard input. The server hears on `tell` how to wait.
+fn write_all(options: &Options, greeting: &str, tell: &mut dyn Write) -> Outcome<()> {
     let (address, key) = greeting.split_once(':').ok_or("client needs the line that the server printed")?;
     let key = u64::from_str_radix(key, 16)?;
     let rail = Rail::open(options, false)?;
     let peer = rail.insert(address)?;
     let source = committed(options.region_bytes)?;
     let mut contexts = vec![sys::fi_context2 { internal: [ptr::null_mut(); 8] }; options.window];
-    let contexts = contexts.as_mut_ptr();
-    let mut entries = [EMPTY; ENTRIES];
-
-    let chunks_in_region = options.region_bytes / options.chunk_bytes;
-    let chunks = options.total_bytes / options.chunk_bytes;
+    let mut round = |bytes| write_region(&rail, peer, source, bytes, key, options, &mut contexts);
     // The first write connects, and is not counted.
+    round(options.chunk_bytes)?;
+    let report = |seconds: f64| {
+        let bytes = options.total_bytes / options.chunk_bytes * options.chunk_bytes;
+        let gb_per_s = bytes as f64 / seconds / 1e9;
+        println!("{{\"bytes\": {bytes}, \"seconds\": {seconds:.6}, \"gb_per_s\": {gb_per_s:.3}}}");
+        std::io::stdout().flush()
+    };
+    let mut server = |spins| tell.write_all(&[if spins { SPIN } else { SLEEP }]).and_then(|()| tell.flush());
+    if !options.ask {
+        server(options.spin)?;
+        return Ok(report(round(options.total_bytes)?)?);
+    }
+    for line in std::io::stdin().lines() {
+        server(line? == "spin")?;
+        report(round(options.total_bytes)?)?;
+        server(false)?;
+    }
+    Ok(())
+}
+
+/// Writes so many bytes, walking the region as often as that takes; how many seconds.
+fn write_region(
+    rail: &Rail,
+    peer: sys::fi_addr_t,
+    source: *mut u8,
+    bytes: usize,
+    key: u64,
+    options: &Options,
+    contexts: &mut [sys::fi_context2],
+) -> Outcome<f64> {
+    let chunks_in_region = options.region_bytes / options.chunk_bytes;
+    let chunks = bytes / options.chunk_bytes;
+    let mut entries = [EMPTY; ENTRIES];
+    let mut free: Vec<*mut sys::fi_context2> = contexts.iter_mut().map(ptr::from_mut).collect();
     let (mut posted, mut completed) = (0, 0);
-    let mut start = Instant::now();
-    let mut free: Vec<*mut sys::fi_context2> =
-        (0..options.window).map(|slot| contexts.wrapping_add(slot)).collect();
-    while completed <= chunks {
-        let limit = if completed == 0 { 1 } else { chunks + 1 };
-        while posted < limit
+    let start = Instant::now();
+    while completed < chunks {
+        while posted < chunks
             && let Some(context) = free.pop()
         {
             let offset = posted % chunks_in_region * options.chunk_bytes;
@@ -191,16 +233,9 @@ fn write_all(options: &Options, greeting: &str) -> Outcome<()> {
         }
         let count = rail.completions(&mut entries)?;
         free.extend(entries[..count].iter().map(|entry| entry.op_context.cast()));
-        if completed == 0 && count > 0 {
-            start = Instant::now();
-        }
         completed += count;
     }
-    let seconds = start.elapsed().as_secs_f64();
-    let bytes = chunks * options.chunk_bytes;
-    let gb_per_s = bytes as f64 / seconds / 1e9;
-    println!("{{\"bytes\": {bytes}, \"seconds\": {seconds:.6}, \"gb_per_s\": {gb_per_s:.3}}}");
-    Ok(())
+    Ok(start.elapsed().as_secs_f64())
 }
 
 /// Anonymous memory with every page present.

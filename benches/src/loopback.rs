@@ -1,5 +1,6 @@
 //! One trainer to one inference rank on this machine: `tcp` beside a plain libfabric loop, `local` beside a memcpy.
 
+use std::cell::RefCell;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
@@ -82,30 +83,25 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let mut comparisons = Vec::new();
     match &options.plain_loop {
         Some(plain_loop) => {
-            let program = plain_loop.display().to_string();
             let bytes = options.bytes.to_string();
-            let plain = |options: &[&str]| -> anyhow::Result<Transfer> {
-                let mut args = vec!["--total-bytes", &bytes, "--region-bytes", &bytes];
-                args.extend(options);
-                let mut process = Process::start(&program, &args)?;
-                let transfer = process.answer()?;
-                process.finish()?;
-                Ok(transfer)
-            };
+            let args = ["--ask", "--total-bytes", &bytes, "--region-bytes", &bytes];
+            let plain = RefCell::new(Process::start(plain_loop, &args)?);
             let references: [Reference; 2] = [
-                ("plain libfabric loop, receiver sleeps", &mut || plain(&[])),
-                ("plain libfabric loop, receiver spins", &mut || plain(&["--spin"])),
+                ("plain libfabric loop, receiver sleeps", &mut || plain.borrow_mut().round("sleep")),
+                ("plain libfabric loop, receiver spins", &mut || plain.borrow_mut().round("spin")),
             ];
             comparisons.push(compare(options, "tcp", 0.95, references.into())?);
+            plain.into_inner().finish()?;
         }
         None => eprintln!("skipped: tcp (no --plain-loop: no reference to measure beside)"),
     }
     let mut copier = Process::role(&["memcpy", &options.bytes.to_string()])?;
-    let mut copy = || -> anyhow::Result<Transfer> {
-        copier.ask("copy")?;
-        copier.answer()
-    };
-    comparisons.push(compare(options, "local", 0.9, vec![("memcpy of one thread", &mut copy)])?);
+    comparisons.push(compare(
+        options,
+        "local",
+        0.9,
+        vec![("memcpy of one thread", &mut || copier.round("copy"))],
+    )?);
     copier.finish()?;
 
     let results = Results {
@@ -143,8 +139,7 @@ fn compare(
     let mut theirs = vec![Vec::new(); references.len()];
     let mut trainer_overhead_bytes = 0;
     for round in 0..=options.rounds {
-        trainer.ask("push")?;
-        let pushed: Transfer = trainer.answer()?;
+        let pushed: Transfer = trainer.round("push")?;
         let mut line = format!("{fabric} {:.2} GB/s", pushed.gb_per_second());
         for ((name, reference), series) in references.iter_mut().zip(&mut theirs) {
             let rate = reference()?.gb_per_second();

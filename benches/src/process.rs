@@ -34,8 +34,13 @@ impl Process {
         Self::start(std::env::current_exe()?, args)
     }
 
-    /// Sends a line, which asks for one answer.
-    pub(crate) fn ask(&mut self, line: &str) -> anyhow::Result<()> {
+    /// Asks for one round of what `line` says, and waits for its answer.
+    pub(crate) fn round<T: DeserializeOwned>(&mut self, line: &str) -> anyhow::Result<T> {
+        self.ask(line)?;
+        self.answer()
+    }
+
+    fn ask(&mut self, line: &str) -> anyhow::Result<()> {
         match &mut self.stdin {
             Some(stdin) => Ok(writeln!(stdin, "{line}")?),
             None => bail!("{} has ended", self.name),
@@ -43,7 +48,7 @@ impl Process {
     }
 
     /// The next answer.
-    pub(crate) fn answer<T: DeserializeOwned>(&mut self) -> anyhow::Result<T> {
+    fn answer<T: DeserializeOwned>(&mut self) -> anyhow::Result<T> {
         match self.lines.next() {
             Some(line) => {
                 let line = line?;

@@ -42,7 +42,7 @@ pub use in_flight::OpId;
 pub use info::{Facts, Info, ParseProviderError, Provider};
 pub use libfabric_sys::{OpenError, Tried, Version};
 pub use library::Library;
-pub use memory::{Lease, LeaseMut, Memory, MemoryRef, Target};
+pub use memory::{Lease, LeaseMut, Memory, MemoryRef, Target, available_bytes};
 pub use peer::{PEERS_MAX, PeerId};
 pub use post::{Message, Read, Receive, RejectReason, Rejected, WRITES_PER_DOORBELL_MAX, Write};
 pub use queue::COMPLETIONS_PER_POLL_MAX;

@@ -93,20 +93,17 @@ impl Inference {
         let Self { config, params, bytes } = self;
         let rank = ReceiverRank(config.rank);
         // Before anybody waits for this rank: the kernel takes its time to find and clear so much memory.
-        let made = tokio::task::spawn_blocking(move || SharedFile::create(bytes)).await;
+        let made = tokio::task::spawn_blocking(move || arena(bytes, config.fabric.allows_local())).await;
         let (arena, file) = made
             .map_err(|error| std::io::Error::other(error.to_string()))?
-            .map_err(|error| Error::Memory { what: "the weights", reason: error.to_string() })?;
+            .map_err(|reason| Error::Memory { what: "the weights", reason })?;
         let mut client = Client::connect(config.client()).await?;
         let source = config.bind.unwrap_or(client.local_addr().ip());
         let mut opened = fabric::open(&config, source)?;
 
         let local_error =
             |error: LocalError| FabricError::Local { peer: rank.to_string(), reason: error.to_string() };
-        let doorman = match config.fabric.allows_local() {
-            true => Some(Doorman::open(vec![file]).map_err(local_error)?),
-            false => None,
-        };
+        let doorman = file.map(|file| Doorman::open(vec![file])).transpose().map_err(local_error)?;
         let host = fabric::host_identity();
         let bytes_per_second = rail_bytes_per_second(&config, opened.as_ref());
         let rail = opened.as_mut().map(|opened| expose(opened, &arena)).transpose()?;
@@ -159,6 +156,19 @@ impl Inference {
             bytes_per_push,
         })
     }
+}
+
+/// Memory for the weights, all of it present: a file that peers on this host may map, or where none will, memory of this
+/// process alone.
+fn arena(bytes: u64, shared: bool) -> Result<(Target, Option<SharedFile>), String> {
+    if shared {
+        let (target, file) = SharedFile::create(bytes).map_err(|error| error.to_string())?;
+        return Ok((target, Some(file)));
+    }
+    let len =
+        usize::try_from(bytes).map_err(|_| format!("{bytes} bytes do not fit this machine's addresses"))?;
+    let lease = LeaseMut::committed(len).map_err(|error| error.to_string())?;
+    Ok((lease.expose(), None))
 }
 
 /// Exposes the arena and a scratch page on the rail, and describes them.

@@ -16,9 +16,7 @@ use crossbeam_channel::{Receiver, Sender as ChannelSender, bounded};
 use efa_core::{Lease, LeaseMut};
 use xfer_plan::Op;
 
-use crate::engine::{
-    Action, Delivered, Engine, EngineConfig, Event, Failure, Post, RailLimits, Slot, Source,
-};
+use crate::engine::{Action, Delivered, Engine, EngineConfig, Event, Failure, Post, Slot, Source};
 use crate::program::Program;
 use crate::rail::{Done, Rail, RailIndex, RailWrite};
 
@@ -187,10 +185,7 @@ impl Thread {
             slots.push(SlotMemory::Free(slot));
         }
         let engine_config = EngineConfig {
-            rails: rails
-                .iter()
-                .map(|rail| RailLimits { depth: rail.depth(), takes_rows: rail.takes_rows() })
-                .collect(),
+            rails: rails.iter().map(|rail| rail.limits()).collect(),
             slots: slots.len() as u32,
             deadline,
             // What was posted either completes about as fast as before the failure, or not at all.
@@ -208,7 +203,8 @@ impl Thread {
                 }
             }
         })?;
-        let outboxes = rails.iter().map(|rail| VecDeque::with_capacity(rail.depth() as usize)).collect();
+        let outboxes =
+            rails.iter().map(|rail| VecDeque::with_capacity(rail.limits().depth as usize)).collect();
         Ok(Self {
             engine: Engine::new(program, engine_config),
             refused: vec![false; rails.len()],

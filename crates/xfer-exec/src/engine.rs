@@ -4,7 +4,8 @@
 //! it runs alike on real rails and in a simulator. Time is a [`Duration`] since any fixed moment.
 //!
 //! Stages are joined by bounded queues: operations -> (staging slots) gather -> per-rail queue -> in flight. A stage
-//! that is full stops the one before it; staging never exceeds its slots, a rail never holds more than its depth.
+//! that is full stops the one before it; staging never exceeds its slots, a rail never holds
+//! more than its limits.
 //!
 //! A push that fails stops posting at once, but ends only when every buffer that is in flight or being gathered has
 //! come back, or the rails are closed.
@@ -15,7 +16,7 @@ use std::collections::VecDeque;
 use xfer_plan::{OpKind, ReceiverRank, RegionIndex};
 
 use crate::program::{Program, WriteId};
-use crate::rail::{RailIndex, Rows};
+use crate::rail::{RailIndex, RailLimits, Rows};
 
 /// WRITEs that wait in front of a rail, as a multiple of its depth: enough that a rail whose completions come in a
 /// burst finds its next WRITEs ready, small enough that the order of the plan is kept.
@@ -24,15 +25,6 @@ const READY_PER_DEPTH: usize = 2;
 /// A piece of staging memory, as long as the longest gathered operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Slot(pub u32);
-
-/// What a rail takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RailLimits {
-    /// WRITEs that may be in flight at once.
-    pub depth: u32,
-    /// See [`crate::rail::Rail::takes_rows`].
-    pub takes_rows: bool,
-}
 
 /// Bounds of an engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -205,6 +197,7 @@ pub enum Failure {
 struct RailState {
     limits: RailLimits,
     in_flight: u32,
+    in_flight_bytes: u64,
     /// It refused a WRITE and has not been polled since.
     full: bool,
     ready: VecDeque<Post>,
@@ -257,6 +250,7 @@ impl Engine {
         let rail = |limits: &RailLimits| RailState {
             limits: *limits,
             in_flight: 0,
+            in_flight_bytes: 0,
             full: false,
             ready: VecDeque::new(),
         };
@@ -421,10 +415,16 @@ impl Engine {
     fn post_ready(&mut self, rail: usize, now: Duration, actions: &mut Actions) {
         let rail = &mut self.rails[rail];
         while !rail.full && rail.in_flight < rail.limits.depth {
-            let Some(post) = rail.ready.pop_front() else {
+            let Some(&post) = rail.ready.front() else {
                 return;
             };
+            let bytes = rail.in_flight_bytes.saturating_add(post.rows.total_bytes());
+            if rail.in_flight > 0 && bytes > rail.limits.in_flight_bytes_max {
+                return;
+            }
+            rail.ready.pop_front();
             rail.in_flight += 1;
+            rail.in_flight_bytes = bytes;
             let peer = &mut self.peers[post.to.index()];
             if peer.in_flight == 0 && !peer.refused {
                 peer.since = now;
@@ -491,7 +491,9 @@ impl Engine {
             self.fail(Failure::Protocol(format!("{id:?} is not in flight")), now);
             return None;
         };
-        self.rails[post.rail.index()].in_flight -= 1;
+        let rail = &mut self.rails[post.rail.index()];
+        rail.in_flight -= 1;
+        rail.in_flight_bytes = rail.in_flight_bytes.saturating_sub(post.rows.total_bytes());
         self.peers[post.to.index()].in_flight -= 1;
         Some(post)
     }
@@ -519,7 +521,7 @@ impl Engine {
 
     fn delivered_one(&mut self, id: WriteId, now: Duration) {
         let Some(post) = self.take(id, now) else { return };
-        let bytes = u64::from(post.rows.count) * u64::from(post.rows.bytes);
+        let bytes = post.rows.total_bytes();
         self.delivered.bytes += bytes;
         self.delivered.writes += 1;
         if let Source::Slot(_) = post.source {
@@ -542,7 +544,7 @@ impl Engine {
     fn rails_closed(&mut self, now: Duration) {
         self.closed = true;
         for rail in &mut self.rails {
-            rail.in_flight = 0;
+            (rail.in_flight, rail.in_flight_bytes) = (0, 0);
         }
         // A gather that has not ended by now never will; what it holds is its own.
         self.gathering = 0;

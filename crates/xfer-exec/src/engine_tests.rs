@@ -44,7 +44,9 @@ fn cases() -> impl Strategy<Value = Case> {
         1 => (0u32..3).prop_map(Fault::Silent),
         1 => any::<u8>().prop_map(Fault::BrokenRail),
     ];
-    let rail = (1u32..5, any::<bool>()).prop_map(|(depth, takes_rows)| RailLimits { depth, takes_rows });
+    let rail = (1u32..5, 1u64..100, any::<bool>()).prop_map(|(depth, in_flight_bytes_max, takes_rows)| {
+        RailLimits { depth, in_flight_bytes_max, takes_rows }
+    });
     let rails = prop::collection::vec(rail, 1..4);
     (ops, rails, 1u32..4, any::<u64>(), fault).prop_map(|(ops, rails, slots, seed, fault)| Case {
         ops,
@@ -150,10 +152,13 @@ impl World {
                         });
                     } else {
                         self.in_flight.push(post);
-                        let rail = self.in_flight.iter().filter(|other| other.rail == post.rail).count();
+                        let rail = self.in_flight.iter().filter(|other| other.rail == post.rail);
+                        let bytes: u64 = rail.clone().map(|other| other.rows.total_bytes()).sum();
+                        let limits = self.case.rails[post.rail.index()];
+                        assert!(rail.clone().count() <= limits.depth as usize, "rail over its depth");
                         assert!(
-                            rail <= self.case.rails[post.rail.index()].depth as usize,
-                            "rail over its depth"
+                            rail.count() == 1 || bytes <= limits.in_flight_bytes_max,
+                            "rail over its bytes"
                         );
                     }
                 }
@@ -283,7 +288,7 @@ proptest! {
 fn an_empty_program_ends_at_once() {
     let case = Case {
         ops: vec![],
-        rails: vec![RailLimits { depth: 1, takes_rows: false }],
+        rails: vec![RailLimits { depth: 1, in_flight_bytes_max: u64::MAX, takes_rows: false }],
         slots: 1,
         seed: 0,
         fault: Fault::None,
@@ -298,7 +303,7 @@ fn an_empty_program_ends_at_once() {
 fn a_completion_that_is_not_in_flight_fails_the_push_and_does_not_panic() {
     let case = Case {
         ops: vec![(0, 1, false)],
-        rails: vec![RailLimits { depth: 1, takes_rows: false }],
+        rails: vec![RailLimits { depth: 1, in_flight_bytes_max: u64::MAX, takes_rows: false }],
         slots: 1,
         seed: 0,
         fault: Fault::None,
@@ -324,12 +329,15 @@ fn a_completion_that_is_not_in_flight_fails_the_push_and_does_not_panic() {
 fn a_program_that_could_never_end_fails_at_once() {
     let gather = Case {
         ops: vec![(0, 2, true)],
-        rails: vec![RailLimits { depth: 1, takes_rows: false }],
+        rails: vec![RailLimits { depth: 1, in_flight_bytes_max: u64::MAX, takes_rows: false }],
         slots: 0,
         seed: 0,
         fault: Fault::None,
     };
-    let shallow = Case { rails: vec![RailLimits { depth: 0, takes_rows: true }], ..gather.clone() };
+    let shallow = Case {
+        rails: vec![RailLimits { depth: 0, in_flight_bytes_max: u64::MAX, takes_rows: true }],
+        ..gather.clone()
+    };
     for case in [gather, shallow] {
         let mut world = World::new(case);
         world.run();
@@ -339,7 +347,7 @@ fn a_program_that_could_never_end_fails_at_once() {
 
 #[test]
 fn a_gather_that_never_ends_does_not_hold_the_push_for_ever() {
-    let rails = vec![RailLimits { depth: 1, takes_rows: false }];
+    let rails = vec![RailLimits { depth: 1, in_flight_bytes_max: u64::MAX, takes_rows: false }];
     let case = Case { ops: vec![(0, 2, true)], rails, slots: 1, seed: 0, fault: Fault::None };
     let mut world = World::new(case);
     world.handle(Event::Start);

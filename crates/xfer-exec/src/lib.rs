@@ -11,6 +11,6 @@ pub mod ofi;
 pub mod program;
 pub mod rail;
 
-pub use engine::{Action, Delivered, Engine, EngineConfig, Event, Failure, Post, RailLimits, Source};
+pub use engine::{Action, Delivered, Engine, EngineConfig, Event, Failure, Post, Source};
 pub use program::{Program, ProgramError, WriteId};
-pub use rail::{Done, Rail, RailError, RailIndex, RailWrite, Rows};
+pub use rail::{Done, Rail, RailError, RailIndex, RailLimits, RailWrite, Rows};

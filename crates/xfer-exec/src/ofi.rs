@@ -15,7 +15,7 @@ use efa_core::{
 use xfer_plan::{ReceiverRank, RegionIndex};
 
 use crate::program::WriteId;
-use crate::rail::{Done, Rail, RailError, RailWrite, Rows};
+use crate::rail::{Done, Rail, RailError, RailLimits, RailWrite, Rows};
 
 /// A warm-up writes this many bytes to each peer.
 const WARM_UP_BYTES: u64 = 8;
@@ -27,6 +27,10 @@ const IDLE_MAX: Duration = Duration::from_millis(250);
 /// How long a receiver's thread polls after it was woken, before it sleeps again: long enough for the next segment of a
 /// stream to arrive, short enough to leave the core to others soon.
 const SPIN_MAX: Duration = Duration::from_micros(100);
+
+/// Bytes that a software provider is given at once: eight times the bandwidth-delay product of 100 Gb/s over 160 us, and over
+/// loopback TCP in WRITEs of 1 MiB a tenth faster than 128 MiB (6.3 against 5.4 GB/s on 2 cores of an EPYC).
+const IN_FLIGHT_BYTES_MAX: u64 = 16 << 20;
 
 /// A receiver as it described itself.
 #[derive(Debug, Clone)]
@@ -131,8 +135,10 @@ impl Rail for OfiRail {
         self.rail.name().to_owned()
     }
 
-    fn depth(&self) -> u32 {
-        self.depth
+    fn limits(&self) -> RailLimits {
+        // Where the NIC moves the bytes, what is posted costs no cache.
+        let in_flight_bytes_max = if self.rail.is_offloaded() { u64::MAX } else { IN_FLIGHT_BYTES_MAX };
+        RailLimits { depth: self.depth, in_flight_bytes_max, takes_rows: false }
     }
 
     fn post(&mut self, writes: &mut VecDeque<RailWrite<Lease>>) -> Result<(), RailError> {

@@ -28,6 +28,17 @@ impl fmt::Display for RailIndex {
     }
 }
 
+/// What a rail takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RailLimits {
+    /// WRITEs that may be in flight at once.
+    pub depth: u32,
+    /// Bytes that may be in flight at once. A single WRITE may be longer.
+    pub in_flight_bytes_max: u64,
+    /// Whether it takes WRITEs of several rows. For one that does not, rows are gathered in staging memory first.
+    pub takes_rows: bool,
+}
+
 /// A WRITE as it is handed to a rail. `B` is the buffer it reads from, owned by the rail until it is done.
 #[derive(Debug)]
 pub struct RailWrite<B> {
@@ -60,6 +71,11 @@ impl Rows {
     /// Contiguous bytes.
     pub fn one(bytes: u32) -> Self {
         Self { count: 1, bytes, stride: u64::from(bytes) }
+    }
+
+    /// Bytes of all rows together, without the gaps.
+    pub fn total_bytes(self) -> u64 {
+        u64::from(self.count) * u64::from(self.bytes)
     }
 
     /// Bytes from the start of the first row to the end of the last, gaps included; `None` if that is no length.
@@ -98,13 +114,8 @@ pub trait Rail: Send {
     /// For messages: fabric, device, address.
     fn name(&self) -> String;
 
-    /// WRITEs that may be in flight at once.
-    fn depth(&self) -> u32;
-
-    /// Whether it takes WRITEs of several rows. For one that does not, rows are gathered in staging memory first.
-    fn takes_rows(&self) -> bool {
-        false
-    }
+    /// What it takes.
+    fn limits(&self) -> RailLimits;
 
     /// Takes WRITEs from the front of `writes` for as long as there is room; what stays was refused for now, which is
     /// an ordinary outcome. An error concerns the WRITE at the front, which also stays.

@@ -2,6 +2,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 
+#[test]
+fn committed_memory_is_zero_and_more_than_there_is_is_an_error() {
+    let lease = LeaseMut::committed(3 * HUGE_PAGE_BYTES + 5).unwrap();
+    assert_eq!(lease.len(), 3 * HUGE_PAGE_BYTES + 5);
+    assert!(lease.bytes().iter().all(|byte| *byte == 0));
+    assert!(LeaseMut::committed(0).unwrap().is_empty());
+    assert!(LeaseMut::committed(1 << 60).is_err());
+}
+
 /// A memory that tells when it is dropped.
 struct Watched {
     mapping: Mapping,

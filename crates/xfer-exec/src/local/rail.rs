@@ -7,7 +7,7 @@ use efa_core::Lease;
 use xfer_plan::ReceiverRank;
 
 use super::shared::Attached;
-use crate::rail::{Done, Rail, RailError, RailWrite, Rows};
+use crate::rail::{Done, Rail, RailError, RailLimits, RailWrite, Rows};
 
 /// WRITEs taken at once. Each is copied when it is posted, so a deeper rail would only delay the other rails of the
 /// thread.
@@ -33,8 +33,8 @@ impl Rail for LocalRail {
         "local (shared memory)".into()
     }
 
-    fn depth(&self) -> u32 {
-        DEPTH
+    fn limits(&self) -> RailLimits {
+        RailLimits { depth: DEPTH, in_flight_bytes_max: u64::MAX, takes_rows: true }
     }
 
     fn post(&mut self, writes: &mut VecDeque<RailWrite<Lease>>) -> Result<(), RailError> {
@@ -45,10 +45,6 @@ impl Rail for LocalRail {
             self.done.push(Done { id, from, result });
         }
         Ok(())
-    }
-
-    fn takes_rows(&self) -> bool {
-        true
     }
 
     fn poll(&mut self, done: &mut Vec<Done<Lease>>) -> Result<(), RailError> {

@@ -7,18 +7,24 @@
 
 mod loopback;
 mod machine;
+mod plan;
 mod process;
 mod roles;
+mod weight_ops;
 
 use anyhow::bail;
 
-const USAGE: &str = "usage: weightsync-bench loopback [--gib N] [--rounds N] [--plain-loop PATH] [--json]";
+const USAGE: &str = "usage: weightsync-bench loopback [--gib N] [--rounds N] [--plain-loop PATH] [--json]
+       weightsync-bench plan [--json]
+       weightsync-bench weight-ops [--mib N] [--rounds N] [--json]";
 
 fn main() -> anyhow::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["loopback", options @ ..] => loopback::run(&loopback::Options::parse(options)?),
+        ["plan", options @ ..] => plan::run(&plan::Options::parse(options)?),
+        ["weight-ops", options @ ..] => weight_ops::run(&weight_ops::Options::parse(options)?),
         // The processes of a benchmark, started by it.
         ["trainer", address, bytes, fabric] => roles::trainer(address, bytes.parse()?, fabric.parse()?),
         ["inference", address, bytes, fabric] => roles::inference(address, bytes.parse()?, fabric.parse()?),

@@ -12,7 +12,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use xfer_plan::{
-    Digest, Manifest, PlanOptions, Rank, ReceiverManifest, ReceiverRank, TrainerManifest, TrainerRank,
+    Digest, Manifest, PlanOptions, Rank, ReceiverManifest, ReceiverPart, ReceiverRank, TrainerManifest,
+    TrainerRank,
 };
 
 use crate::protocol::{
@@ -394,6 +395,17 @@ impl Controller {
             Ok(plan) => plan,
             Err(error) => return self.end(Some(format!("no plan: {error}")), actions),
         };
+        let passed_on =
+            |part: &ReceiverPart| part.arrivals.iter().any(|a| matches!(a.from, Rank::Receiver(_)));
+        if plan.receivers.iter().any(passed_on) {
+            let reason = "the plan has inference ranks pass bytes on, which they cannot do yet: plan with relay `never`";
+            return self.end(Some(reason.into()), actions);
+        }
+        let ranks = (0..plan.trainers.len() as u32).map(TrainerRank);
+        let parts = match ranks.map(|rank| plan.part(rank, &manifest)).collect::<Result<Vec<_>, _>>() {
+            Ok(parts) => parts,
+            Err(error) => return self.end(Some(format!("no plan: {error}")), actions),
+        };
         self.digest = plan.digest;
         self.quotas =
             plan.trainers.iter().map(|part| Quota { bytes: part.bytes, writes: part.writes }).collect();
@@ -404,7 +416,7 @@ impl Controller {
             bytes: bytes_total,
             writes: self.quotas.iter().map(|quota| quota.writes).sum(),
             bound_seconds,
-            limited_by: plan.bound.limited_by,
+            limited_by: plan.bound.limited_by.map(|(rank, _)| rank),
         }));
 
         let endpoint_of = |member| Peer {
@@ -417,16 +429,15 @@ impl Controller {
                 actions.push(Action::Send(seat.connection, ToMember::Planned(Box::new(planned))));
             }
         };
-        for (rank, part) in (0..).map(TrainerRank).zip(plan.trainers) {
-            let named = |op: &xfer_plan::Op| Some((op.param, plan.names.get(op.param.index())?.clone()));
-            let names = part.ops.iter().filter_map(named).collect();
+        for (rank, part) in (0..).map(TrainerRank).zip(parts) {
+            let named = |op: &xfer_plan::Op| (op.param, plan.name(op.param).to_owned());
+            let names = part.ops.iter().map(named).collect();
             let to: BTreeSet<ReceiverRank> = part.ops.iter().map(|op| op.to).collect();
             let peers = to.into_iter().map(|to| endpoint_of(Rank::Receiver(to))).collect();
             send(Rank::Trainer(rank), PlannedPart::Trainer { plan: part, names }, peers);
         }
         for (rank, part) in (0..).map(ReceiverRank).zip(plan.receivers) {
-            let peers =
-                part.arrivals.iter().map(|arrival| endpoint_of(Rank::Trainer(arrival.from))).collect();
+            let peers = part.arrivals.iter().map(|arrival| endpoint_of(arrival.from)).collect();
             send(Rank::Receiver(rank), PlannedPart::Inference(part), peers);
         }
         self.phase = Phase::Connecting { since: now, waiting: self.config.world.members().collect() };

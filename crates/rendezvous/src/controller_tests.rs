@@ -42,7 +42,8 @@ fn join(member: Rank) -> Join {
                 shape: vec![2, 8],
                 region,
                 offset: 0,
-                map: ParamMap::tensor("w"),
+                map: ParamMap::tensor("w").into(),
+                priority: 0,
             }],
         }),
     };
@@ -341,7 +342,7 @@ fn a_manifest_without_a_plan_ends_the_job_with_the_planners_words() {
     bench.say(T1, ToController::Join(Box::new(join(T1))));
     let mut bad = join(I0);
     if let MemberManifest::Inference(manifest) = &mut bad.manifest {
-        manifest.params[0].map = ParamMap::tensor("absent");
+        manifest.params[0].map = ParamMap::tensor("absent").into();
     }
     bench.say(I0, ToController::Join(Box::new(bad)));
     assert!(

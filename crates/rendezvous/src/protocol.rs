@@ -15,7 +15,7 @@ use xfer_plan::{
 };
 
 /// Raised whenever a message changes its meaning or its bytes. Both sides say theirs before anything else.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Bytes of a frame before the peer is authenticated: the handshake's messages are under 100 bytes.
 pub(crate) const HANDSHAKE_FRAME_BYTES_MAX: u32 = 256;

@@ -45,7 +45,15 @@ fn join(member: Rank) -> ToController {
         }
         Rank::Receiver(_) => {
             let (name, dtype, shape, map) = ("w".to_owned(), DType::U8, vec![2, 8], ParamMap::tensor("w"));
-            let params = vec![DestinationParam { name, dtype, shape, region, offset: 0, map }];
+            let params = vec![DestinationParam {
+                name,
+                dtype,
+                shape,
+                region,
+                offset: 0,
+                map: map.into(),
+                priority: 0,
+            }];
             MemberManifest::Inference(ReceiverManifest { host, regions: vec![16], rails, params })
         }
     };

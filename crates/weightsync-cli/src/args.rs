@@ -8,6 +8,8 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use weightsync::{Fabric, PlanOptions, Secret, SessionConfig, World};
 
+use crate::commands::plan::args::PlanCommand;
+
 /// The secret's environment variable; a command line is visible to every user of the host.
 pub(crate) const SECRET_VARIABLE: &str = "WEIGHTSYNC_SECRET";
 
@@ -42,6 +44,14 @@ pub(crate) enum Command {
     Serve(ServeArgs),
     /// Say what this machine has (libfabric, NICs, GPUs, limits) and what it means for a push
     Info(InfoArgs),
+    /// Make the plan of a transfer and show what it means, without any of its machines; or compare two plans
+    Plan(Box<PlanCommand>),
+    /// Compute what the ranks of a training job send each other in an epoch, and what a push adds to it
+    ///
+    /// Each scheme stands alone, on the ranks of its own group, and then all three groups together. It is arithmetic
+    /// from public formulas, not a measurement: the documentation of xfer_plan::traffic says what they count, and
+    /// where real jobs differ.
+    Traffic(TrafficArgs),
 }
 
 #[derive(Args)]
@@ -117,6 +127,9 @@ impl PlanArgs {
             chunk_bytes_max,
             gather_row_bytes_max: self.gather_below,
             gather_chunk_bytes_max: chunk_bytes_max,
+            // The plan's own waves; each trainer's watermark bounds what it stages at all.
+            watermark_bytes: chunk_bytes_max.max(PlanOptions::default().watermark_bytes),
+            ..PlanOptions::default()
         }
     }
 }
@@ -223,6 +236,62 @@ pub(crate) struct InfoArgs {
     pub(crate) json: bool,
 }
 
+#[derive(Args)]
+#[command(
+    group = clap::ArgGroup::new("shape").required(true).args(["model", "config"]),
+    after_long_help = "Examples:\n  weightsync traffic --model llama-3-70b --tp 8 --pp 8 --dp 16\n      one epoch of C4 on \
+                       1024 GPUs: about 85 EB\n  weightsync traffic --config config.json --dp 64 --tokens 1e12 --samples \
+                       250e6 --batch 1024 --json\n      FSDP or data parallel on 64 GPUs, for a program\n\nWith --json, \
+                       bytes and counts are strings of digits: they pass 2^53, where many readers of JSON round."
+)]
+pub(crate) struct TrafficArgs {
+    /// A model that is known by name, such as llama-3-70b or kimi-k2
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model: Option<String>,
+    /// The config.json of a model
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Ranks that share a layer: tensor parallel
+    #[arg(long, default_value_t = 1, value_name = "G")]
+    pub(crate) tp: u32,
+    /// Stages of the pipeline
+    #[arg(long, default_value_t = 1, value_name = "G")]
+    pub(crate) pp: u32,
+    /// Replicas that share the batch: data parallel, or FSDP
+    #[arg(long, default_value_t = 1, value_name = "G")]
+    pub(crate) dp: u32,
+    /// Tokens of an epoch; the default is C4's
+    #[arg(long, default_value = "156e9", value_name = "N", value_parser = count)]
+    pub(crate) tokens: u64,
+    /// Samples of an epoch; the default is C4's
+    #[arg(long, default_value = "364.6e6", value_name = "N", value_parser = count)]
+    pub(crate) samples: u64,
+    /// Samples of a mini-batch
+    #[arg(long, default_value = "2048", value_name = "N", value_parser = count)]
+    pub(crate) batch: u64,
+    /// Bytes that one push moves, all replicas together [default: the weights once]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub(crate) push_bytes: Option<u64>,
+    /// Print one JSON object instead
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A whole number from 1, also as 156e9.
+fn count(text: &str) -> Result<u64, String> {
+    // Up to here a float holds every whole number.
+    const EXACT_MAX: f64 = (1u64 << 53) as f64;
+    let whole = |value: &f64| (1.0..=EXACT_MAX).contains(value) && value.fract() == 0.0;
+    match (text.parse::<u64>(), text.parse().ok().filter(whole)) {
+        (Ok(value @ 1..), _) => Ok(value),
+        (Err(_), Some(value)) => Ok(value as u64),
+        _ => {
+            Err("a whole number above 0 is expected, such as 2048 or 156e9 (with an exponent, at most 9e15)"
+                .into())
+        }
+    }
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = seconds_or_none(text)?;
     let range = weightsync::DEADLINE_RANGE;
@@ -240,7 +309,7 @@ fn seconds_or_none(text: &str) -> Result<Duration, String> {
     }
 }
 
-fn positive(text: &str) -> Result<f64, String> {
+pub(crate) fn positive(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if value.is_finite() && value > 0.0 => Ok(value),
         _ => Err("a number above 0 is expected".into()),
@@ -305,6 +374,17 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn counts_are_whole() {
+        for (text, value) in [("1", 1), ("18446744073709551615", u64::MAX), ("156e9", 156_000_000_000)] {
+            assert_eq!(count(text), Ok(value));
+        }
+        assert_eq!(count("364.6e6"), Ok(364_600_000));
+        for wrong in ["0", "-1", "0.5", "1e-3", "1e30", "nan", "inf", "18446744073709551616", "many"] {
+            assert!(count(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

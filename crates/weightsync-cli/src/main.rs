@@ -60,5 +60,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Push(args) => commands::push::run(args).await,
         Command::Serve(args) => commands::serve::run(args).await,
         Command::Info(args) => commands::info::run(&args),
+        Command::Plan(args) => commands::plan::run(&args),
+        Command::Traffic(args) => commands::traffic::run(&args),
     }
 }

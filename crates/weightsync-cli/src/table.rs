@@ -1,9 +1,9 @@
 //! Figures and tables for a person.
 
 /// Bytes with a decimal unit, three digits.
-pub(crate) fn bytes_text(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
-    let mut value = bytes as f64;
+pub(crate) fn bytes_text(bytes: impl Into<u128>) -> String {
+    const UNITS: [&str; 7] = ["B", "kB", "MB", "GB", "TB", "PB", "EB"];
+    let mut value = bytes.into() as f64;
     let mut unit = 0;
     while value >= 999.5 && unit + 1 < UNITS.len() {
         value /= 1000.0;
@@ -64,9 +64,16 @@ mod tests {
 
     #[test]
     fn figures_keep_three_digits() {
-        for (bytes, text) in
-            [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (1_234_567, "1.23 MB"), (999_999_999, "1.00 GB")]
-        {
+        for (bytes, text) in [
+            (0_u128, "0 B"),
+            (999, "999 B"),
+            (1000, "1.00 kB"),
+            (1_234_567, "1.23 MB"),
+            (999_999_999, "1.00 GB"),
+            (17_900_000_000_000_000, "17.90 PB"),
+            (27_914_700_000_000_000_000, "27.91 EB"),
+            (4_000_000_000_000_000_000_000, "4000 EB"),
+        ] {
             assert_eq!(bytes_text(bytes), text);
         }
         for (seconds, text) in

@@ -285,7 +285,15 @@ fn pretend(cluster: &Cluster, endpoint: &Endpoint) -> thread::JoinHandle<String>
         host: endpoint.host.clone(),
         regions: vec![MANIFEST_BYTES],
         rails: vec![RailDecl { bytes_per_second: 1 << 30 }],
-        params: vec![DestinationParam { name, dtype: DType::F32, shape, region, offset: 0, map }],
+        params: vec![DestinationParam {
+            name,
+            dtype: DType::F32,
+            shape,
+            region,
+            offset: 0,
+            map: map.into(),
+            priority: 0,
+        }],
     };
     let (job, manifest) = ("default".to_owned(), MemberManifest::Inference(manifest));
     let deadline = Duration::from_secs(DEADLINE_SECONDS.parse().unwrap());

@@ -37,6 +37,7 @@ fn evaluate(checkpoint: &Checkpoint, step: u64, param: &LocalParam) -> Vec<u8> {
                 }
                 panic!("index past the concatenation");
             }
+            other => panic!("the layout makes no {other:?}"),
         }
     }
     let shapes = |name: &str| checkpoint.get(name).unwrap().shape.clone();
@@ -216,6 +217,7 @@ fn describe(map: &ParamMap) -> String {
         ParamMap::Shaped { of, .. } => describe(of),
         ParamMap::Slice { of, bounds } => format!("{}{bounds}", describe(of)),
         ParamMap::Concat { parts, .. } => parts.iter().map(describe).collect::<Vec<_>>().join(" + "),
+        other => panic!("the layout makes no {other:?}"),
     }
 }
 

@@ -13,7 +13,7 @@ use weightsync_cli::tensor_parallel::Layout;
 use weightsync_cli::training::advance_box;
 use xfer_plan::{
     DestinationParam, DeviceMesh, Manifest, Placement, PlanOptions, RailDecl, ReceiverManifest, RegionIndex,
-    SourcePiece, TrainerManifest, plan, shard_box,
+    SourcePiece, TrainerManifest, TrainerRank, plan, shard_box,
 };
 
 const REGION: RegionIndex = RegionIndex(0);
@@ -51,7 +51,15 @@ fn receivers(checkpoint: &Checkpoint, tp: u32) -> Vec<ReceiverManifest> {
         for param in layout.params(rank).unwrap() {
             let bytes = param.bytes();
             let (name, dtype, shape, map) = (param.name, param.dtype, param.shape, param.map);
-            params.push(DestinationParam { name, dtype, shape, region: REGION, offset, map });
+            params.push(DestinationParam {
+                name,
+                dtype,
+                shape,
+                region: REGION,
+                offset,
+                map: map.into(),
+                priority: 0,
+            });
             offset += bytes.next_multiple_of(8);
         }
         ReceiverManifest { host: format!("r{rank}"), regions: vec![offset], rails: rails(), params }
@@ -93,8 +101,8 @@ fn push(folder: &Path, trainer_count: u64, tp: u32, options: PlanOptions) {
                 assert!(advance_box(*dtype, tensor, shape, bounds, (step - 1, step), bytes));
             }
         }
-        for (part, source) in plan.trainers.iter().zip(&sources) {
-            for op in &part.ops {
+        for (rank, source) in (0..).map(TrainerRank).zip(&sources) {
+            for op in plan.part(rank, &manifest).unwrap().ops {
                 let destination = &mut destinations[op.to.index()];
                 for row in 0..u64::from(op.rows) {
                     let from = (op.source.offset + row * op.source.stride) as usize;

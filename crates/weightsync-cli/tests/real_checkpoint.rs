@@ -42,7 +42,7 @@ fn received(checkpoint: &Checkpoint, map: &ParamMap, step: u64) -> Vec<u8> {
         ParamMap::Concat { dim: 0, parts } => {
             parts.iter().flat_map(|part| received(checkpoint, part, step)).collect()
         }
-        ParamMap::Concat { .. } => panic!("parts lie below each other"),
+        other => panic!("the layout makes no {other:?}"),
     }
 }
 

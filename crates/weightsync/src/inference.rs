@@ -70,7 +70,15 @@ impl Inference {
         map: ParamMap,
     ) -> Result<ParamId, Error> {
         let (region, shape) = (RegionIndex(0), shape.to_vec());
-        let mut param = DestinationParam { name: name.into(), dtype, shape, region, offset: 0, map };
+        let mut param = DestinationParam {
+            name: name.into(),
+            dtype,
+            shape,
+            region,
+            offset: 0,
+            map: map.into(),
+            priority: 0,
+        };
         let place = || {
             let offset = self.bytes.checked_next_multiple_of(crate::ALIGN_BYTES)?;
             Some((offset, offset.checked_add(param.bytes()?)?))

@@ -225,7 +225,7 @@ async fn nothing_is_something() {
     let ((mut a, _), (mut serving, id)) = tokio::join!(trainer(&job, world, 0, 0), inference(&job, world, 0));
     let (pushed, served) = tokio::join!(a.push(1), serving.wait_version(1, None));
     assert_eq!((pushed.unwrap().bytes, served.unwrap().bytes), (0, 0));
-    assert_eq!(row(&serving, id, 0, 0).unwrap(), []);
+    assert_eq!(row(&serving, id, 0, 0).unwrap(), [] as [u8; 0]);
 }
 
 #[test]

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
-use xfer_plan::{Op, ParamId, RankPlan, Strided};
+use xfer_plan::{Op, ParamId, RankPlan, Strided, Transform};
 
 use super::*;
 use crate::program::Route;
@@ -71,6 +71,9 @@ fn program(case: &Case) -> Program {
             source: Strided { region, offset: at * 2, stride },
             destination: Strided { region, offset: at, stride: u64::from(ROW_BYTES) },
             gather: gather && rows > 1,
+            transform: Transform::Copy,
+            rail: 0,
+            wave: 0,
         };
         at += bytes;
         op

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use xfer_plan::limits::RANKS_MAX;
-use xfer_plan::{Op, OpKind, ParamId, RankPlan, ReceiverRank, RegionIndex};
+use xfer_plan::{Op, OpKind, ParamId, RankPlan, ReceiverRank, RegionIndex, Transform};
 
 use crate::rail::RailIndex;
 
@@ -91,6 +91,16 @@ pub enum ProgramError {
         /// Its length, if it exists.
         region_bytes: Option<u64>,
     },
+    /// An operation that changes elements on the way.
+    #[error(
+        "the plan wants {param} as {transform:?}; the engine writes elements as they are, so convert them on the trainer"
+    )]
+    Transform {
+        /// Its parameter.
+        param: String,
+        /// What is asked for.
+        transform: Transform,
+    },
     /// An operation to a receiver without a rail.
     #[error("the plan writes {param} to {to}, to which this rank has no rail")]
     NoRoute {
@@ -150,6 +160,9 @@ impl Program {
         slot_bytes: u64,
     ) -> Result<(), ProgramError> {
         let param = || self.name(op.param).to_owned();
+        if !op.transform.is_copy() {
+            return Err(ProgramError::Transform { param: param(), transform: op.transform });
+        }
         let bytes_max = if op.kind() == OpKind::Gather { slot_bytes } else { u64::from(u32::MAX) };
         if op.bytes() == 0 || op.bytes() > bytes_max && op.kind() != OpKind::Rows {
             return Err(ProgramError::Size { op: index, param: param(), bytes: op.bytes(), bytes_max });

@@ -14,7 +14,7 @@ use xfer_exec::local::{Attached, Doorman, LocalRail, SharedFile, fetch};
 use xfer_exec::ofi::{OfiPeer, OfiRail, OfiTarget};
 use xfer_exec::program::Route;
 use xfer_exec::{Failure, Program, RailIndex};
-use xfer_plan::{Op, ParamId, RankPlan, ReceiverRank, RegionIndex, Strided};
+use xfer_plan::{Op, ParamId, RankPlan, ReceiverRank, RegionIndex, Strided, Transform};
 
 const RECEIVERS: u32 = 2;
 const SOURCE_BYTES: usize = 1 << 16;
@@ -60,6 +60,9 @@ impl Case {
                 source: Strided { region, offset: source, stride: source_stride },
                 destination: Strided { region, offset: *end, stride: destination_stride },
                 gather,
+                transform: Transform::Copy,
+                rail: 0,
+                wave: 0,
             });
             source += extent / 2;
             *end += u64::from(rows - 1) * destination_stride + u64::from(row_bytes);

@@ -6,7 +6,7 @@
 
 use xfer_plan::{
     DType, DestinationParam, DeviceMesh, LayoutError, Manifest, OpKind, ParamMap, Placement, RailDecl,
-    ReceiverManifest, RegionIndex, SourcePiece, TrainerManifest, plan, shard_box,
+    ReceiverManifest, RegionIndex, SourcePiece, TrainerManifest, TrainerRank, plan, shard_box,
 };
 
 const HIDDEN: u64 = 1024;
@@ -29,13 +29,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     plan.check(&manifest)?;
 
     println!("{plan}");
-    for (rank, part) in plan.trainers.iter().enumerate() {
-        println!("trainer {rank}:");
-        for op in &part.ops {
+    for trainer in (0..TRAINERS as u32).map(TrainerRank) {
+        println!("{trainer}:");
+        for op in plan.part(trainer, &manifest)?.ops {
             let how = match op.kind() {
                 OpKind::Direct => "one piece".to_string(),
                 OpKind::Gather => format!("{} rows of {} B gathered", op.rows, op.row_bytes),
                 OpKind::Rows => format!("{} rows of {} B", op.rows, op.row_bytes),
+                OpKind::Transform => format!("{} rows of {} B by {:?}", op.rows, op.row_bytes, op.transform),
             };
             let (from, to) = (op.source.offset, op.destination.offset);
             println!("  {:8} B {from:>8} -> {} {} {to:>8}  {how}", op.bytes(), op.to, plan.name(op.param));
@@ -69,7 +70,15 @@ fn receiver(rank: u64) -> Result<ReceiverManifest, LayoutError> {
     let (mut params, mut end) = (Vec::new(), 0);
     for (name, map) in [("qkv_proj", qkv), ("o_proj", shard("o_proj", 1)?)] {
         let (name, dtype, shape) = (name.to_string(), DType::BF16, map.shape(shape_of)?);
-        let param = DestinationParam { name, dtype, shape, region: RegionIndex(0), offset: end, map };
+        let param = DestinationParam {
+            name,
+            dtype,
+            shape,
+            region: RegionIndex(0),
+            offset: end,
+            map: map.into(),
+            priority: 0,
+        };
         end += param.bytes().unwrap_or(0);
         params.push(param);
     }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub struct Digest(pub [u8; 32]);
 
 impl Digest {
-    pub(crate) fn of<T: Serialize>(value: &T) -> Result<Digest, postcard::Error> {
+    pub(crate) fn of<T: Serialize + ?Sized>(value: &T) -> Result<Digest, postcard::Error> {
         postcard::serialize_with_flavor(value, Hashing { hasher: blake3::Hasher::new(), buffer: Vec::new() })
     }
 }

@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use crate::digest::Digest;
 use crate::dtype::DType;
-use crate::ids::{Rank, ReceiverRank, RegionIndex, TrainerRank};
+use crate::ids::{GroupIndex, Rank, ReceiverRank, RegionIndex, TrainerRank};
 use crate::tensor_box::TensorBox;
 
 /// A box, a mesh or a parameter map that makes no sense by itself.
@@ -33,6 +33,10 @@ pub enum LayoutError {
     BadMesh { shape: Vec<u64> },
     #[error("no rank {rank_in_mesh} in a mesh of {ranks} rank(s)")]
     NotInMesh { rank_in_mesh: u64, ranks: u64 },
+    #[error(
+        "strided shard of dimension {dim} with split {split}: the later mesh dimensions cut it into {made}, and the split must say so"
+    )]
+    BadSplit { dim: usize, split: u64, made: u64 },
     #[error("no shard {index} of {shards}: the index must be below the number of shards")]
     NoSuchShard { index: u64, shards: u64 },
     #[error("map refers to tensor `{tensor}`, which no one declares")]
@@ -49,6 +53,20 @@ pub enum LayoutError {
         "map is made for a shape of {expected:?}, but what it is given has {found:?}: do both sides load the same model?"
     )]
     OtherShape { expected: Vec<u64>, found: Vec<u64> },
+    #[error(
+        "blocks of {block:?} do not cut a tensor of {shape:?}: it needs two dimensions, and blocks at least one row and column"
+    )]
+    NotBlocks { block: [u32; 2], shape: Vec<u64> },
+    #[error("shard borders cut the blocks of a tensor into more than {max} ranges: align its shards")]
+    TooManyBlockRanges { max: usize },
+    #[error("map {what}s what is not a whole tensor: {what} first, then slice and concatenate")]
+    NotWhole { what: &'static str },
+    #[error("map pads dimension {dim} of {shape:?} to {len}: that is shorter")]
+    PadShorter { dim: usize, len: u64, shape: Vec<u64> },
+    #[error("map views {from:?} as {to:?}: the number of elements must be the same")]
+    ViewMismatch { from: Vec<u64>, to: Vec<u64> },
+    #[error("map goes on after a view: a view must be outermost")]
+    ViewInside,
     #[error("map is nested deeper than {max} levels: flatten its slices and concatenations")]
     MapTooDeep { max: usize },
     #[error("map has more than {max} nodes: split the parameter")]
@@ -66,6 +84,10 @@ pub enum ManifestError {
     TooManyRanks { side: &'static str, found: usize, max: usize },
     #[error("option {option} is {value} bytes: use a multiple of {step} from {min} to {max}")]
     BadChunk { option: &'static str, value: u64, step: u64, min: u64, max: u64 },
+    #[error(
+        "a watermark of {watermark} bytes has no room for a gather of {chunk}: raise it or lower gather_chunk_bytes_max"
+    )]
+    WatermarkTooLow { watermark: u64, chunk: u64 },
     #[error("{rank} declares {found} {what}: at most {max} are supported")]
     TooMany { rank: Rank, what: &'static str, found: usize, max: usize },
     #[error("{rank} declares no rail: give it at least one, with its bytes a second")]
@@ -135,8 +157,8 @@ pub enum PlanError {
     )]
     ShapesDiffer { receiver: ReceiverRank, param: String, declared: Vec<u64>, made: Vec<u64> },
     #[error(
-        "{receiver}, parameter `{param}`: no conversion from {from} to {to}: cast tensor `{tensor}` on the trainers, \
-         or declare the parameter as {from}"
+        "{receiver}, parameter `{param}`: its map makes {to} of tensor `{tensor}` in no known way: \
+         that is {from}; cast or quantise it in the map, or declare the parameter as {from}"
     )]
     NoConversion { receiver: ReceiverRank, param: String, tensor: String, from: DType, to: DType },
     #[error(
@@ -146,27 +168,29 @@ pub enum PlanError {
     Uncovered { receiver: ReceiverRank, param: String, tensor: String, bounds: Box<TensorBox> },
     #[error("the trainers' boxes cut each other into more than {max} cells: align their shards")]
     TooManyCells { max: usize },
-    #[error("the plan has more than {max} operations: raise chunk_bytes_max, or make rows longer")]
+    #[error("a trainer has more than {max} operations: raise chunk_bytes_max, or make rows longer")]
     TooManyOps { max: usize },
+    #[error("the plan has more than {max} transfers: declare larger pieces, or make rows longer")]
+    TooManyTransfers { max: usize },
     #[error("defect of the planner, please report it with the manifest: {detail}")]
     Defect { detail: &'static str },
     #[error("cannot encode for the digest: {detail}")]
     Encode { detail: String },
 }
 
-/// Where in a plan an operation stands.
+/// Where in a plan a transfer stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs)] // the names say it
-pub struct OpPlace {
+pub struct TransferPlace {
     pub trainer: TrainerRank,
     pub index: usize,
-    pub to: ReceiverRank,
+    pub to: GroupIndex,
     pub param: String,
 }
 
-impl fmt::Display for OpPlace {
+impl fmt::Display for TransferPlace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}, operation {} (to {}, parameter `{}`)", self.trainer, self.index, self.to, self.param)
+        write!(f, "{}, transfer {} (to {}, parameter `{}`)", self.trainer, self.index, self.to, self.param)
     }
 }
 
@@ -184,23 +208,39 @@ pub enum CheckError {
     #[error("the plan is for {planned} {side} ranks, the manifest has {given}")]
     RankCount { side: &'static str, planned: usize, given: usize },
     #[error("{place}: {detail}")]
-    Malformed { place: OpPlace, detail: &'static str },
+    Malformed { place: TransferPlace, detail: &'static str },
     #[error("{place}: leaves {region} of {rank}")]
-    OutsideRegion { place: OpPlace, rank: Rank, region: RegionIndex },
+    OutsideRegion { place: TransferPlace, rank: Rank, region: RegionIndex },
     #[error("{place}: writes outside the parameter that it names")]
-    OutsideParam { place: OpPlace },
+    OutsideParam { place: TransferPlace },
     #[error("{place}: row {row} does not read what the parameter's map asks for")]
-    WrongSource { place: OpPlace, row: u64 },
+    WrongSource { place: TransferPlace, row: u64 },
     #[error("{receiver}, parameter `{param}`: bytes {start}..{end} are never written")]
     NotWritten { receiver: ReceiverRank, param: String, start: u64, end: u64 },
     #[error("{receiver}, parameter `{param}`: bytes {start}..{end} are written twice")]
     WrittenTwice { receiver: ReceiverRank, param: String, start: u64, end: u64 },
-    #[error("{rank}: {what} are stated as {stated} but the operations add up to {found}")]
+    #[error("{rank}: {what} are stated as {stated} but the transfers add up to {found}")]
     Total { rank: Rank, what: &'static str, stated: u64, found: u64 },
-    #[error("{receiver}: the arrivals by trainer do not match the operations")]
+    #[error("{receiver}: the arrivals by rank do not match the transfers")]
     Arrivals { receiver: ReceiverRank },
-    #[error("the lower bound does not match the operations")]
+    #[error("the lower bound or the prediction does not match the transfers")]
     Bound,
+    #[error("fill {fill}: its transfers are not in the order of their trainers")]
+    Unsorted { fill: usize },
+    #[error("fill {fill}: there is no such group")]
+    NoGroup { fill: usize },
+    #[error("{place}: its fill does not name the table of a quantised tensor")]
+    NoTable { place: TransferPlace },
+    #[error("{group}: {detail}")]
+    Group { group: GroupIndex, detail: &'static str },
+    #[error("scales of `{tensor}`: {detail}")]
+    Table { tensor: String, detail: &'static str },
+    #[error("{trainer}: an operation on rail {rail}, which it does not have")]
+    NoRail { trainer: TrainerRank, rail: u8 },
+    #[error("{trainer}, wave {wave}: stages {bytes} bytes where the watermark allows {bytes_max}")]
+    Watermark { trainer: TrainerRank, wave: u32, bytes: u64, bytes_max: u64 },
+    #[error("{trainer}: an operation of {bytes} bytes")]
+    Chunk { trainer: TrainerRank, bytes: u64 },
 }
 
 /// At most 80 characters of a name that a peer chose.

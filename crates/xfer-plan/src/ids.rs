@@ -33,6 +33,8 @@ ids! {
     ReceiverRank "inference",
     /// A registered region of one rank: its place in that rank's list of regions.
     RegionIndex "region",
+    /// Receivers that want the same bytes at the same place: their place in [`Plan::groups`](crate::Plan).
+    GroupIndex "group",
     /// A destination parameter's name: its place in [`Plan::names`](crate::Plan).
     ParamId "parameter",
 }

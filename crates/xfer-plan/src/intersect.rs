@@ -6,16 +6,14 @@
 
 use smallvec::SmallVec;
 
-use crate::ids::{ParamId, ReceiverRank};
-use crate::manifest::{DestinationParam, SourcePiece};
+use crate::ids::RegionIndex;
 use crate::plan::Strided;
 use crate::tensor_box::TensorBox;
 
-/// Rows from one piece to one parameter, of any length: an operation before it is cut.
+/// Rows from one memory to another, of any length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Segment {
-    pub(crate) to: ReceiverRank,
-    pub(crate) param: ParamId,
+    /// At the destination.
     pub(crate) row_bytes: u64,
     pub(crate) rows: u64,
     pub(crate) source: Strided,
@@ -29,31 +27,49 @@ struct Loop {
     destination: u64,
 }
 
-/// Calls `emit` for the segments that copy `bounds`, in the tensor's indices and inside `piece`, to `result`,
-/// in the parameter's indices. Both boxes have the same shape and are not empty.
+/// Where a row-major box of elements lies.
+pub(crate) struct Place<'a> {
+    pub(crate) region: RegionIndex,
+    pub(crate) offset: u64,
+    pub(crate) element_bytes: u64,
+    /// What lies there, in the indices of the tensor (or of the parameter).
+    pub(crate) bounds: &'a TensorBox,
+}
+
+impl Place<'_> {
+    fn strided(&self) -> Strided {
+        Strided { region: self.region, offset: self.offset, stride: self.element_bytes }
+    }
+}
+
+/// Calls `emit` for the segments that copy `bounds`, in the indices of `from`, to `result`, in those of `to`. Both boxes
+/// have the same shape, lie within their places, and are not empty.
 ///
 /// The manifest has been validated: every product and sum here is at most a region's length.
 pub(crate) fn segments<E>(
-    piece: &SourcePiece,
+    from: &Place<'_>,
     bounds: &TensorBox,
-    param: &DestinationParam,
+    to: &Place<'_>,
     result: &TensorBox,
-    (to, param_id): (ReceiverRank, ParamId),
     emit: &mut dyn FnMut(Segment) -> Result<(), E>,
 ) -> Result<(), E> {
-    let element_bytes = piece.dtype.bytes();
-    let mut source = Strided { region: piece.region, offset: piece.offset, stride: element_bytes };
-    let mut destination = Strided { region: param.region, offset: param.offset, stride: element_bytes };
-    let mut row_bytes = element_bytes;
+    let (mut source, mut destination) = (from.strided(), to.strided());
+    let mut row = 1; // elements
     let mut loops: SmallVec<[Loop; 4]> = SmallVec::new();
-    let dims = bounds.start().zip(bounds.len()).zip(piece.bounds.start().zip(piece.bounds.len()));
-    let dims = dims.zip(result.start().zip(&param.shape));
-    for (((first, len), (piece_first, piece_len)), (result_first, &param_len)) in dims.rev() {
-        source.offset += (first - piece_first) * source.stride;
-        destination.offset += result_first * destination.stride;
+    let outer = |place: &TensorBox, part: &TensorBox| -> SmallVec<[(u64, u64); 4]> {
+        let first = part.start().zip(place.start()).map(|(part, place)| part - place);
+        first.zip(place.len()).collect()
+    };
+    let (source_dims, destination_dims) = (outer(from.bounds, bounds), outer(to.bounds, result));
+    let dims = bounds.len().zip(source_dims.iter().zip(&destination_dims));
+    for (len, (&(source_first, source_len), &(destination_first, destination_len))) in dims.rev() {
+        source.offset += source_first * source.stride;
+        destination.offset += destination_first * destination.stride;
+        let contiguous =
+            source.stride == row * from.element_bytes && destination.stride == row * to.element_bytes;
         match loops.last_mut() {
             _ if len == 1 => {}
-            None if source.stride == row_bytes && destination.stride == row_bytes => row_bytes *= len,
+            None if contiguous => row *= len,
             Some(inner)
                 if source.stride == inner.source * inner.len
                     && destination.stride == inner.destination * inner.len =>
@@ -62,18 +78,19 @@ pub(crate) fn segments<E>(
             }
             _ => loops.push(Loop { len, source: source.stride, destination: destination.stride }),
         }
-        source.stride *= piece_len;
-        destination.stride *= param_len;
+        source.stride *= source_len;
+        destination.stride *= destination_len;
     }
+    let (source_bytes, row_bytes) = (row * from.element_bytes, row * to.element_bytes);
 
     let mut loops = loops.into_iter();
-    let rows = loops.next().unwrap_or(Loop { len: 1, source: row_bytes, destination: row_bytes });
+    let rows = loops.next().unwrap_or(Loop { len: 1, source: source_bytes, destination: row_bytes });
     source.stride = rows.source;
     destination.stride = rows.destination;
     let outer: SmallVec<[Loop; 4]> = loops.collect();
     let mut step: SmallVec<[u64; 4]> = SmallVec::from_elem(0, outer.len());
     loop {
-        emit(Segment { to, param: param_id, row_bytes, rows: rows.len, source, destination })?;
+        emit(Segment { row_bytes, rows: rows.len, source, destination })?;
         // Count up like an odometer: the innermost of the outer loops first.
         let mut carry = true;
         for (step, repeat) in step.iter_mut().zip(&outer) {

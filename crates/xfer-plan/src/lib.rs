@@ -3,33 +3,54 @@
 
 mod bound;
 mod check;
+mod cost;
 mod cut;
+mod diff;
 mod digest;
 mod dtype;
 mod error;
+mod explain;
 mod ids;
 mod intersect;
 pub mod limits;
 mod manifest;
 mod mesh;
+pub mod model;
 mod param_map;
 mod plan;
+mod quant;
+pub mod report;
+mod route;
 mod schedule;
 mod sender;
 mod source_index;
+mod template;
 mod tensor_box;
+mod totals;
+pub mod traffic;
+mod transform;
 mod validate;
 
 pub use bound::LowerBound;
+pub use cost::{CostModel, Prediction, Resource};
+pub use diff::{Amount, Change, ParamDiff, PlanDiff, ReceiverDiff, TrainerDiff, diff};
 pub use digest::Digest;
 pub use dtype::DType;
-pub use error::{CheckError, LayoutError, ManifestError, OpPlace, PlanError};
-pub use ids::{ParamId, Rank, ReceiverRank, RegionIndex, TrainerRank};
+pub use error::{CheckError, LayoutError, ManifestError, PlanError, TransferPlace};
+pub use explain::{ExplainError, ExplainedBox, ExplainedTransfer, Explanation, Why, explain};
+pub use ids::{GroupIndex, ParamId, Rank, ReceiverRank, RegionIndex, TrainerRank};
 pub use manifest::{
-    DestinationParam, Manifest, PlanOptions, RailDecl, ReceiverManifest, SourcePiece, TrainerManifest,
+    DestinationParam, Manifest, PlanOptions, RailDecl, ReceiverManifest, Relay, SourcePiece, TrainerManifest,
 };
 pub use mesh::{DeviceMesh, Placement, shard_box};
 pub use param_map::ParamMap;
-pub use plan::{Arrival, Op, OpKind, Plan, RankPlan, ReceiverPart, Strided};
-pub use schedule::plan;
+pub use plan::{
+    Arrival, Fill, Op, OpKind, Placed, Plan, PlannedParam, RankPlan, ReceiverPart, Strided, TrainerPart,
+    Transfer,
+};
+pub use quant::{Exchange, ScaleTable};
+pub use report::PlanReport;
+pub use route::{Group, Leg, Link, Loads, ReceiverLoad, Route, TrainerLoad};
+pub use schedule::{Planner, plan};
 pub use tensor_box::{Dims, TensorBox};
+pub use transform::{BlockQuant, ScaleFormat, Transform};

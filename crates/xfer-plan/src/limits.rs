@@ -39,8 +39,11 @@ pub const CHUNK_BYTES_MIN: u64 = 64;
 /// Overlapping boxes that do not line up could otherwise cut each other into ever more cells.
 pub const INDEX_ENTRIES_MAX: usize = 1 << 26;
 
-/// Operations of a plan. At 1 MiB each they move 32 TiB in one push.
-pub const OPS_MAX: usize = 1 << 25;
+/// Operations of one trainer's part. At 1 MiB each they move 4 TiB in one push.
+pub const OPS_MAX: usize = 1 << 22;
+
+/// Transfers of a plan: 1 GiB. Kimi-K2 from 256 to 128 GPUs has 1.3 million.
+pub const TRANSFERS_MAX: usize = 1 << 24;
 
 /// Bytes of registered memory of one rank: 16 TiB. With [`RANKS_MAX`] ranks no sum of bytes overflows 64
 /// bits.

@@ -3,8 +3,12 @@
 //! A manifest is put together from what each rank says about itself. Nothing in it can be trusted:
 //! [`Manifest::validate`] bounds and checks every number before anything else looks at it.
 
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
+use crate::cost::CostModel;
 use crate::dtype::DType;
 use crate::ids::RegionIndex;
 use crate::param_map::ParamMap;
@@ -35,11 +39,13 @@ impl SourcePiece {
 }
 
 /// A parameter in a receiver's memory: `shape`, row-major and contiguous, filled as `map` says.
+///
+/// Receivers that declare a parameter alike in everything are planned once, as a group.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DestinationParam {
     /// Its name on this rank; unique there.
     pub name: String,
-    /// Its element type, the same as that of every tensor in `map`.
+    /// Its element type, the same as that of `map`'s result.
     pub dtype: DType,
     /// Its local shape, the same as `map`'s result. A stack of matrices can be declared as one taller matrix:
     /// the bytes are the same.
@@ -48,8 +54,19 @@ pub struct DestinationParam {
     pub region: RegionIndex,
     /// Where in the region they start, in bytes.
     pub offset: u64,
-    /// What it is made of.
-    pub map: ParamMap,
+    /// What it is made of. Receivers with the same map can share one.
+    pub map: Arc<ParamMap>,
+    /// When it is sent: smaller numbers first. Numbering parameters by layer lets an engine start on the first layers
+    /// while the last ones are still under way.
+    pub priority: u32,
+}
+
+/// Without the map, the largest part by far: parameters of one name and place rarely differ in it alone.
+impl Hash for DestinationParam {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let DestinationParam { name, dtype, shape, region, offset, map: _, priority } = self;
+        (name, dtype, shape, region, offset, priority).hash(state);
+    }
 }
 
 impl DestinationParam {
@@ -97,6 +114,9 @@ pub struct ReceiverManifest {
     pub params: Vec<DestinationParam>,
 }
 
+/// Trainers and receivers.
+pub(crate) type Sides<'a> = (&'a [TrainerManifest], &'a [ReceiverManifest]);
+
 /// How transfers are cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -106,18 +126,42 @@ pub struct PlanOptions {
     /// Rows that are scattered at the source and contiguous at the destination are gathered into one WRITE
     /// when a row is shorter than this, in bytes. 0: never.
     pub gather_row_bytes_max: u64,
-    /// No gather takes more than this of staging memory, in bytes.
+    /// No gather, and no transform, takes more than this of staging memory, in bytes.
     pub gather_chunk_bytes_max: u64,
+    /// Staging memory of a trainer, in bytes: what is gathered or transformed and not yet delivered never exceeds it.
+    pub watermark_bytes: u64,
+    /// How receivers that want the same bytes get them.
+    pub relay: Relay,
+    /// What the hardware does, for the choice of routes and for predictions.
+    pub cost: CostModel,
+}
+
+/// How receivers that want the same bytes get them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Relay {
+    /// Trainers write every copy.
+    #[default]
+    Never,
+    /// Trainers write one copy per host; the receiver that gets it passes it on to the others there.
+    PerHost,
+    /// As `PerHost`, but trainers write one copy in all; each host passes it on to the next.
+    Chain,
+    /// Whichever of these the cost model says ends first, and of equals the first.
+    Auto,
 }
 
 impl Default for PlanOptions {
-    /// 1 MiB chunks, gathered too; rows shorter than 16 KiB are gathered. Many WRITEs of 32 to 64 KiB in
+    /// 1 MiB chunks, gathered too, in 256 MiB of staging memory; rows shorter than 16 KiB are gathered. Many WRITEs of 32 to 64 KiB in
     /// flight saturate a 400 Gb/s NIC, so longer rows gain nothing from a copy.
     fn default() -> PlanOptions {
         PlanOptions {
             chunk_bytes_max: 1 << 20,
             gather_row_bytes_max: 16 << 10,
             gather_chunk_bytes_max: 1 << 20,
+            watermark_bytes: 256 << 20,
+            relay: Relay::Never,
+            cost: CostModel::default(),
         }
     }
 }

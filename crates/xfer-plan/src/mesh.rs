@@ -76,15 +76,33 @@ impl From<DeviceMesh> for Vec<u64> {
 pub enum Placement {
     /// Cuts this tensor dimension into one shard per rank along the mesh dimension.
     Shard(usize),
+    /// As `Shard(dim)`, but after the later mesh dimensions have cut the same tensor dimension into `split` shards: what
+    /// FSDP does to a tensor that tensor parallelism has cut already. DTensor's `_StridedShard`.
+    StridedShard {
+        /// The tensor dimension.
+        dim: usize,
+        /// DTensor's `split_factor`: how many shards the later mesh dimensions make of `dim`.
+        split: u64,
+    },
     /// Every rank along the mesh dimension holds the same.
     Replicate,
+}
+
+impl Placement {
+    /// The tensor dimension that it cuts.
+    fn dim(self) -> Option<usize> {
+        match self {
+            Placement::Shard(dim) | Placement::StridedShard { dim, .. } => Some(dim),
+            Placement::Replicate => None,
+        }
+    }
 }
 
 /// The part of a tensor of `shape` that `rank_in_mesh` owns, as DTensor lays it out.
 ///
 /// `placements` has one entry per mesh dimension, applied in order: two that shard the same tensor dimension
-/// cut it twice, the second one within the shard of the first. Shards have `torch.chunk`'s sizes: `ceil(len /
-/// ranks)`, the last ones shorter or empty.
+/// cut it twice, the second one within the shard of the first. Strided shards come after all others, the last one
+/// first. Shards have `torch.chunk`'s sizes: `ceil(len / ranks)`, the last ones shorter or empty.
 ///
 /// ```
 /// use xfer_plan::{DeviceMesh, Placement, shard_box};
@@ -95,8 +113,9 @@ pub enum Placement {
 /// ```
 ///
 /// # Errors
-/// When the rank is not in the mesh, the number of placements differs from the mesh's dimensions, or a
-/// placement names a dimension that the tensor lacks.
+/// When the rank is not in the mesh, the number of placements differs from the mesh's dimensions, a
+/// placement names a dimension that the tensor lacks, or a strided shard's `split` is not what the later mesh
+/// dimensions make (a rank would then hold rows that lie apart).
 pub fn shard_box(
     shape: &[u64],
     mesh: &DeviceMesh,
@@ -109,12 +128,27 @@ pub fn shard_box(
     let coordinates =
         mesh.coordinates(rank_in_mesh).ok_or(LayoutError::NotInMesh { rank_in_mesh, ranks: mesh.ranks() })?;
     let mut owned = TensorBox::whole(shape)?;
-    for ((placement, &ranks), &coordinate) in placements.iter().zip(mesh.shape()).zip(&coordinates) {
+    let mut cut = |dim: usize, mesh_dim: usize| {
+        let rank = owned.rank();
+        let (start, len) = owned.extent(dim).ok_or(LayoutError::NoSuchDim { dim, rank })?;
+        let (offset, len) = chunk(len, mesh.shape()[mesh_dim], coordinates[mesh_dim]);
+        owned = owned.with_dim(dim, start + offset, len)?;
+        Ok(())
+    };
+    for (mesh_dim, placement) in placements.iter().enumerate() {
         if let Placement::Shard(dim) = *placement {
-            let rank = owned.rank();
-            let (start, len) = owned.extent(dim).ok_or(LayoutError::NoSuchDim { dim, rank })?;
-            let (offset, len) = chunk(len, ranks, coordinate);
-            owned = owned.with_dim(dim, start + offset, len)?;
+            cut(dim, mesh_dim)?;
+        }
+    }
+    for (mesh_dim, placement) in placements.iter().enumerate().rev() {
+        if let Placement::StridedShard { dim, split } = *placement {
+            let later = placements.iter().zip(mesh.shape()).skip(mesh_dim + 1);
+            let made: u64 =
+                later.filter(|(other, _)| other.dim() == Some(dim)).map(|(_, &ranks)| ranks).product();
+            if split != made {
+                return Err(LayoutError::BadSplit { dim, split, made });
+            }
+            cut(dim, mesh_dim)?;
         }
     }
     Ok(owned)
@@ -154,6 +188,19 @@ mod tests {
         assert_eq!(boxes(&[4], &[2, 2], &[Replicate, Shard(0)]), ["[0..2]", "[2..4]", "[0..2]", "[2..4]"]);
         assert_eq!(boxes(&[], &[2], &[Replicate]), ["[]", "[]"]);
         assert_eq!(boxes(&[0, 3], &[2], &[Shard(0)]), ["[0..0, 0..3]", "[0..0, 0..3]"]);
+    }
+
+    #[test]
+    fn fsdp_cuts_what_tensor_parallelism_has_cut() {
+        use Placement::{Shard, StridedShard};
+        let strided = [StridedShard { dim: 0, split: 2 }, Shard(0)];
+        // Mesh [fsdp 2, tp 2]: tp halves 0..4 and 4..8 first, then fsdp halves each.
+        assert_eq!(boxes(&[8], &[2, 2], &strided), ["[0..2]", "[4..6]", "[2..4]", "[6..8]"]);
+        // Uneven: tp makes 3 and 2 rows of 5, fsdp 2 + 1 and 1 + 1 of those.
+        assert_eq!(boxes(&[5], &[2, 2], &strided), ["[0..2]", "[3..4]", "[2..3]", "[4..5]"]);
+        let mesh = DeviceMesh::new(&[2, 2]).unwrap();
+        let wrong = [StridedShard { dim: 0, split: 4 }, Shard(0)];
+        assert!(shard_box(&[8], &mesh, &wrong, 0).unwrap_err().to_string().contains("split"));
     }
 
     #[test]

@@ -4,72 +4,95 @@
 //! would be done first. Ties go to the lower rank. Greedy and in the order of the manifest: not always the
 //! best, always the same.
 
-use crate::error::{PlanError, shorten};
-use crate::ids::{ParamId, ReceiverRank};
-use crate::intersect::{Segment, segments};
-use crate::limits::OPS_MAX;
-use crate::manifest::{DestinationParam, Manifest, bandwidth};
-use crate::param_map::Leaf;
-use crate::source_index::{Holder, SourceIndex, TensorId};
+use crate::error::PlanError;
+use crate::ids::TrainerRank;
+use crate::manifest::{PlanOptions, TrainerManifest, bandwidth};
+use crate::plan::Transfer;
+use crate::source_index::Holder;
+use crate::template::{Declared, Template, coalesce, send};
 use crate::tensor_box::TensorBox;
 
-/// One rectangle that a receiver wants.
-pub(crate) struct Target<'m> {
-    pub(crate) receiver: ReceiverRank,
-    pub(crate) param: &'m DestinationParam,
-    pub(crate) name: ParamId,
-    pub(crate) leaf: Leaf<TensorId>,
+/// Replicated rectangles are dealt out in blocks that cost a trainer at most this many chunks, so that the replicas share
+/// large ones. Larger blocks balance worse, smaller ones break up long runs.
+const REPLICA_BLOCK_CHUNKS: u64 = 16;
+
+/// No block is smaller than this, in bytes, however many receivers want it: smaller WRITEs do not fill a NIC.
+const REPLICA_BLOCK_BYTES_MIN: u64 = 64 << 10;
+
+/// What every trainer has been given to send so far.
+pub(crate) struct Senders {
+    bytes: Vec<u64>,
+    bytes_per_second: Vec<u64>,
 }
 
-impl<'m> Target<'m> {
-    /// Sends the parts that only one piece holds. Returns whether replicated parts are left.
-    pub(crate) fn send_unique(
-        &self,
-        index: &SourceIndex<'m>,
-        senders: &mut Senders,
-    ) -> Result<bool, PlanError> {
-        let mut replicated = false;
-        index.cells(self.leaf.tensor, &self.leaf.bounds, &mut |bounds, holders| match holders {
-            [] => Err(PlanError::Uncovered {
-                receiver: self.receiver,
-                param: shorten(&self.param.name),
-                tensor: shorten(index.name(self.leaf.tensor)),
-                bounds: Box::new(bounds.clone()),
-            }),
-            [holder] => senders.send(self, *holder, bounds),
-            _ => {
-                replicated = true;
-                Ok(())
-            }
-        })?;
-        Ok(replicated)
+impl Senders {
+    pub(crate) fn new(trainers: &[TrainerManifest]) -> Senders {
+        Senders {
+            bytes: vec![0; trainers.len()],
+            bytes_per_second: trainers.iter().map(|trainer| bandwidth(&trainer.rails)).collect(),
+        }
     }
 
-    /// Deals the replicated parts out to whoever would be done with them first.
-    pub(crate) fn send_replicated(
+    /// Gives a trainer so much more to send.
+    pub(crate) fn load(&mut self, trainer: TrainerRank, bytes: u64) {
+        if let Some(sum) = self.bytes.get_mut(trainer.index()) {
+            *sum = sum.saturating_add(bytes);
+        }
+    }
+
+    /// Deals what several trainers hold out to whoever would be done with it first; each sends `copies` of it.
+    pub(crate) fn deal(
         &self,
-        index: &SourceIndex<'m>,
-        senders: &mut Senders,
-        block_bytes_max: u64,
-    ) -> Result<(), PlanError> {
-        index.cells(self.leaf.tensor, &self.leaf.bounds, &mut |bounds, holders| {
-            if holders.len() < 2 {
-                return Ok(());
-            }
+        template: &Template<'_>,
+        declared: Declared<'_>,
+        copies: u64,
+        options: &PlanOptions,
+        room: &mut usize,
+    ) -> Result<Vec<Transfer>, PlanError> {
+        let Some(resolved) = &template.resolved else { return Ok(Vec::new()) };
+        let whole = TensorBox::whole(&resolved.shape).unwrap_or_default(); // resolved: not too many dimensions
+        let to = declared.place(&whole);
+        let width = declared.param.dtype.bytes();
+        let block_bytes_max = options.chunk_bytes_max.saturating_mul(REPLICA_BLOCK_CHUNKS) / copies.max(1);
+        let block_bytes_max = block_bytes_max.max(REPLICA_BLOCK_BYTES_MIN.min(options.chunk_bytes_max));
+        let mut bytes_of = self.bytes.clone();
+        let mut sent = Vec::new();
+        for dealt in &template.dealt {
+            let Some(leaf) = resolved.leaves.get(dealt.leaf) else { continue };
             // Depth first, so that blocks are dealt in the order of their addresses.
-            let mut blocks = vec![bounds.clone()];
+            let mut blocks = vec![dealt.bounds.clone()];
             while let Some(block) = blocks.pop() {
-                let bytes = block.volume().unwrap_or(u64::MAX).saturating_mul(self.param.dtype.bytes());
+                let bytes = block.volume().unwrap_or(u64::MAX).saturating_mul(width);
                 if bytes > block_bytes_max
                     && let Some((below, above)) = halve(&block)
                 {
                     blocks.extend([above, below]);
-                } else {
-                    let holder = senders.choose(holders, bytes);
-                    senders.send(self, holder.ok_or(PlanError::Defect { detail: "no holder" })?, &block)?;
+                    continue;
                 }
+                let bytes = bytes.saturating_mul(copies);
+                let holder = self.choose(&bytes_of, &dealt.holders, bytes);
+                let holder = holder.ok_or(PlanError::Defect { detail: "no holder" })?;
+                if let Some(sum) = bytes_of.get_mut(holder.trainer.index()) {
+                    *sum = sum.saturating_add(bytes);
+                }
+                send(holder, leaf, &block, &to, room, &mut sent)?;
             }
-            Ok(())
+        }
+        coalesce(&mut sent);
+        Ok(sent)
+    }
+
+    /// The holder that would have sent everything first, were it given `bytes` more.
+    fn choose<'m>(&self, bytes_of: &[u64], holders: &[Holder<'m>], bytes: u64) -> Option<Holder<'m>> {
+        let load = |holder: &Holder<'m>| {
+            let rank = holder.trainer.index();
+            let bytes = u128::from(*bytes_of.get(rank)?) + u128::from(bytes);
+            Some((bytes, u128::from(*self.bytes_per_second.get(rank)?)))
+        };
+        // a / b < c / d without rounding; the first of equals, which is the lowest rank.
+        holders.iter().copied().reduce(|best, other| match (load(&best), load(&other)) {
+            (Some((a, b)), Some((c, d))) if c * b < a * d => other,
+            _ => best,
         })
     }
 }
@@ -82,58 +105,4 @@ fn halve(block: &TensorBox) -> Option<(TensorBox, TensorBox)> {
         .enumerate()
         .find_map(|(d, (s, len))| (len > 1).then_some((d, s, len)))?;
     block.split(dim, start + len / 2)
-}
-
-/// What every trainer has been given to send so far.
-pub(crate) struct Senders {
-    pub(crate) segments: Vec<Vec<Segment>>,
-    bytes: Vec<u64>,
-    bytes_per_second: Vec<u64>,
-    segments_left: usize,
-}
-
-impl Senders {
-    pub(crate) fn new(manifest: &Manifest) -> Senders {
-        let trainers = manifest.trainers.len();
-        Senders {
-            segments: vec![Vec::new(); trainers],
-            bytes: vec![0; trainers],
-            bytes_per_second: manifest.trainers.iter().map(|trainer| bandwidth(&trainer.rails)).collect(),
-            segments_left: OPS_MAX,
-        }
-    }
-
-    /// The holder that would have sent everything first, were it given `bytes` more.
-    fn choose<'m>(&self, holders: &[Holder<'m>], bytes: u64) -> Option<Holder<'m>> {
-        let load = |holder: &Holder<'m>| {
-            let rank = holder.trainer.index();
-            let bytes = u128::from(*self.bytes.get(rank)?) + u128::from(bytes);
-            Some((bytes, u128::from(*self.bytes_per_second.get(rank)?)))
-        };
-        // a / b < c / d without rounding; the first of equals, which is the lowest rank.
-        holders.iter().copied().reduce(|best, other| match (load(&best), load(&other)) {
-            (Some((a, b)), Some((c, d))) if c * b < a * d => other,
-            _ => best,
-        })
-    }
-
-    /// Lets `holder` send `bounds`, a part of `target`.
-    fn send(&mut self, target: &Target<'_>, holder: Holder<'_>, bounds: &TensorBox) -> Result<(), PlanError> {
-        let rank = holder.trainer.index();
-        let leaf = &target.leaf;
-        let result = bounds.moved(&leaf.bounds, &leaf.result);
-        let (Some(list), Some(sum), Some(result)) =
-            (self.segments.get_mut(rank), self.bytes.get_mut(rank), result)
-        else {
-            return Err(PlanError::Defect { detail: "a cell lies outside what was looked up" });
-        };
-        let address = (target.receiver, target.name);
-        segments(holder.piece, bounds, target.param, &result, address, &mut |segment| {
-            self.segments_left =
-                self.segments_left.checked_sub(1).ok_or(PlanError::TooManyOps { max: OPS_MAX })?;
-            *sum += segment.row_bytes * segment.rows;
-            list.push(segment);
-            Ok(())
-        })
-    }
 }

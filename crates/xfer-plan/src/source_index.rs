@@ -11,7 +11,7 @@ use crate::dtype::DType;
 use crate::error::{PlanError, shorten};
 use crate::ids::TrainerRank;
 use crate::limits::INDEX_ENTRIES_MAX;
-use crate::manifest::{Manifest, SourcePiece};
+use crate::manifest::{SourcePiece, TrainerManifest};
 use crate::tensor_box::TensorBox;
 
 /// A source tensor: its place in the index.
@@ -43,7 +43,7 @@ enum Node {
 }
 
 /// What a lookup calls for each cell: with what is wanted of it, and its holders.
-pub(crate) type Visit<'v, 'm, E> = dyn FnMut(&TensorBox, &[Holder<'m>]) -> Result<(), E> + 'v;
+pub(crate) type Visit<'v, 'i, 'm, E> = dyn FnMut(&TensorBox, &'i [Holder<'m>]) -> Result<(), E> + 'v;
 
 /// All source tensors of a manifest.
 pub(crate) struct SourceIndex<'m> {
@@ -56,18 +56,21 @@ pub(crate) struct SourceIndex<'m> {
 
 impl<'m> SourceIndex<'m> {
     /// Indexes a manifest that has been validated.
-    pub(crate) fn new(manifest: &'m Manifest) -> Result<SourceIndex<'m>, PlanError> {
-        SourceIndex::bounded(manifest, INDEX_ENTRIES_MAX)
+    pub(crate) fn new(trainers: &'m [TrainerManifest]) -> Result<SourceIndex<'m>, PlanError> {
+        SourceIndex::bounded(trainers, INDEX_ENTRIES_MAX)
     }
 
-    fn bounded(manifest: &'m Manifest, entries_max: usize) -> Result<SourceIndex<'m>, PlanError> {
+    fn bounded(trainers: &'m [TrainerManifest], entries_max: usize) -> Result<SourceIndex<'m>, PlanError> {
         let (ids, tensors, nodes, holders) = (BTreeMap::new(), Vec::new(), Vec::new(), Vec::new());
         let mut index = SourceIndex { ids, tensors, nodes, holders, entries_max };
         let mut holders_of: Vec<Vec<Holder<'m>>> = Vec::new();
-        for (rank, trainer) in (0..).zip(&manifest.trainers) {
+        for (rank, trainer) in (0..).zip(trainers) {
+            // Trainers of one stage list their pieces in the same order: the next tensor is most likely the one after.
+            let mut next = TensorId(0);
             for piece in &trainer.pieces {
                 let holder = Holder { trainer: TrainerRank(rank), piece };
-                let TensorId(tensor) = index.declare(holder)?;
+                let TensorId(tensor) = index.declare(holder, next)?;
+                next = TensorId(tensor + 1);
                 holders_of.resize_with(index.tensors.len(), Vec::new);
                 if let (Some(list), false) = (holders_of.get_mut(tensor as usize), piece.bounds.is_empty()) {
                     list.push(holder);
@@ -86,9 +89,11 @@ impl<'m> SourceIndex<'m> {
     }
 
     /// The tensor of a piece; it must agree with what was declared before.
-    fn declare(&mut self, Holder { trainer, piece }: Holder<'m>) -> Result<TensorId, PlanError> {
+    fn declare(&mut self, holder: Holder<'m>, guess: TensorId) -> Result<TensorId, PlanError> {
+        let Holder { trainer, piece } = holder;
+        let guessed = self.tensors.get(guess.0 as usize).is_some_and(|tensor| tensor.name == piece.tensor);
         let next = TensorId(self.tensors.len() as u32); // no memory holds a manifest with 2^32 tensors
-        let id = *self.ids.entry(&piece.tensor).or_insert(next);
+        let id = if guessed { guess } else { *self.ids.entry(&piece.tensor).or_insert(next) };
         let Some(known) = self.tensors.get(id.0 as usize) else {
             let SourcePiece { tensor, dtype, shape, .. } = piece;
             self.tensors.push(Tensor { name: tensor, dtype: *dtype, shape, declared_by: trainer, root: 0 });
@@ -147,13 +152,21 @@ impl<'m> SourceIndex<'m> {
         self.tensors.get(id.0 as usize).map_or("?", |tensor| tensor.name)
     }
 
+    pub(crate) fn shape(&self, id: TensorId) -> &'m [u64] {
+        self.tensors.get(id.0 as usize).map_or(&[], |tensor| tensor.shape)
+    }
+
+    pub(crate) fn dtype(&self, id: TensorId) -> Option<DType> {
+        Some(self.tensors.get(id.0 as usize)?.dtype)
+    }
+
     /// Calls `visit` for every cell that intersects `wanted`, with the intersection and the cell's holders.
     /// The order depends on the tensor's pieces only.
-    pub(crate) fn cells<E>(
-        &self,
+    pub(crate) fn cells<'i, E>(
+        &'i self,
         tensor: TensorId,
         wanted: &TensorBox,
-        visit: &mut Visit<'_, 'm, E>,
+        visit: &mut Visit<'_, 'i, 'm, E>,
     ) -> Result<(), E> {
         match self.tensors.get(tensor.0 as usize) {
             Some(tensor) => self.descend(tensor.root, wanted, visit),
@@ -161,7 +174,12 @@ impl<'m> SourceIndex<'m> {
         }
     }
 
-    fn descend<E>(&self, node: u32, wanted: &TensorBox, visit: &mut Visit<'_, 'm, E>) -> Result<(), E> {
+    fn descend<'i, E>(
+        &'i self,
+        node: u32,
+        wanted: &TensorBox,
+        visit: &mut Visit<'_, 'i, 'm, E>,
+    ) -> Result<(), E> {
         match self.nodes.get(node as usize) {
             None => Ok(()),
             Some(&Node::Cell { first, count }) => {
@@ -210,9 +228,9 @@ fn cut(part: &TensorBox, holders: &[Holder<'_>]) -> Option<(usize, u64, TensorBo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{RegionIndex, TrainerManifest};
+    use crate::RegionIndex;
 
-    fn manifest(boxes: &[(&[u64], &[u64])]) -> Manifest {
+    fn trainers(boxes: &[(&[u64], &[u64])]) -> Vec<TrainerManifest> {
         let trainer = |(start, len): &(&[u64], &[u64])| TrainerManifest {
             pieces: vec![SourcePiece {
                 tensor: "w".into(),
@@ -224,11 +242,11 @@ mod tests {
             }],
             ..TrainerManifest::default()
         };
-        Manifest { trainers: boxes.iter().map(trainer).collect(), ..Manifest::default() }
+        boxes.iter().map(trainer).collect()
     }
 
-    fn cells(manifest: &Manifest, wanted: (&[u64], &[u64])) -> Vec<String> {
-        let index = SourceIndex::new(manifest).unwrap();
+    fn cells(trainers: &[TrainerManifest], wanted: (&[u64], &[u64])) -> Vec<String> {
+        let index = SourceIndex::new(trainers).unwrap();
         let (id, _) = index.find("w").unwrap();
         let mut found = Vec::new();
         let wanted = TensorBox::new(wanted.0, wanted.1).unwrap();
@@ -245,11 +263,11 @@ mod tests {
     fn cells_are_as_few_as_can_be() {
         let all: (&[u64], &[u64]) = (&[0, 0], &[8, 8]);
         let rows: &[(&[u64], &[u64])] = &[(&[0, 0], &[4, 8]), (&[4, 0], &[4, 8]), (&[0, 0], &[8, 8])];
-        assert_eq!(cells(&manifest(rows), all), ["[0..4, 0..8] on [0, 2]", "[4..8, 0..8] on [1, 2]"]);
-        assert_eq!(cells(&manifest(rows), (&[1, 3], &[2, 2])), ["[1..3, 3..5] on [0, 2]"]);
+        assert_eq!(cells(&trainers(rows), all), ["[0..4, 0..8] on [0, 2]", "[4..8, 0..8] on [1, 2]"]);
+        assert_eq!(cells(&trainers(rows), (&[1, 3], &[2, 2])), ["[1..3, 3..5] on [0, 2]"]);
         let hole: &[(&[u64], &[u64])] = &[(&[0, 0], &[8, 2]), (&[0, 5], &[8, 3])];
         assert_eq!(
-            cells(&manifest(hole), all),
+            cells(&trainers(hole), all),
             ["[0..8, 0..2] on [0]", "[0..8, 2..5] on []", "[0..8, 5..8] on [1]"]
         );
     }
@@ -259,8 +277,8 @@ mod tests {
         // 7 steps of a staircase, each over all the smaller ones: the cells alone number 7 x 7 and more.
         let steps: Vec<([u64; 2], [u64; 2])> = (1..8).map(|n| ([0, 0], [n, 8 - n])).collect();
         let steps: Vec<(&[u64], &[u64])> = steps.iter().map(|(start, len)| (&start[..], &len[..])).collect();
-        let manifest = manifest(&steps);
-        assert!(SourceIndex::bounded(&manifest, 1000).is_ok());
-        assert!(matches!(SourceIndex::bounded(&manifest, 30), Err(PlanError::TooManyCells { max: 30 })));
+        let trainers = trainers(&steps);
+        assert!(SourceIndex::bounded(&trainers, 1000).is_ok());
+        assert!(matches!(SourceIndex::bounded(&trainers, 30), Err(PlanError::TooManyCells { max: 30 })));
     }
 }

@@ -22,20 +22,43 @@ impl Manifest {
     /// # Errors
     /// Names the first rank, in order, that breaks a rule or a [limit](crate::limits).
     pub fn validate(&self) -> Result<(), ManifestError> {
-        self.options.validate()?;
-        for (side, found) in [("training", self.trainers.len()), ("inference", self.receivers.len())] {
-            if found > RANKS_MAX {
-                return Err(ManifestError::TooManyRanks { side, found, max: RANKS_MAX });
-            }
-        }
-        for (rank, trainer) in (0..).zip(&self.trainers) {
-            validate_trainer(Rank::Trainer(TrainerRank(rank)), trainer)?;
-        }
-        for (rank, receiver) in (0..).zip(&self.receivers) {
-            validate_receiver(Rank::Receiver(ReceiverRank(rank)), receiver)?;
+        trainers(&self.trainers, &self.options)?;
+        receivers(&self.receivers)?;
+        for (rank, receiver) in (0..).map(ReceiverRank).zip(&self.receivers) {
+            receiver.params.iter().try_for_each(|param| map(rank, param))?;
         }
         Ok(())
     }
+}
+
+/// Checks the options and what each trainer declares.
+pub(crate) fn trainers(trainers: &[TrainerManifest], options: &PlanOptions) -> Result<(), ManifestError> {
+    options.validate()?;
+    ranks("training", trainers.len())?;
+    let trainers = (0..).map(|rank| Rank::Trainer(TrainerRank(rank))).zip(trainers);
+    trainers.into_iter().try_for_each(|(rank, trainer)| validate_trainer(rank, trainer))
+}
+
+/// Checks what each receiver declares, its parameters' maps left out: many receivers have the same ones.
+pub(crate) fn receivers(receivers: &[ReceiverManifest]) -> Result<(), ManifestError> {
+    ranks("inference", receivers.len())?;
+    let receivers = (0..).map(|rank| Rank::Receiver(ReceiverRank(rank))).zip(receivers);
+    receivers.into_iter().try_for_each(|(rank, receiver)| validate_receiver(rank, receiver))
+}
+
+/// Checks a parameter's map by itself.
+pub(crate) fn map(receiver: ReceiverRank, param: &DestinationParam) -> Result<(), ManifestError> {
+    let rank = Rank::Receiver(receiver);
+    let tensors = param.map.tensors().map_err(|source| ManifestError::Layout {
+        rank,
+        name: shorten(&param.name),
+        source,
+    })?;
+    tensors.into_iter().try_for_each(|tensor| name(rank, "tensor", tensor))
+}
+
+fn ranks(side: &'static str, found: usize) -> Result<(), ManifestError> {
+    if found > RANKS_MAX { Err(ManifestError::TooManyRanks { side, found, max: RANKS_MAX }) } else { Ok(()) }
 }
 
 impl PlanOptions {
@@ -48,6 +71,10 @@ impl PlanOptions {
             if !(min..=max).contains(&value) || !value.is_multiple_of(step) {
                 return Err(ManifestError::BadChunk { option, value, step, min, max });
             }
+        }
+        if self.watermark_bytes < self.gather_chunk_bytes_max.min(self.chunk_bytes_max) {
+            let (watermark, chunk) = (self.watermark_bytes, self.gather_chunk_bytes_max);
+            return Err(ManifestError::WatermarkTooLow { watermark, chunk });
         }
         Ok(())
     }
@@ -110,12 +137,6 @@ fn validate_param(rank: Rank, regions: &[u64], param: &DestinationParam) -> Resu
         let (name, shape) = (shorten(&param.name), param.shape.clone());
         return Err(ManifestError::TooLarge { rank, name, dtype: param.dtype, shape });
     };
-    let tensors = param.map.tensors().map_err(|source| ManifestError::Layout {
-        rank,
-        name: shorten(&param.name),
-        source,
-    })?;
-    tensors.into_iter().try_for_each(|tensor| name(rank, "tensor", tensor))?;
     in_region(rank, &param.name, regions, param.region, param.offset, bytes)?;
     Ok(bytes)
 }

@@ -1,9 +1,12 @@
 //! What `Plan::check` says about plans that were damaged on purpose.
 
+use std::sync::Arc;
+
 use expect_test::{Expect, expect};
 use xfer_plan::{
-    DType, DestinationParam, Manifest, Op, ParamId, ParamMap, Plan, RailDecl, ReceiverManifest, ReceiverRank,
-    RegionIndex, SourcePiece, Strided, TensorBox, TrainerManifest, plan,
+    DType, DestinationParam, GroupIndex, Manifest, ParamId, ParamMap, Plan, PlannedParam, RailDecl,
+    ReceiverManifest, ReceiverRank, RegionIndex, SourcePiece, Strided, TensorBox, TrainerManifest,
+    TrainerRank, Transfer, Transform, plan,
 };
 
 /// Two trainers hold the rows 0..2 and 2..4 of `w` [4, 100]; two receivers want its left and its right half,
@@ -27,7 +30,8 @@ fn manifest() -> Manifest {
         shape: shape.to_vec(),
         region: RegionIndex(0),
         offset,
-        map,
+        map: Arc::new(map),
+        priority: 0,
     };
     let receiver = |rank| {
         let half = ParamMap::tensor("w").shard(&[4, 100], 1, 2, rank).unwrap();
@@ -36,6 +40,18 @@ fn manifest() -> Manifest {
     };
     let trainers = vec![trainer(vec![w(0), piece("b", &[30], &[0], &[30], 200)]), trainer(vec![w(2)])];
     Manifest { trainers, receivers: vec![receiver(0), receiver(1)], ..Manifest::default() }
+}
+
+/// The transfers of a fill: 0 is `half` for receiver 0, 1 is `b` for both, 2 is `half` for receiver 1.
+fn sent(plan: &mut Plan, fill: usize) -> &mut [Transfer] {
+    Arc::make_mut(&mut plan.fills[fill].transfers)
+}
+
+/// Changes the list of a fill's transfers.
+fn change(plan: &mut Plan, fill: usize, by: impl FnOnce(&mut Vec<Transfer>)) {
+    let mut transfers = plan.fills[fill].transfers.to_vec();
+    by(&mut transfers);
+    plan.fills[fill].transfers = transfers.into();
 }
 
 fn check(damage: impl FnOnce(&mut Plan), message: Expect) {
@@ -47,25 +63,25 @@ fn check(damage: impl FnOnce(&mut Plan), message: Expect) {
 }
 
 #[test]
-fn operations_that_are_wrong() {
+fn transfers_that_are_wrong() {
     check(
-        |p| _ = p.trainers[0].ops.remove(0),
+        |p| change(p, 0, |sent| _ = sent.remove(0)),
         expect!["inference 0, parameter `half`: bytes 0..100 are never written"],
     );
     check(
-        |p| p.trainers[1].ops.extend_from_within(..1),
+        |p| change(p, 2, |sent| sent.push(sent[1])),
         expect!["inference 1, parameter `half`: bytes 100..200 are written twice"],
     );
     // The tail of a row, and the last row.
     check(
-        |p| p.trainers[0].ops[2].row_bytes -= 1,
+        |p| sent(p, 1)[0].row_bytes -= 1,
         expect![
-            "trainer 0, operation 2 (to inference 0, parameter `b`): the stride of a single row must be its length"
+            "trainer 0, transfer 0 (to group 1, parameter `b`): the stride of a single row must be its length"
         ],
     );
     check(
         |p| {
-            let op = &mut p.trainers[0].ops[2];
+            let op = &mut sent(p, 1)[0];
             op.row_bytes -= 1;
             op.source.stride -= 1;
             op.destination.stride -= 1;
@@ -74,105 +90,121 @@ fn operations_that_are_wrong() {
     );
     check(
         |p| {
-            let op = &mut p.trainers[0].ops[0];
-            (op.rows, op.gather) = (1, false);
+            let op = &mut sent(p, 0)[0];
+            op.rows = 1;
             (op.source.stride, op.destination.stride) = (50, 50);
         },
         expect!["inference 0, parameter `half`: bytes 50..100 are never written"],
     );
     check(
-        |p| p.trainers[0].ops[0].source.offset += 1,
+        |p| sent(p, 0)[0].source.offset += 1,
         expect![
-            "trainer 0, operation 0 (to inference 0, parameter `half`): row 0 does not read what the parameter's map asks for"
+            "trainer 0, transfer 0 (to group 0, parameter `half`): row 0 does not read what the parameter's map asks for"
         ],
     );
     check(
-        |p| p.trainers[0].ops[0].source.stride += 1,
+        |p| sent(p, 0)[0].source.stride += 1,
         expect![
-            "trainer 0, operation 0 (to inference 0, parameter `half`): row 1 does not read what the parameter's map asks for"
+            "trainer 0, transfer 0 (to group 0, parameter `half`): row 1 does not read what the parameter's map asks for"
         ],
     );
     check(
-        |p| p.trainers[0].ops[0].destination.offset += 1,
+        |p| sent(p, 0)[0].destination.offset += 1,
         expect!["inference 0, parameter `half`: bytes 0..1 are never written"],
     );
     check(
-        |p| p.trainers[0].ops[2].destination.offset += 1,
+        |p| sent(p, 1)[0].destination.offset += 1,
         expect![
-            "trainer 0, operation 2 (to inference 0, parameter `b`): writes outside the parameter that it names"
+            "trainer 0, transfer 0 (to group 1, parameter `b`): writes outside the parameter that it names"
         ],
     );
     check(
-        |p| p.trainers[0].ops[2].destination.offset = 250,
+        |p| sent(p, 1)[0].destination.offset = 250,
+        expect![
+            "trainer 0, transfer 0 (to group 1, parameter `b`): writes outside the parameter that it names"
+        ],
+    );
+    check(
+        |p| sent(p, 1)[0].destination.offset = 251,
+        expect!["trainer 0, transfer 0 (to group 1, parameter `b`): leaves region 0 of inference 0"],
+    );
+    check(
+        |p| sent(p, 1)[0].destination.offset = u64::MAX,
+        expect!["trainer 0, transfer 0 (to group 1, parameter `b`): leaves region 0 of inference 0"],
+    );
+    check(
+        |p| sent(p, 1)[0].source.offset = 271,
+        expect!["trainer 0, transfer 0 (to group 1, parameter `b`): leaves region 0 of trainer 0"],
+    );
+    check(
+        |p| sent(p, 1)[0].source.region = RegionIndex(7),
+        expect!["trainer 0, transfer 0 (to group 1, parameter `b`): leaves region 7 of trainer 0"],
+    );
+    check(
+        |p| p.fills[1].param = ParamId(0),
         expect!["inference 0, parameter `b`: bytes 0..30 are never written"],
     );
     check(
-        |p| p.trainers[0].ops[2].destination.offset = 251,
-        expect!["trainer 0, operation 2 (to inference 0, parameter `b`): leaves region 0 of inference 0"],
+        |p| p.fills[1].param = ParamId(99),
+        expect!["inference 0, parameter `b`: bytes 0..30 are never written"],
     );
+    check(|p| p.fills[1].to = GroupIndex(9), expect!["fill 1: there is no such group"]);
     check(
-        |p| p.trainers[0].ops[2].destination.offset = u64::MAX,
-        expect!["trainer 0, operation 2 (to inference 0, parameter `b`): leaves region 0 of inference 0"],
-    );
-    check(
-        |p| p.trainers[0].ops[2].source.offset = 271,
-        expect!["trainer 0, operation 2 (to inference 0, parameter `b`): leaves region 0 of trainer 0"],
-    );
-    check(
-        |p| p.trainers[0].ops[2].source.region = RegionIndex(7),
-        expect!["trainer 0, operation 2 (to inference 0, parameter `b`): leaves region 7 of trainer 0"],
-    );
-    check(
-        |p| p.trainers[0].ops[2].param = ParamId(0),
+        |p| p.fills.swap(0, 1),
         expect![
-            "trainer 0, operation 2 (to inference 0, parameter `half`): writes outside the parameter that it names"
-        ],
-    );
-    check(
-        |p| p.trainers[0].ops[2].param = ParamId(99),
-        expect![
-            "trainer 0, operation 2 (to inference 0, parameter `?`): writes outside the parameter that it names"
-        ],
-    );
-    check(
-        |p| p.trainers[0].ops[2].to = ReceiverRank(9),
-        expect!["trainer 0, operation 2 (to inference 9, parameter `b`): there is no such receiver"],
-    );
-    check(
-        |p| p.trainers[0].ops.swap(0, 1),
-        expect![
-            "the plan says its digest is 8cd0f7e84b09b4fd74a61297a82365598a500e6412a07ca3b81d8c59ba020d7a but it is a0581b8a9e694262bdf3bf000baa41d110b59dcf8b46843becee3080b90eebc5: it was changed after planning"
+            "the plan says its digest is c7d65743bb404047a5d3914bbfae98159e8ffdb439f232b0fd42827473d68daa but it is 82d7e66a03bc86524d13f767e6117416f80c0834702b1f9f97e5d0e402816a56: it was changed after planning"
         ],
     );
 }
 
 #[test]
-fn operations_that_break_the_rules() {
+fn transfers_that_break_the_rules() {
     check(
-        |p| p.trainers[0].ops[0].rows = 0,
-        expect!["trainer 0, operation 0 (to inference 0, parameter `half`): it moves nothing"],
+        |p| sent(p, 0)[0].rows = 0,
+        expect!["trainer 0, transfer 0 (to group 0, parameter `half`): it moves nothing"],
     );
     check(
-        |p| p.trainers[0].ops[0].row_bytes = 1 << 20,
+        |p| sent(p, 0)[0].row_bytes = 1 << 60,
+        expect!["trainer 0, transfer 0 (to group 0, parameter `half`): it moves more than there is"],
+    );
+    check(
+        |p| sent(p, 0)[0].destination.stride = 49,
+        expect!["trainer 0, transfer 0 (to group 0, parameter `half`): its rows overlap"],
+    );
+    check(
+        |p| sent(p, 0)[0].trainer = TrainerRank(9),
+        expect!["fill 0: its transfers are not in the order of their trainers"],
+    );
+    check(|p| sent(p, 0).reverse(), expect!["fill 0: its transfers are not in the order of their trainers"]);
+    check(
+        |p| sent(p, 0)[0].transform = Transform::Cast { from: DType::F32, to: DType::BF16 },
         expect![
-            "trainer 0, operation 0 (to inference 0, parameter `half`): it moves more than chunk_bytes_max"
+            "trainer 0, transfer 0 (to group 0, parameter `half`): row 0 does not read what the parameter's map asks for"
+        ],
+    );
+}
+
+#[test]
+fn groups_that_are_wrong() {
+    check(
+        |p| p.groups[1].hosts[0].reverse(),
+        expect![
+            "the plan says its digest is c7d65743bb404047a5d3914bbfae98159e8ffdb439f232b0fd42827473d68daa but it is 005f0862ba2e0f2cb86f3b7371f39ccd9898fb6393d2ad87c574066acd7cbe3f: it was changed after planning"
         ],
     );
     check(
-        |p| p.trainers[0].ops[0].destination.stride = 49,
-        expect!["trainer 0, operation 0 (to inference 0, parameter `half`): its rows overlap"],
+        |p| p.groups[1].hosts[0].push(ReceiverRank(1)),
+        expect!["group 1: it is empty, or names a receiver twice"],
+    );
+    check(|p| p.groups[1].hosts.push(vec![]), expect!["group 1: its hosts are not those of the manifest"]);
+    check(|p| p.groups[1].hosts[0].truncate(1), expect!["group 1: another group has the same members"]);
+    check(
+        |p| p.groups[1].hosts = vec![vec![ReceiverRank(0)], vec![ReceiverRank(1)]],
+        expect!["group 1: it names a host twice"],
     );
     check(
-        |p| p.trainers[0].ops[0].destination.stride = 51,
-        expect![
-            "trainer 0, operation 0 (to inference 0, parameter `half`): it gathers what does not land in one piece"
-        ],
-    );
-    check(
-        |p| p.trainers[0].ops[2].gather = true,
-        expect![
-            "trainer 0, operation 2 (to inference 0, parameter `b`): it gathers what does not land in one piece"
-        ],
+        |p| p.groups[0].hosts[0][0] = ReceiverRank(2),
+        expect!["group 0: its hosts are not those of the manifest"],
     );
 }
 
@@ -180,25 +212,25 @@ fn operations_that_break_the_rules() {
 fn sums_that_are_wrong() {
     check(
         |p| p.trainers[1].bytes += 1,
-        expect!["trainer 1: bytes are stated as 201 but the operations add up to 200"],
+        expect!["trainer 1: bytes are stated as 201 but the transfers add up to 200"],
     );
     check(
         |p| p.trainers[1].writes += 1,
-        expect!["trainer 1: writes are stated as 3 but the operations add up to 2"],
+        expect!["trainer 1: writes are stated as 3 but the transfers add up to 2"],
     );
     check(
         |p| p.receivers[1].bytes -= 1,
-        expect!["inference 1: bytes are stated as 229 but the operations add up to 230"],
+        expect!["inference 1: bytes are stated as 229 but the transfers add up to 230"],
     );
     check(
         |p| p.receivers[1].writes -= 1,
-        expect!["inference 1: writes are stated as 2 but the operations add up to 3"],
+        expect!["inference 1: writes are stated as 2 but the transfers add up to 3"],
     );
     check(
         |p| p.receivers[1].arrivals.reverse(),
-        expect!["inference 1: the arrivals by trainer do not match the operations"],
+        expect!["inference 1: the arrivals by rank do not match the transfers"],
     );
-    check(|p| p.bound.bytes -= 1, expect!["the lower bound does not match the operations"]);
+    check(|p| p.bound.bytes -= 1, expect!["the lower bound or the prediction does not match the transfers"]);
     check(|p| drop(p.trainers.pop()), expect!["the plan is for 1 training ranks, the manifest has 2"]);
     check(
         |p| p.receivers.push(p.receivers[0].clone()),
@@ -207,13 +239,13 @@ fn sums_that_are_wrong() {
     check(
         |p| p.manifest_digest.0 = [0; 32],
         expect![
-            "planned from manifest 0000000000000000000000000000000000000000000000000000000000000000, checked against cbf6bb1dddeecdc8f42ebf2ee553591343707b5f0ac3a533514a838c1650cc87: plan again from this manifest"
+            "planned from manifest 0000000000000000000000000000000000000000000000000000000000000000, checked against 58b0b7f8523ea463748dc76ae47ffa8ece34f6b202580919bed0cbaac0c09c8f: plan again from this manifest"
         ],
     );
     check(
-        |p| p.names.push("another".into()),
+        |p| p.params.push(PlannedParam { name: "another".into(), priority: 0 }),
         expect![
-            "the plan says its digest is 8cd0f7e84b09b4fd74a61297a82365598a500e6412a07ca3b81d8c59ba020d7a but it is 5a3281f79a168a7fe9f0fe65d2a2a66f4b4077eff5930efd7e843cccc9c262e2: it was changed after planning"
+            "the plan says its digest is c7d65743bb404047a5d3914bbfae98159e8ffdb439f232b0fd42827473d68daa but it is e440e2b50f28eeed637ba0399b22050e23b9d6aeef8069779da2504a0f0cfdae: it was changed after planning"
         ],
     );
 }
@@ -235,7 +267,15 @@ fn small(pieces: Vec<Vec<SourcePiece>>, shape: &[u64], map: ParamMap) -> Manifes
     let trainer =
         |pieces| TrainerManifest { host: "t".into(), regions: vec![100], rails: rails.clone(), pieces };
     let (dtype, shape, region, offset) = (DType::U8, shape.to_vec(), RegionIndex(0), 0);
-    let params = vec![DestinationParam { name: "p".into(), dtype, shape, region, offset, map }];
+    let params = vec![DestinationParam {
+        name: "p".into(),
+        dtype,
+        shape,
+        region,
+        offset,
+        map: map.into(),
+        priority: 0,
+    }];
     let receiver = ReceiverManifest { host: "r".into(), regions: vec![100], rails: rails.clone(), params };
     Manifest {
         trainers: pieces.into_iter().map(trainer).collect(),
@@ -255,21 +295,19 @@ fn piece(tensor: &str, shape: &[u64], start: &[u64], len: &[u64], offset: u64) -
     }
 }
 
-/// An operation of contiguous rows.
-fn op(row_bytes: u32, rows: u32, source: u64, destination: u64) -> Op {
-    let side = |offset| Strided { region: RegionIndex(0), offset, stride: row_bytes.into() };
-    let (source, destination) = (side(source), side(destination));
-    Op { to: ReceiverRank(0), param: ParamId(0), row_bytes, rows, source, destination, gather: false }
+/// A transfer of contiguous rows.
+fn transfer(trainer: u32, row_bytes: u64, rows: u32, source: u64, destination: u64) -> Transfer {
+    let side = |offset| Strided { region: RegionIndex(0), offset, stride: row_bytes };
+    let (source, destination, trainer) = (side(source), side(destination), TrainerRank(trainer));
+    Transfer { trainer, rows, row_bytes, transform: Transform::Copy, source, destination }
 }
 
-/// Operations that begin right, cover every byte once, and go on too far at the source.
+/// Transfers that begin right, cover every byte once, and go on too far at the source.
 #[test]
 fn sources_that_go_on_too_far() {
-    let wrong = |manifest: &Manifest, ops: Vec<Vec<Op>>, message: Expect| {
+    let wrong = |manifest: &Manifest, transfers: Vec<Transfer>, message: Expect| {
         let mut plan = plan(manifest).unwrap();
-        for (part, ops) in plan.trainers.iter_mut().zip(ops) {
-            part.ops = ops;
-        }
+        plan.fills[0].transfers = transfers.into();
         message.assert_eq(&plan.check(manifest).unwrap_err().to_string());
     };
     let stacked = |rows| {
@@ -283,28 +321,28 @@ fn sources_that_go_on_too_far() {
     // From the middle of `a`, past its end, into the gap before `b`: as one row, and as the last of several.
     wrong(
         &stacked(2),
-        vec![vec![op(2, 1, 0, 0), op(8, 1, 2, 2), op(6, 1, 12, 10)]],
+        vec![transfer(0, 2, 1, 0, 0), transfer(0, 8, 1, 2, 2), transfer(0, 6, 1, 12, 10)],
         expect![
-            "trainer 0, operation 1 (to inference 0, parameter `p`): row 0 does not read what the parameter's map asks for"
+            "trainer 0, transfer 1 (to group 0, parameter `p`): row 0 does not read what the parameter's map asks for"
         ],
     );
     wrong(
         &stacked(4),
-        vec![vec![op(2, 1, 0, 0), op(4, 4, 2, 2), op(6, 1, 20, 18)]],
+        vec![transfer(0, 2, 1, 0, 0), transfer(0, 4, 4, 2, 2), transfer(0, 6, 1, 20, 18)],
         expect![
-            "trainer 0, operation 1 (to inference 0, parameter `p`): row 3 does not read what the parameter's map asks for"
+            "trainer 0, transfer 1 (to group 0, parameter `p`): row 3 does not read what the parameter's map asks for"
         ],
     );
     // Columns 2..6 are on trainer 0, columns 0..4 are wanted: as wide, but not the same.
     let pieces =
         vec![vec![piece("w", &[2, 6], &[0, 2], &[2, 4], 0)], vec![piece("w", &[2, 6], &[0, 0], &[2, 2], 0)]];
     let left = ParamMap::tensor("w").slice(TensorBox::new(&[0, 0], &[2, 4]).unwrap());
-    let ops = vec![vec![op(4, 1, 0, 2), op(2, 1, 4, 6)], vec![op(2, 1, 0, 0)]];
+    let transfers = vec![transfer(0, 4, 1, 0, 2), transfer(0, 2, 1, 4, 6), transfer(1, 2, 1, 0, 0)];
     wrong(
         &small(pieces, &[2, 4], left),
-        ops,
+        transfers,
         expect![
-            "trainer 0, operation 0 (to inference 0, parameter `p`): row 0 does not read what the parameter's map asks for"
+            "trainer 0, transfer 0 (to group 0, parameter `p`): row 0 does not read what the parameter's map asks for"
         ],
     );
 }

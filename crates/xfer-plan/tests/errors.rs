@@ -37,7 +37,8 @@ fn param(name: &str, map: ParamMap) -> DestinationParam {
         shape: vec![4, 8],
         region: RegionIndex(0),
         offset: 0,
-        map,
+        map: map.into(),
+        priority: 0,
     }
 }
 
@@ -63,7 +64,7 @@ fn slice(start: &[u64], len: &[u64]) -> ParamMap {
 #[test]
 fn sides_that_do_not_fit() {
     check(
-        |m| wanted(m).map = ParamMap::tensor("v"),
+        |m| wanted(m).map = ParamMap::tensor("v").into(),
         expect!["inference 0, parameter `p` needs tensor `v`, which no trainer declares: check the name"],
     );
     check(
@@ -87,7 +88,7 @@ fn sides_that_do_not_fit() {
     check(
         |m| wanted(m).dtype = DType::F32,
         expect![
-            "inference 0, parameter `p`: no conversion from BF16 to F32: cast tensor `w` on the trainers, or declare the parameter as BF16"
+            "inference 0, parameter `p`: its map makes F32 of tensor `w` in no known way: that is BF16; cast or quantise it in the map, or declare the parameter as BF16"
         ],
     );
     check(
@@ -107,13 +108,13 @@ fn sides_that_do_not_fit() {
 #[test]
 fn maps_that_make_no_sense() {
     check(
-        |m| wanted(m).map = slice(&[0, 1], &[4, 8]),
+        |m| wanted(m).map = slice(&[0, 1], &[4, 8]).into(),
         expect![
             "inference 0, parameter `p`: map slices [0..4, 1..9] out of something of shape [4, 8]: the box must lie inside it"
         ],
     );
     check(
-        |m| wanted(m).map = slice(&[0], &[4]),
+        |m| wanted(m).map = slice(&[0], &[4]).into(),
         expect![
             "inference 0, parameter `p`: map slices [0..4] out of something of shape [4, 8]: the box must lie inside it"
         ],
@@ -121,36 +122,36 @@ fn maps_that_make_no_sense() {
     check(
         |m| {
             wanted(m).map =
-                ParamMap::tensor("w").shaped(&[3, 8]).slice(TensorBox::new(&[0, 0], &[2, 8]).unwrap())
+                ParamMap::tensor("w").shaped(&[3, 8]).slice(TensorBox::new(&[0, 0], &[2, 8]).unwrap()).into()
         },
         expect![
             "inference 0, parameter `p`: map is made for a shape of [3, 8], but what it is given has [4, 8]: do both sides load the same model?"
         ],
     );
     check(
-        |m| wanted(m).map = ParamMap::concat(0, []),
+        |m| wanted(m).map = ParamMap::concat(0, []).into(),
         expect!["inference 0, parameter `p`: map concatenates nothing: give at least one part"],
     );
     check(
-        |m| wanted(m).map = ParamMap::concat(2, [ParamMap::tensor("w")]),
+        |m| wanted(m).map = ParamMap::concat(2, [ParamMap::tensor("w")]).into(),
         expect!["inference 0, parameter `p`: no dimension 2: there are 2, counted from 0"],
     );
     check(
-        |m| wanted(m).map = ParamMap::concat(0, [ParamMap::tensor("w"), slice(&[0, 0], &[4, 7])]),
+        |m| wanted(m).map = ParamMap::concat(0, [ParamMap::tensor("w"), slice(&[0, 0], &[4, 7])]).into(),
         expect![
             "inference 0, parameter `p`: map concatenates [4, 7] to [4, 8] on dimension 0: all other dimensions must be equal"
         ],
     );
     let deep = |levels| (0..levels).fold(ParamMap::tensor("w"), |map, _| ParamMap::concat(0, [map]));
     check(
-        |m| wanted(m).map = deep(limits::MAP_DEPTH_MAX),
+        |m| wanted(m).map = deep(limits::MAP_DEPTH_MAX).into(),
         expect![
             "inference 0, `p`: map is nested deeper than 16 levels: flatten its slices and concatenations"
         ],
     );
     let wide = ParamMap::concat(0, (0..limits::MAP_NODES_MAX).map(|_| slice(&[0, 0], &[0, 8])));
     check(
-        |m| wanted(m).map = wide,
+        |m| wanted(m).map = wide.into(),
         expect!["inference 0, `p`: map has more than 65536 nodes: split the parameter"],
     );
     let twice = (0..2).map(|_| ParamMap::tensor("far"));
@@ -162,7 +163,7 @@ fn maps_that_make_no_sense() {
             let far = SourcePiece { tensor, shape, bounds, dtype: DType::U8, ..piece(m).clone() };
             m.trainers[0].pieces.push(far);
             wanted(m).dtype = DType::U8;
-            wanted(m).map = ParamMap::concat(0, twice);
+            wanted(m).map = ParamMap::concat(0, twice).into();
         },
         expect![
             "inference 0, parameter `p`: index range from 9223372036854775808 of length 9223372036854775808 overflows 64 bits"
@@ -237,7 +238,7 @@ fn limits_are_kept() {
         expect!["inference 0: a parameter name of 0 bytes, ``: names have 1 to 1024"],
     );
     check(
-        |m| wanted(m).map = ParamMap::tensor(""),
+        |m| wanted(m).map = ParamMap::tensor("").into(),
         expect!["inference 0: a tensor name of 0 bytes, ``: names have 1 to 1024"],
     );
     check(
@@ -333,7 +334,7 @@ fn plans_that_would_be_too_large() {
             }];
             m.options.chunk_bytes_max = 64;
         },
-        expect!["the plan has more than 33554432 operations: raise chunk_bytes_max, or make rows longer"],
+        expect!["a trainer has more than 4194304 operations: raise chunk_bytes_max, or make rows longer"],
     );
 }
 
@@ -358,7 +359,7 @@ fn hostile_encodings_are_refused() {
     );
     refused(
         r#"[{"slice":[]}]"#,
-        expect!["map is not one complete expression: slice of nothing at line 1 column 14"],
+        expect!["map is not one complete expression: an operation on nothing at line 1 column 14"],
     );
     refused(
         r#"[{"tensor":"a"},{"tensor":"b"}]"#,

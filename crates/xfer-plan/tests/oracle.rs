@@ -4,63 +4,68 @@ mod scenario;
 
 use proptest::prelude::*;
 use scenario::Choices;
-use xfer_plan::{CheckError, Op, OpKind, Plan, plan};
+use xfer_plan::{
+    CheckError, DType, OpKind, Plan, Planner, Rank, ReceiverPart, TrainerRank, Transfer, Transform, plan,
+};
 
 const UNTOUCHED: u8 = 0xee;
 
-fn damage_one(op: &mut Op, by: u32, damage: i32) {
+fn damage_one(transfer: &mut Transfer, by: u64, damage: i32) {
     match damage {
-        5 => op.source.offset += u64::from(by),
-        6 => op.source.offset = op.source.offset.wrapping_sub(u64::from(by)),
-        7 => op.destination.offset += u64::from(by),
-        8 => op.row_bytes = op.row_bytes.saturating_sub(by),
-        9 => op.rows = op.rows.saturating_sub(by),
-        10 => op.source.stride += u64::from(by),
-        11 => op.to.0 = by % 4,
-        12 => op.row_bytes += by,
+        5 => transfer.source.offset += by,
+        6 => transfer.source.offset = transfer.source.offset.wrapping_sub(by),
+        7 => transfer.destination.offset += by,
+        8 => transfer.row_bytes = transfer.row_bytes.saturating_sub(by),
+        9 => transfer.rows = transfer.rows.saturating_sub(by as u32),
+        10 => transfer.source.stride += by,
+        11 => transfer.trainer.0 = by as u32 % 4,
+        12 => transfer.row_bytes += by,
+        13 => transfer.transform = Transform::Cast { from: DType::BF16, to: DType::F32 },
         _ => {
             // One long row instead of several: right at the start only.
-            op.row_bytes *= op.rows;
-            (op.rows, op.gather) = (1, false);
-            (op.source.stride, op.destination.stride) = (op.row_bytes.into(), op.row_bytes.into());
+            transfer.row_bytes *= u64::from(transfer.rows);
+            transfer.rows = 1;
+            (transfer.source.stride, transfer.destination.stride) = (transfer.row_bytes, transfer.row_bytes);
         }
     }
 }
 
-fn damage_two(ops: &mut Vec<Op>, index: usize, damage: i32) {
-    let op = ops[index];
-    let alike = |other: &&mut Op| (other.rows, other.row_bytes) == (op.rows, op.row_bytes) && **other != op;
+fn damage_two(transfers: &mut Vec<Transfer>, index: usize, damage: i32) {
+    let it = transfers[index];
+    let alike =
+        |other: &&mut Transfer| (other.rows, other.row_bytes) == (it.rows, it.row_bytes) && **other != it;
     match damage {
         2 => {
-            if let Some(other) = ops.iter_mut().find(alike) {
-                let source = std::mem::replace(&mut other.source, op.source);
-                ops[index].source = source;
+            if let Some(other) = transfers.iter_mut().find(alike) {
+                let source = std::mem::replace(&mut other.source, it.source);
+                transfers[index].source = source;
             }
         }
         3 => {
-            if let Some(other) = ops.iter_mut().find(alike) {
-                let destination = std::mem::replace(&mut other.destination, op.destination);
-                ops[index].destination = destination;
+            if let Some(other) = transfers.iter_mut().find(alike) {
+                let destination = std::mem::replace(&mut other.destination, it.destination);
+                transfers[index].destination = destination;
             }
         }
         _ => {
-            // Goes on where another operation should write, in its place.
-            let stride = op.destination.stride;
-            let end = op.destination.offset + u64::from(op.rows) * stride;
-            let follows = |other: &Op| {
-                (other.to, other.destination.region, other.destination.offset)
-                    == (op.to, op.destination.region, end)
+            // Goes on where another transfer should write, in its place.
+            let stride = it.destination.stride;
+            let end = it.destination.offset + u64::from(it.rows) * stride;
+            let follows = |other: &Transfer| {
+                (other.trainer, other.destination.region, other.destination.offset)
+                    == (it.trainer, it.destination.region, end)
             };
-            if let Some(at) = ops.iter().position(follows) {
-                let other = ops[at];
-                if (op.rows, other.rows) == (1, 1) {
-                    ops[index].row_bytes += other.row_bytes;
-                    let row_bytes = u64::from(ops[index].row_bytes);
-                    (ops[index].source.stride, ops[index].destination.stride) = (row_bytes, row_bytes);
-                } else if other.row_bytes == op.row_bytes {
-                    ops[index].rows += other.rows;
+            if let Some(at) = transfers.iter().position(follows) {
+                let other = transfers[at];
+                if (it.rows, other.rows) == (1, 1) {
+                    transfers[index].row_bytes += other.row_bytes;
+                    let row_bytes = transfers[index].row_bytes;
+                    (transfers[index].source.stride, transfers[index].destination.stride) =
+                        (row_bytes, row_bytes);
+                } else if other.row_bytes == it.row_bytes {
+                    transfers[index].rows += other.rows;
                 }
-                ops.remove(at);
+                transfers.remove(at);
             }
         }
     }
@@ -72,7 +77,7 @@ fn config() -> ProptestConfig {
 }
 
 fn choices() -> impl Strategy<Value = Vec<u32>> {
-    proptest::collection::vec(any::<u32>(), 0..300)
+    proptest::collection::vec(any::<u32>(), 0..600)
 }
 
 proptest! {
@@ -91,11 +96,13 @@ proptest! {
         prop_assert!(checked.is_ok(), "{:?}\n{:#?}\n{:#?}", checked, manifest, plan);
 
         let options = manifest.options;
-        for op in plan.trainers.iter().flat_map(|part| &part.ops) {
-            prop_assert!(op.bytes() <= options.chunk_bytes_max);
-            if op.kind() == OpKind::Gather {
-                prop_assert!(op.bytes() <= options.gather_chunk_bytes_max);
-                prop_assert!(u64::from(op.row_bytes) < options.gather_row_bytes_max);
+        for trainer in (0..plan.trainers.len() as u32).map(TrainerRank) {
+            for op in plan.part(trainer, &manifest).unwrap().ops {
+                prop_assert!(op.bytes() <= options.chunk_bytes_max);
+                if op.kind() == OpKind::Gather {
+                    prop_assert!(op.bytes() <= options.gather_chunk_bytes_max);
+                    prop_assert!(u64::from(op.row_bytes) < options.gather_row_bytes_max);
+                }
             }
         }
     }
@@ -110,6 +117,44 @@ proptest! {
         prop_assert_eq!(&serde_json::from_str::<xfer_plan::Manifest>(&text).unwrap(), &manifest);
         let bytes = postcard::to_stdvec(&plan).unwrap();
         prop_assert_eq!(&postcard::from_bytes::<Plan>(&bytes).unwrap(), &plan);
+        let text = serde_json::to_string(&plan).unwrap();
+        prop_assert_eq!(&serde_json::from_str::<Plan>(&text).unwrap(), &plan);
+    }
+
+    /// Receivers leave, join, and want something else, again and again: what is planned with all that is known from
+    /// before is what is planned from scratch.
+    #[test]
+    fn planning_again_is_planning_from_scratch(
+        choices in choices(),
+        changes in proptest::collection::vec((any::<u32>(), any::<u32>()), 1..4),
+    ) {
+        let mut choices = Choices::new(choices);
+        let mut manifest = scenario::manifest(&mut choices);
+        let trainers = manifest.trainers.clone();
+        let mut planner = Planner::new(&trainers, manifest.options).unwrap();
+        prop_assert_eq!(&planner.plan(&manifest.receivers).unwrap(), &plan(&manifest).unwrap());
+        for (change, which) in changes {
+            let receivers = &mut manifest.receivers;
+            let which = which as usize % receivers.len().max(1);
+            match change % 4 {
+                0 if receivers.len() > 1 => _ = receivers.remove(which),
+                1 if !receivers.is_empty() => receivers.insert(0, receivers[which].clone()),
+                2 if !receivers.is_empty() => {
+                    let mut other = receivers[which].clone();
+                    other.host.push('x');
+                    other.params.pop();
+                    receivers.push(other);
+                }
+                _ if !receivers.is_empty() => {
+                    let last = receivers.len() - 1;
+                    receivers.swap(which, last);
+                }
+                _ => {}
+            }
+            let again = planner.plan(&manifest.receivers).unwrap();
+            prop_assert_eq!(&again, &plan(&manifest).unwrap());
+            prop_assert_eq!(again.check(&manifest), Ok(()));
+        }
     }
 
     /// Damages one operation, or two. Whenever that changes what arrives, the check must see it, and in the
@@ -117,26 +162,26 @@ proptest! {
     #[test]
     fn check_finds_damage(
         choices in choices(),
-        damage in 0..14,
+        damage in 0..16,
         which in any::<u32>(),
-        by in 1u32..9,
+        by in 1u64..9,
         chunk_bytes_max in prop_oneof![Just(None), Just(Some(1 << 20))],
     ) {
         let mut manifest = scenario::manifest(&mut Choices::new(choices));
         manifest.options.chunk_bytes_max = chunk_bytes_max.unwrap_or(manifest.options.chunk_bytes_max);
         let good = plan(&manifest).unwrap();
         let mut bad = good.clone();
-        let Some(part) = bad.trainers.iter_mut().max_by_key(|part| part.ops.len()) else { return Ok(()) };
-        if part.ops.is_empty() {
-            return Ok(());
-        }
-        let index = which as usize % part.ops.len();
+        let Some(fill) = bad.fills.iter_mut().max_by_key(|fill| fill.transfers.len()) else { return Ok(()) };
+        let mut transfers = fill.transfers.to_vec();
+        let index = which as usize % transfers.len();
         match damage {
-            0 => _ = part.ops.remove(index),
-            1 => part.ops.push(part.ops[index]),
-            2..=4 => damage_two(&mut part.ops, index, damage),
-            _ => damage_one(&mut part.ops[index], by, damage),
+            0 => _ = transfers.remove(index),
+            1 => transfers.push(transfers[index]),
+            2..=4 => damage_two(&mut transfers, index, damage),
+            14 => fill.to.0 = by as u32 % 4,
+            _ => damage_one(&mut transfers[index], by, damage),
         }
+        fill.transfers = transfers.into();
         let arrives = std::panic::catch_unwind(|| scenario::execute(&bad, &manifest, UNTOUCHED));
         let harmless = matches!(arrives, Ok(Ok(memory)) if memory == scenario::expected(&manifest, UNTOUCHED));
         match bad.check(&manifest) {
@@ -155,23 +200,33 @@ fn random_transfers_reach_every_kind_of_operation() {
     use proptest::strategy::ValueTree;
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let (mut direct, mut gathered, mut by_rows, mut empty, mut shared) = (0, 0, 0, 0, 0);
-    for _ in 0..300 {
+    let (mut cast, mut quantised, mut scales, mut exchanged, mut relayed) = (0, 0, 0, 0, 0);
+    for _ in 0..1000 {
         let tree = choices().new_tree(&mut runner).unwrap();
         let manifest = scenario::manifest(&mut Choices::new(tree.current()));
         let plan = plan(&manifest).unwrap();
-        for op in plan.trainers.iter().flat_map(|part| &part.ops) {
-            match op.kind() {
-                OpKind::Direct => direct += 1,
-                OpKind::Gather => gathered += 1,
-                OpKind::Rows => by_rows += 1,
+        for trainer in (0..plan.trainers.len() as u32).map(TrainerRank) {
+            for op in plan.part(trainer, &manifest).unwrap().ops {
+                match (op.kind(), op.transform) {
+                    (OpKind::Direct, _) => direct += 1,
+                    (OpKind::Gather, _) => gathered += 1,
+                    (OpKind::Rows, _) => by_rows += 1,
+                    (_, Transform::Cast { .. }) => cast += 1,
+                    (_, Transform::Quantize { .. }) => quantised += 1,
+                    (_, Transform::Scales { .. }) => scales += 1,
+                    (OpKind::Transform, Transform::Copy) => panic!("a copy is no transform"),
+                }
             }
         }
+        exchanged += plan.tables.iter().map(|table| table.exchanges.len()).sum::<usize>();
+        let onward = |part: &ReceiverPart| part.arrivals.iter().any(|a| matches!(a.from, Rank::Receiver(_)));
+        relayed += plan.receivers.iter().filter(|part| onward(part)).count();
         let params = manifest.receivers.iter().flat_map(|receiver| &receiver.params);
         empty += params.filter(|param| param.bytes() == Some(0)).count();
         shared += plan.receivers.iter().filter(|part| part.arrivals.len() > 1).count();
     }
-    println!("{direct} {gathered} {by_rows} {empty} {shared}");
-    assert!([direct, gathered, by_rows, empty, shared].iter().all(|&count| count >= 50));
+    let counts = [direct, gathered, by_rows, empty, shared, cast, quantised, scales, exchanged, relayed];
+    assert!(counts.iter().all(|&count| count >= 50), "{counts:?}");
 }
 
 proptest! {

@@ -3,11 +3,12 @@
 //! Nothing here uses the planner's boxes, cells, strides or maps' evaluation: an index is followed through
 //! the map one step at a time, and memory is plain byte arrays.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use xfer_plan::{
-    DType, DestinationParam, DeviceMesh, Manifest, Op, ParamMap, Placement, Plan, PlanOptions, RailDecl,
-    ReceiverManifest, RegionIndex, SourcePiece, TensorBox, TrainerManifest, shard_box,
+    BlockQuant, DType, DestinationParam, DeviceMesh, Manifest, Op, ParamMap, Placed, Placement, Plan,
+    PlanOptions, RailDecl, Rank, ReceiverManifest, ReceiverRank, RegionIndex, Relay, ScaleFormat, ScaleTable,
+    SourcePiece, TensorBox, TrainerManifest, TrainerRank, Transform, shard_box,
 };
 
 /// Decisions that a property test makes: shrinking them towards zero and towards fewer makes the transfer
@@ -37,9 +38,43 @@ struct Tensor {
     shape: Vec<u64>,
 }
 
+/// A map that may be sliced, concatenated and padded, with the shape and type of what it makes.
+#[derive(Clone, Debug)]
+pub(crate) struct Atom {
+    map: ParamMap,
+    shape: Vec<u64>,
+    dtype: DType,
+}
+
+/// Every tensor as it is, converted, and quantised.
+fn atoms(tensors: &[Tensor]) -> Vec<Atom> {
+    let mut atoms = Vec::new();
+    for tensor in tensors {
+        let Tensor { name, dtype, shape } = tensor;
+        let map = ParamMap::tensor(name);
+        let odd = shape.iter().sum::<u64>() % 2 == 1;
+        let map = if odd { map.shaped(shape) } else { map };
+        let atom = |map, shape: &[u64], dtype| Atom { map, shape: shape.to_vec(), dtype };
+        atoms.push(atom(map.clone(), shape, *dtype));
+        if matches!(dtype, DType::BF16 | DType::F32) {
+            let other = if *dtype == DType::F32 { DType::BF16 } else { DType::F32 };
+            atoms.push(atom(map.clone().cast(other), shape, other));
+            for (block, scales) in [([2, 3], ScaleFormat::F32), ([4, 2], ScaleFormat::Ue8m0)] {
+                let quant = BlockQuant { block, scales };
+                if let Ok(blocks) = quant.scales_shape(shape) {
+                    atoms.push(atom(map.clone().quantize(quant), shape, DType::F8E4M3));
+                    atoms.push(atom(map.clone().scales(quant), &blocks, scales.dtype()));
+                }
+            }
+        }
+    }
+    atoms
+}
+
 /// Random, valid, and small enough to look at every byte.
 pub(crate) fn manifest(choices: &mut Choices) -> Manifest {
     let tensors = tensors(choices);
+    let atoms = atoms(&tensors);
     let rails = |choices: &mut Choices| {
         (0..=choices.below(2)).map(|_| RailDecl { bytes_per_second: 1 + choices.below(4) }).collect()
     };
@@ -54,37 +89,58 @@ pub(crate) fn manifest(choices: &mut Choices) -> Manifest {
     for tensor in &tensors {
         own(choices, &mut trainers, tensor);
     }
-    let receivers = (0..1 + choices.below(4)).map(|rank| {
-        let mut receiver = ReceiverManifest {
-            host: format!("r{rank}"),
-            regions: vec![0; 1 + choices.below(2) as usize],
-            rails: rails(choices),
-            params: Vec::new(),
-        };
-        for index in 0..choices.below(5) {
-            let dtype = choices.one_of(&tensors).dtype;
-            let candidates: Vec<&Tensor> = tensors.iter().filter(|t| t.dtype == dtype).collect();
-            let (map, shape) = map(choices, &candidates, 4);
-            let bytes = elements(&shape) * dtype.bytes();
-            let (region, offset) = place(choices, &mut receiver.regions, bytes);
-            receiver.params.push(DestinationParam {
-                name: format!("p{index}"),
-                dtype,
-                shape,
-                region,
-                offset,
-                map,
-            });
+    let mut receivers: Vec<ReceiverManifest> = Vec::new();
+    for rank in 0..1 + choices.below(6) {
+        let host = format!("r{}", choices.one_of(&[rank, 0, 1]));
+        // Replicas: they want just the same.
+        if let (Some(last), true) = (receivers.last(), choices.below(3) > 0) {
+            receivers.push(ReceiverManifest { host, ..last.clone() });
+            continue;
         }
-        receiver
-    });
-    let receivers = receivers.collect();
+        let rails = rails(choices);
+        receivers.push(receiver(choices, host, &atoms, rails));
+    }
     let options = PlanOptions {
         chunk_bytes_max: choices.one_of(&[1 << 20, 64, 72, 128]),
         gather_row_bytes_max: choices.one_of(&[16 << 10, 0, 8, 16]),
         gather_chunk_bytes_max: choices.one_of(&[1 << 20, 64]),
+        watermark_bytes: choices.one_of(&[1 << 20, 2 << 20]),
+        relay: choices.one_of(&[Relay::Never, Relay::PerHost, Relay::Chain, Relay::Auto]),
+        ..PlanOptions::default()
     };
     Manifest { trainers, receivers, options }
+}
+
+pub(crate) fn receiver(
+    choices: &mut Choices,
+    host: String,
+    atoms: &[Atom],
+    rails: Vec<RailDecl>,
+) -> ReceiverManifest {
+    let regions = vec![0; 1 + choices.below(2) as usize];
+    let mut receiver = ReceiverManifest { host, regions, rails, params: Vec::new() };
+    for index in 0..choices.below(5) {
+        let dtype = choices.one_of(atoms).dtype;
+        let candidates: Vec<&Atom> = atoms.iter().filter(|atom| atom.dtype == dtype).collect();
+        let (mut map, mut shape) = map(choices, &candidates, 4);
+        if choices.below(3) == 2 {
+            shape = vec![elements(&shape)];
+            map = map.view(&shape);
+        }
+        let bytes = elements(&shape) * dtype.bytes();
+        let (region, offset) = place(choices, &mut receiver.regions, bytes);
+        let (name, priority) = (format!("p{index}"), choices.below(3) as u32);
+        receiver.params.push(DestinationParam {
+            name,
+            dtype,
+            shape,
+            region,
+            offset,
+            map: map.into(),
+            priority,
+        });
+    }
+    receiver
 }
 
 fn tensors(choices: &mut Choices) -> Vec<Tensor> {
@@ -105,14 +161,21 @@ fn own(choices: &mut Choices, trainers: &mut [TrainerManifest], tensor: &Tensor)
     if choices.below(3) < 2 {
         let ranks = trainers.len() as u64;
         let outer = 1 + choices.below(ranks);
-        let mesh = DeviceMesh::new(&[outer, 1 + choices.below(ranks / outer)]).unwrap();
+        let inner = 1 + choices.below(ranks / outer);
+        let mesh = DeviceMesh::new(&[outer, inner]).unwrap();
         let dims = tensor.shape.len();
-        let placements: Vec<Placement> = (0..2)
+        let mut placements: Vec<Placement> = (0..2)
             .map(|_| match choices.below(dims as u64 + 1) as usize {
                 dim if dim < dims => Placement::Shard(dim),
                 _ => Placement::Replicate,
             })
             .collect();
+        if let [Placement::Shard(dim), Placement::Shard(other)] = placements[..]
+            && dim == other
+            && choices.below(2) == 1
+        {
+            placements[0] = Placement::StridedShard { dim, split: inner };
+        }
         for rank in 0..mesh.ranks() {
             owned.push((rank as usize, shard_box(&tensor.shape, &mesh, &placements, rank).unwrap()));
         }
@@ -151,23 +214,32 @@ fn place(choices: &mut Choices, regions: &mut [u64], bytes: u64) -> (RegionIndex
 }
 
 /// A map and the shape that it makes.
-fn map(choices: &mut Choices, tensors: &[&Tensor], depth: u32) -> (ParamMap, Vec<u64>) {
-    match choices.below(if depth == 0 { 1 } else { 4 }) {
+fn map(choices: &mut Choices, atoms: &[&Atom], depth: u32) -> (ParamMap, Vec<u64>) {
+    match choices.below(if depth == 0 { 1 } else { 5 }) {
+        4 => {
+            let (of, mut shape) = map(choices, atoms, depth - 1);
+            if shape.is_empty() {
+                return (of, shape);
+            }
+            let dim = choices.below(shape.len() as u64) as usize;
+            shape[dim] += choices.below(3);
+            (of.pad(dim, shape[dim]), shape)
+        }
         1 => {
-            let (of, shape) = map(choices, tensors, depth - 1);
+            let (of, shape) = map(choices, atoms, depth - 1);
             let bounds = sub_box(choices, &shape);
             let shape = bounds.shape().to_vec();
             (of.slice(bounds), shape)
         }
         2 | 3 => {
-            let (first, mut shape) = map(choices, tensors, depth - 1);
+            let (first, mut shape) = map(choices, atoms, depth - 1);
             if shape.is_empty() {
                 return (first, shape);
             }
             let dim = choices.below(shape.len() as u64) as usize;
             let mut parts = vec![first];
             for _ in 0..choices.below(3) {
-                let (part, part_shape) = map(choices, tensors, depth - 1);
+                let (part, part_shape) = map(choices, atoms, depth - 1);
                 // Cut the part to fit; leave it out when it cannot.
                 let fits = part_shape.len() == shape.len()
                     && (0..shape.len()).all(|d| d == dim || part_shape[d] >= shape[d]);
@@ -181,11 +253,8 @@ fn map(choices: &mut Choices, tensors: &[&Tensor], depth: u32) -> (ParamMap, Vec
             (ParamMap::concat(dim, parts), shape)
         }
         _ => {
-            let tensor = choices.one_of(tensors);
-            let map = ParamMap::tensor(&tensor.name);
-            let odd = tensor.shape.iter().sum::<u64>() % 2 == 1;
-            let map = if odd { map.shaped(&tensor.shape) } else { map };
-            (map, tensor.shape.clone())
+            let Atom { map, shape, .. } = choices.one_of(atoms).clone();
+            (map, shape)
         }
     }
 }
@@ -221,11 +290,18 @@ fn number(indices: &[u64], shape: &[u64]) -> u64 {
     indices.iter().zip(shape).fold(0, |number, (index, len)| number * len + index)
 }
 
-/// Byte `byte` of element number `element` of a tensor: different almost everywhere.
-fn content(tensor: &str, element: u64, byte: u64) -> u8 {
+/// The bytes of element number `element` of a tensor: different almost everywhere; floats are finite and of both signs.
+fn content(tensor: &str, element: u64, dtype: DType) -> Vec<u8> {
     let seed = tensor.bytes().fold(17u64, |a, b| a.wrapping_mul(31).wrapping_add(b.into()));
-    let mixed = (seed ^ (element << 3) ^ byte).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    ((mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 56) as u8
+    let mixed = (seed ^ (element << 3)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mixed = (mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    match dtype {
+        DType::BF16 | DType::F32 => {
+            let value = (mixed >> 40) as f32 / 1024.0 - 8192.0;
+            encode(dtype, if mixed % 16 == 0 { 0.0 } else { value })
+        }
+        _ => (0..dtype.bytes()).map(|byte| (mixed >> (56 - 7 * byte)) as u8).collect(),
+    }
 }
 
 /// Every region of every rank, as bytes.
@@ -244,11 +320,9 @@ pub(crate) fn sources(manifest: &Manifest) -> Memory {
                     .zip(piece.bounds.start())
                     .map(|(i, start)| i + start)
                     .collect();
-                for byte in 0..width {
-                    let at = (piece.offset + element * width + byte) as usize;
-                    regions[piece.region.index()][at] =
-                        content(&piece.tensor, number(&global, &piece.shape), byte);
-                }
+                let at = (piece.offset + element * width) as usize;
+                let bytes = content(&piece.tensor, number(&global, &piece.shape), piece.dtype);
+                regions[piece.region.index()][at..at + bytes.len()].copy_from_slice(&bytes);
             }
         }
         regions
@@ -259,18 +333,16 @@ pub(crate) fn sources(manifest: &Manifest) -> Memory {
 /// What the receivers' memory must be afterwards; bytes that are not part of a parameter keep `untouched`.
 pub(crate) fn expected(manifest: &Manifest, untouched: u8) -> Memory {
     let pieces = manifest.trainers.iter().flat_map(|trainer| &trainer.pieces);
-    let shapes: BTreeMap<&str, &[u64]> = pieces.map(|p| (p.tensor.as_str(), p.shape.as_slice())).collect();
+    let tensors: Tensors = pieces.map(|p| (p.tensor.as_str(), (p.dtype, p.shape.as_slice()))).collect();
     let fill = |receiver: &ReceiverManifest| {
         let mut regions: Vec<Vec<u8>> =
             receiver.regions.iter().map(|&bytes| vec![untouched; bytes as usize]).collect();
         for param in &receiver.params {
             let width = param.dtype.bytes();
             for element in 0..elements(&param.shape) {
-                let (tensor, at) = follow(&param.map, indices(element, &param.shape), &shapes);
-                for byte in 0..width {
-                    let address = (param.offset + element * width + byte) as usize;
-                    regions[param.region.index()][address] =
-                        content(tensor, number(&at, shapes[tensor]), byte);
+                if let Some(bytes) = value(&param.map, indices(element, &param.shape), &tensors) {
+                    let at = (param.offset + element * width) as usize;
+                    regions[param.region.index()][at..at + bytes.len()].copy_from_slice(&bytes);
                 }
             }
         }
@@ -279,44 +351,287 @@ pub(crate) fn expected(manifest: &Manifest, untouched: u8) -> Memory {
     manifest.receivers.iter().map(fill).collect()
 }
 
-/// Where one element of a map's result comes from.
-fn follow<'m>(map: &'m ParamMap, mut at: Vec<u64>, shapes: &BTreeMap<&str, &[u64]>) -> (&'m str, Vec<u64>) {
+/// Type and shape of every source tensor.
+type Tensors<'m> = BTreeMap<&'m str, (DType, &'m [u64])>;
+
+/// The bytes of one element of a map's result; `None` for padding.
+fn value(map: &ParamMap, mut at: Vec<u64>, tensors: &Tensors<'_>) -> Option<Vec<u8>> {
     match map {
-        ParamMap::Tensor(name) => (name, at),
-        ParamMap::Shaped { of, .. } => follow(of, at, shapes),
+        ParamMap::Tensor(name) => {
+            let (dtype, shape) = tensors[name.as_str()];
+            Some(content(name, number(&at, shape), dtype))
+        }
+        ParamMap::Shaped { of, .. } => value(of, at, tensors),
         ParamMap::Slice { of, bounds } => {
             let inner = at.iter().zip(bounds.start()).map(|(index, start)| index + start).collect();
-            follow(of, inner, shapes)
+            value(of, inner, tensors)
         }
         ParamMap::Concat { dim, parts } => {
             for part in parts {
-                let len = len_along(part, *dim, shapes);
+                let len = shape_of(part, tensors)[*dim];
                 if at[*dim] < len {
-                    return follow(part, at, shapes);
+                    return value(part, at, tensors);
                 }
                 at[*dim] -= len;
             }
             panic!("index beyond a concatenation")
         }
-    }
-}
-
-fn len_along(map: &ParamMap, dim: usize, shapes: &BTreeMap<&str, &[u64]>) -> u64 {
-    match map {
-        ParamMap::Tensor(name) => shapes[name.as_str()][dim],
-        ParamMap::Shaped { of, .. } => len_along(of, dim, shapes),
-        ParamMap::Slice { bounds, .. } => bounds.shape()[dim],
-        ParamMap::Concat { dim: along, parts } if *along == dim => {
-            parts.iter().map(|part| len_along(part, dim, shapes)).sum()
+        ParamMap::Pad { of, dim, .. } => {
+            if at[*dim] >= shape_of(of, tensors)[*dim] {
+                None
+            } else {
+                value(of, at, tensors)
+            }
         }
-        ParamMap::Concat { parts, .. } => len_along(&parts[0], dim, shapes),
+        ParamMap::View { of, shape } => {
+            let element = number(&at, shape);
+            value(of, indices(element, &shape_of(of, tensors)), tensors)
+        }
+        ParamMap::Cast { of, to } => {
+            let from = value(of, at, tensors)?;
+            let (dtype, _) = tensors[of.tensors().unwrap()[0]];
+            Some(if dtype == *to { from } else { encode(*to, decode(dtype, &from)) })
+        }
+        ParamMap::Quantize { of, quant } => {
+            let (dtype, _) = tensors[of.tensors().unwrap()[0]];
+            let element = decode(dtype, &value(of, at.clone(), tensors)?);
+            let rank = at.len();
+            at[rank - 2] /= u64::from(quant.block[0]);
+            at[rank - 1] /= u64::from(quant.block[1]);
+            Some(vec![e4m3(element / scale(of, &at, *quant, tensors))])
+        }
+        ParamMap::Scales { of, quant } => Some(stored(scale(of, &at, *quant, tensors), quant.scales)),
     }
 }
 
-/// Carries a plan out on byte arrays. `Err` when an operation leaves a region or writes a byte that was
-/// written before.
+/// The scale of a block, from all of its elements.
+fn scale(of: &ParamMap, block: &[u64], quant: BlockQuant, tensors: &Tensors<'_>) -> f32 {
+    let shape = shape_of(of, tensors);
+    let (dtype, _) = tensors[of.tensors().unwrap()[0]];
+    let (rank, [rows, columns]) = (shape.len(), quant.block.map(u64::from));
+    let mut amax = 0.0_f32;
+    for row in (block[rank - 2] * rows..shape[rank - 2]).take(rows as usize) {
+        for column in (block[rank - 1] * columns..shape[rank - 1]).take(columns as usize) {
+            let mut at = block.to_vec();
+            (at[rank - 2], at[rank - 1]) = (row, column);
+            amax = amax.max(decode(dtype, &value(of, at, tensors).unwrap()).abs());
+        }
+    }
+    scale_of(amax, quant.scales)
+}
+
+pub(crate) fn scale_of(amax: f32, format: ScaleFormat) -> f32 {
+    if amax == 0.0 {
+        return 1.0;
+    }
+    match format {
+        ScaleFormat::F32 => amax / 448.0,
+        ScaleFormat::Ue8m0 => (-127..128).map(|e| (e as f32).exp2()).find(|s| *s >= amax / 448.0).unwrap(),
+    }
+}
+
+/// A scale as it is stored.
+fn stored(scale: f32, format: ScaleFormat) -> Vec<u8> {
+    match format {
+        ScaleFormat::F32 => scale.to_le_bytes().to_vec(),
+        ScaleFormat::Ue8m0 => vec![(scale.to_bits() >> 23) as u8],
+    }
+}
+
+fn decode(dtype: DType, bytes: &[u8]) -> f32 {
+    match dtype {
+        DType::BF16 => f32::from_bits(u32::from(u16::from_le_bytes([bytes[0], bytes[1]])) << 16),
+        DType::F32 => f32::from_le_bytes(bytes.try_into().unwrap()),
+        other => panic!("{other} is no float of these tests"),
+    }
+}
+
+fn encode(dtype: DType, value: f32) -> Vec<u8> {
+    match dtype {
+        DType::BF16 => {
+            let bits = value.to_bits();
+            let rounded = bits + 0x7fff + (bits >> 16 & 1);
+            ((rounded >> 16) as u16).to_le_bytes().to_vec()
+        }
+        DType::F32 => value.to_le_bytes().to_vec(),
+        other => panic!("{other} is no float of these tests"),
+    }
+}
+
+/// The nearest of all 8-bit floats, by trying them; of two equally near ones the even.
+fn e4m3(value: f32) -> u8 {
+    let magnitude = |byte: u8| {
+        let (exponent, mantissa) = (i32::from(byte >> 3), f32::from(byte & 7));
+        if exponent == 0 { mantissa / 512.0 } else { (1.0 + mantissa / 8.0) * ((exponent - 7) as f32).exp2() }
+    };
+    let distance = |byte: u8| (magnitude(byte) - value.abs()).abs();
+    let nearest = (0..127u8).min_by(|a, b| distance(*a).total_cmp(&distance(*b)).then((a % 2).cmp(&(b % 2))));
+    nearest.unwrap() | if value.is_sign_negative() { 0x80 } else { 0 }
+}
+
+fn shape_of(map: &ParamMap, tensors: &Tensors<'_>) -> Vec<u64> {
+    match map {
+        ParamMap::Tensor(name) => tensors[name.as_str()].1.to_vec(),
+        ParamMap::Shaped { of, .. } | ParamMap::Cast { of, .. } | ParamMap::Quantize { of, .. } => {
+            shape_of(of, tensors)
+        }
+        ParamMap::Slice { bounds, .. } => bounds.shape().to_vec(),
+        ParamMap::Concat { dim, parts } => {
+            let mut shape = shape_of(&parts[0], tensors);
+            shape[*dim] = parts.iter().map(|part| shape_of(part, tensors)[*dim]).sum();
+            shape
+        }
+        ParamMap::Pad { of, dim, len } => {
+            let mut shape = shape_of(of, tensors);
+            shape[*dim] = *len;
+            shape
+        }
+        ParamMap::View { shape, .. } => shape.clone(),
+        ParamMap::Scales { of, quant } => quant.scales_shape(&shape_of(of, tensors)).unwrap(),
+    }
+}
+
+/// Scales that each trainer has found out or been told: by trainer, table and block.
+type KnownScales = BTreeMap<(TrainerRank, usize, Vec<u64>), f32>;
+
+/// Carries the exchanges out: every trainer sees its own memory, and what others tell it.
+fn exchange(plan: &Plan, manifest: &Manifest, sources: &Memory) -> KnownScales {
+    let mut known = KnownScales::new();
+    for (place, table) in plan.tables.iter().enumerate() {
+        // What each trainer finds in its own pieces, and how many different elements of each block it has seen.
+        let mut found: BTreeMap<(TrainerRank, Vec<u64>), (f32, BTreeSet<u64>)> = BTreeMap::new();
+        for (rank, trainer) in (0..).map(TrainerRank).zip(&manifest.trainers) {
+            for piece in trainer.pieces.iter().filter(|piece| piece.tensor == table.tensor) {
+                let (local, width) = (piece.bounds.shape(), piece.dtype.bytes());
+                for element in 0..elements(&local) {
+                    let at: Vec<u64> = indices(element, &local)
+                        .iter()
+                        .zip(piece.bounds.start())
+                        .map(|(i, s)| i + s)
+                        .collect();
+                    let byte = (piece.offset + element * width) as usize;
+                    let bytes = &sources[rank.index()][piece.region.index()][byte..byte + width as usize];
+                    let seen = found.entry((rank, block_at(&at, table))).or_default();
+                    seen.0 = seen.0.max(decode(piece.dtype, bytes).abs());
+                    seen.1.insert(number(&at, &table.shape));
+                }
+            }
+        }
+        for ((rank, block), (amax, seen)) in &found {
+            if seen.len() as u64 == elements_in(block, table) {
+                known.insert((*rank, place, block.clone()), scale_of(*amax, table.quant.scales));
+            }
+        }
+        for exchange in &table.exchanges {
+            for element in 0..elements(&exchange.blocks.shape()) {
+                let at = indices(element, &exchange.blocks.shape());
+                let block: Vec<u64> = at.iter().zip(exchange.blocks.start()).map(|(i, s)| i + s).collect();
+                let reports = exchange.reporters.iter().filter_map(|rank| found.get(&(*rank, block.clone())));
+                let amax = reports.map(|(amax, _)| *amax).fold(0.0, f32::max);
+                for rank in exchange.holders.iter().chain([&exchange.owner]) {
+                    known.insert((*rank, place, block.clone()), scale_of(amax, table.quant.scales));
+                }
+            }
+        }
+    }
+    known
+}
+
+fn block_at(at: &[u64], table: &ScaleTable) -> Vec<u64> {
+    let mut block = at.to_vec();
+    let rank = block.len();
+    block[rank - 2] /= u64::from(table.quant.block[0]);
+    block[rank - 1] /= u64::from(table.quant.block[1]);
+    block
+}
+
+/// How many elements a block has; those at the end of a dimension have fewer.
+fn elements_in(block: &[u64], table: &ScaleTable) -> u64 {
+    let rank = block.len();
+    let along = |dim: usize, size: u32| {
+        let first = block[dim] * u64::from(size);
+        (table.shape[dim] - first).min(size.into())
+    };
+    along(rank - 2, table.quant.block[0]) * along(rank - 1, table.quant.block[1])
+}
+
+/// What an operation leaves in staging memory, or reads: its rows as the receiver gets them.
+fn payload(
+    op: &Op,
+    trainer: TrainerRank,
+    plan: &Plan,
+    manifest: &Manifest,
+    sources: &Memory,
+    scales: &KnownScales,
+) -> Result<Vec<Vec<u8>>, String> {
+    let rank = trainer.index();
+    let outside = || format!("{op:?} of {trainer} leaves a region");
+    let region = || sources[rank].get(op.source.region.index()).ok_or_else(outside);
+    (0..u64::from(op.rows))
+        .map(|row| {
+            let at = op.source.offset + row * op.source.stride;
+            let read = |bytes: u64| {
+                region()?.get(at as usize..(at + bytes) as usize).map(<[u8]>::to_vec).ok_or_else(outside)
+            };
+            let width = |dtype: DType| dtype.bytes() as usize;
+            match op.transform {
+                Transform::Copy => read(op.row_bytes.into()),
+                Transform::Cast { from, to } => {
+                    let row = read(u64::from(op.row_bytes) / to.bytes() * from.bytes())?;
+                    Ok(row.chunks(width(from)).flat_map(|e| encode(to, decode(from, e))).collect())
+                }
+                Transform::Quantize { from, quant } => {
+                    let row = read(u64::from(op.row_bytes) * from.bytes())?;
+                    let pieces = &manifest.trainers[rank].pieces;
+                    let elements = row.chunks(width(from)).enumerate().map(|(number, element)| {
+                        let byte = at + number as u64 * from.bytes();
+                        let piece = pieces.iter().find(|piece| {
+                            piece.region == op.source.region
+                                && (piece.offset..piece.offset + piece.bytes().unwrap()).contains(&byte)
+                        });
+                        let piece = piece.ok_or_else(outside)?;
+                        let local = indices((byte - piece.offset) / from.bytes(), &piece.bounds.shape());
+                        let at: Vec<u64> =
+                            local.iter().zip(piece.bounds.start()).map(|(i, s)| i + s).collect();
+                        let table = plan
+                            .tables
+                            .iter()
+                            .position(|table| table.tensor == piece.tensor && table.quant == quant)
+                            .ok_or("no table")?;
+                        let block = block_at(&at, &plan.tables[table]);
+                        let scale = scales.get(&(trainer, table, block.clone())).ok_or_else(|| {
+                            format!(
+                                "{trainer} does not know the scale of block {block:?} of {}",
+                                piece.tensor
+                            )
+                        })?;
+                        Ok(e4m3(decode(from, element) / scale))
+                    });
+                    elements.collect()
+                }
+                Transform::Scales { quant, .. } => {
+                    let table = op.source.region.index();
+                    let shape = quant.scales_shape(&plan.tables[table].shape).map_err(|e| e.to_string())?;
+                    let width = quant.scales.dtype().bytes();
+                    let blocks = (at / width..(at + u64::from(op.row_bytes)) / width).map(|element| {
+                        let block = indices(element, &shape);
+                        let scale = scales
+                            .get(&(trainer, table, block.clone()))
+                            .ok_or_else(|| format!("{trainer} does not know the scale of block {block:?}"))?;
+                        Ok(stored(*scale, quant.scales))
+                    });
+                    Ok(blocks.collect::<Result<Vec<_>, String>>()?.concat())
+                }
+            }
+        })
+        .collect()
+}
+
+/// Carries a plan out on byte arrays. `Err` when an operation leaves a region, writes a byte that was written before, or
+/// needs a scale that its trainer does not know.
 pub(crate) fn execute(plan: &Plan, manifest: &Manifest, untouched: u8) -> Result<Memory, String> {
     let sources = sources(manifest);
+    let scales = exchange(plan, manifest, &sources);
     let sized = |fill: u8| -> Memory {
         let of = |receiver: &ReceiverManifest| {
             receiver.regions.iter().map(|&bytes| vec![fill; bytes as usize]).collect()
@@ -324,39 +639,44 @@ pub(crate) fn execute(plan: &Plan, manifest: &Manifest, untouched: u8) -> Result
         manifest.receivers.iter().map(of).collect()
     };
     let (mut memory, mut written) = (sized(untouched), sized(0));
-    for (trainer, part) in plan.trainers.iter().enumerate() {
-        for op in &part.ops {
-            for (from, to) in rows(op) {
-                let source =
-                    sources[trainer].get(op.source.region.index()).and_then(|region| region.get(from));
-                let receiver = op.to.index();
-                let target = memory
-                    .get_mut(receiver)
-                    .and_then(|regions| regions.get_mut(op.destination.region.index()))
-                    .and_then(|region| region.get_mut(to.clone()));
-                let (Some(source), Some(target)) = (source, target) else {
-                    return Err(format!("{op:?} of trainer {trainer} leaves a region"));
-                };
-                target.copy_from_slice(source);
-                for mark in &mut written[receiver][op.destination.region.index()][to] {
-                    *mark += 1;
-                    if *mark > 1 {
-                        return Err(format!("{op:?} of trainer {trainer} writes a byte again"));
-                    }
-                }
+    let mut write = |to: ReceiverRank, region: RegionIndex, at: u64, bytes: &[u8], memory: &mut Memory| {
+        let range = at as usize..at as usize + bytes.len();
+        let target = memory
+            .get_mut(to.index())
+            .and_then(|regions| regions.get_mut(region.index()))
+            .and_then(|region| region.get_mut(range.clone()));
+        let target = target.ok_or_else(|| format!("a write to {to} leaves {region}"))?;
+        target.copy_from_slice(bytes);
+        for mark in &mut written[to.index()][region.index()][range] {
+            *mark += 1;
+            if *mark > 1 {
+                return Err(format!("a byte of {to} is written again"));
+            }
+        }
+        Ok(())
+    };
+    for trainer in (0..plan.trainers.len() as u32).map(TrainerRank) {
+        for op in plan.part(trainer, manifest).map_err(|error| error.to_string())?.ops {
+            let rows = payload(&op, trainer, plan, manifest, &sources, &scales)?;
+            for (row, bytes) in (0..).zip(&rows) {
+                let at = op.destination.offset + row * op.destination.stride;
+                write(op.to, op.destination.region, at, bytes, &mut memory)?;
+            }
+        }
+    }
+    // Receivers pass on what they got.
+    for Placed { to, lane, transfer, .. } in plan.transfers() {
+        let group = plan.group(to).ok_or("no group")?;
+        for leg in group.legs(transfer.trainer, lane) {
+            let Rank::Receiver(from) = leg.from else { continue };
+            for row in 0..u64::from(transfer.rows) {
+                let at = transfer.destination.offset + row * transfer.destination.stride;
+                let (region, range) =
+                    (transfer.destination.region, at as usize..(at + transfer.row_bytes) as usize);
+                let bytes = memory[from.index()][region.index()][range].to_vec();
+                write(leg.to, region, at, &bytes, &mut memory)?;
             }
         }
     }
     Ok(memory)
-}
-
-type Range = std::ops::Range<usize>;
-
-fn rows(op: &Op) -> impl Iterator<Item = (Range, Range)> {
-    let (op, len) = (*op, op.row_bytes as usize);
-    (0..u64::from(op.rows)).map(move |row| {
-        let from = (op.source.offset + row * op.source.stride) as usize;
-        let to = (op.destination.offset + row * op.destination.stride) as usize;
-        (from..from + len, to..to + len)
-    })
 }

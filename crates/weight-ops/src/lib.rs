@@ -1,0 +1,27 @@
+#![doc = include_str!("../README.md")]
+// Only `isa` may hold `unsafe`: it calls code that is compiled for a CPU's optional instructions.
+#![deny(unsafe_code, unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+
+mod cast;
+mod dtype;
+mod element;
+mod error;
+mod grid;
+mod isa;
+mod matrix;
+pub mod oracle;
+mod parallel;
+mod quantize;
+mod scale;
+#[cfg(test)]
+mod test_inputs;
+
+pub use cast::{cast, cast_bytes};
+pub use dtype::Dtype;
+pub use element::{Element, F8E4M3, Float};
+pub use error::Error;
+pub use grid::BlockGrid;
+pub use isa::instruction_set;
+pub use matrix::{MatrixMut, MatrixRef};
+pub use quantize::{block_amax, dequantize_rect, quantize, quantize_rect};
+pub use scale::{ScaleFormat, scale_of, ue8m0_byte};

@@ -1,0 +1,133 @@
+//! The cost model: what the hardware does, in named numbers, and how long a plan takes by them.
+//!
+//! The model is fluid: every resource of every rank works all the time at its rate, and the push is over when the
+//! busiest one is done and what it did last has passed the remaining stages. Fair sharing of a non-blocking fabric
+//! reaches that. Everything is an integer, so that plans compare and hash the same everywhere.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{Rank, ReceiverRank, TrainerRank};
+use crate::manifest::{PlanOptions, Sides, bandwidth};
+use crate::route::Loads;
+
+/// What the hardware of a rank does, apart from its NICs, which the manifest states per rail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CostModel {
+    /// Time to post one WRITE, of a rank's posting thread, in nanoseconds.
+    pub post_nanoseconds: u64,
+    /// NVLink of one GPU, each way, in bytes a second.
+    pub nvlink_bytes_per_second: u64,
+    /// Casting and quantising, in bytes read a second. Kernels are bound by HBM, which they read once for the amax, once
+    /// for the values, and write.
+    pub transform_bytes_per_second: u64,
+    /// From a post to the completion of an empty WRITE, in nanoseconds.
+    pub latency_nanoseconds: u64,
+}
+
+impl Default for CostModel {
+    /// A p5: EFA posts about 2.1 million WRITEs a second per GPU's NICs; an H100's NVLink copies 370 GB/s in one kernel
+    /// (measured between two H200); HBM3 moves 3.35 TB/s, of which a two-pass kernel reads 1 TB/s of BF16; 20 us is
+    /// an EFA WRITE with its completion.
+    fn default() -> CostModel {
+        CostModel {
+            post_nanoseconds: 476,
+            nvlink_bytes_per_second: 370_000_000_000,
+            transform_bytes_per_second: 1_000_000_000_000,
+            latency_nanoseconds: 20_000,
+        }
+    }
+}
+
+/// What a rank spends its time on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs)] // the names say it
+pub enum Resource {
+    NicOut,
+    NicIn,
+    Posts,
+    Transforms,
+    NvlinkOut,
+    NvlinkIn,
+}
+
+impl Resource {
+    /// In words, as in "trainer 3 sends".
+    pub fn verb(self) -> &'static str {
+        match self {
+            Resource::NicOut => "sends",
+            Resource::NicIn => "receives",
+            Resource::Posts => "posts",
+            Resource::Transforms => "transforms",
+            Resource::NvlinkOut => "passes on over NVLink",
+            Resource::NvlinkIn => "gets over NVLink",
+        }
+    }
+}
+
+/// How long a plan takes by the model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prediction {
+    /// The busiest resource's time, and the time that the last chunk takes through the stages after it.
+    pub nanoseconds: u64,
+    /// The busiest resource alone. `None` when nothing moves.
+    pub limited_by: Option<(Rank, Resource)>,
+    /// Its time.
+    pub busiest_nanoseconds: u64,
+}
+
+impl Prediction {
+    /// The predicted time in seconds.
+    pub fn seconds(&self) -> f64 {
+        self.nanoseconds as f64 / 1e9
+    }
+
+    pub(crate) fn new((trainers, receivers): Sides<'_>, options: &PlanOptions, loads: &Loads) -> Prediction {
+        let cost = &options.cost;
+        let mut busiest = Prediction::default();
+        let mut look = |rank, resource, nanoseconds| {
+            if nanoseconds > busiest.busiest_nanoseconds {
+                busiest.limited_by = Some((rank, resource));
+                busiest.busiest_nanoseconds = nanoseconds;
+            }
+        };
+        let mut nic_least = u64::MAX;
+        for ((rank, load), declared) in (0..).zip(&loads.trainers).zip(trainers) {
+            let (rank, rate) = (Rank::Trainer(TrainerRank(rank)), bandwidth(&declared.rails));
+            look(rank, Resource::NicOut, time(load.nic_out_bytes, rate));
+            look(rank, Resource::Posts, load.writes.saturating_mul(cost.post_nanoseconds));
+            look(rank, Resource::Transforms, time(load.transform_bytes, cost.transform_bytes_per_second));
+            nic_least = nic_least.min(rate);
+        }
+        for ((rank, load), declared) in (0..).zip(&loads.receivers).zip(receivers) {
+            let (rank, rate) = (Rank::Receiver(ReceiverRank(rank)), bandwidth(&declared.rails));
+            look(rank, Resource::NicIn, time(load.nic_in_bytes, rate));
+            look(rank, Resource::NicOut, time(load.nic_out_bytes, rate));
+            look(rank, Resource::NvlinkIn, time(load.nvlink_in_bytes, cost.nvlink_bytes_per_second));
+            look(rank, Resource::NvlinkOut, time(load.nvlink_out_bytes, cost.nvlink_bytes_per_second));
+            nic_least = nic_least.min(rate);
+        }
+        if busiest.limited_by.is_some() {
+            // The last chunk: transformed, over the NICs hop by hop, over NVLink.
+            let chunk = options.chunk_bytes_max;
+            let hop = time(chunk, nic_least).saturating_add(cost.latency_nanoseconds);
+            let transforms = loads.trainers.iter().any(|load| load.transform_bytes > 0);
+            let nvlink = loads.receivers.iter().any(|load| load.nvlink_in_bytes > 0);
+            let transform = if transforms { time(chunk, cost.transform_bytes_per_second) } else { 0 };
+            let nvlink = if nvlink { time(chunk, cost.nvlink_bytes_per_second) } else { 0 };
+            busiest.nanoseconds = busiest
+                .busiest_nanoseconds
+                .saturating_add(hop.saturating_mul(loads.nic_hops_max))
+                .saturating_add(transform)
+                .saturating_add(nvlink);
+        }
+        busiest
+    }
+}
+
+/// Nanoseconds that `bytes` take at a rate, rounded up.
+pub(crate) fn time(bytes: u64, bytes_per_second: u64) -> u64 {
+    let nanoseconds = (u128::from(bytes) * 1_000_000_000).div_ceil(u128::from(bytes_per_second.max(1)));
+    u64::try_from(nanoseconds).unwrap_or(u64::MAX)
+}

@@ -7,7 +7,7 @@ use crate::libfabric::{self, Profile};
 use crate::{Failure, step, workspace};
 
 /// What can be measured.
-const BENCHMARKS: [&str; 1] = ["loopback"];
+const BENCHMARKS: [&str; 2] = ["loopback", "weight-ops"];
 
 pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     let Some((name, options)) =
@@ -15,28 +15,33 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     else {
         return Err(format!("say what to measure: {}", BENCHMARKS.join(", ")));
     };
-    let library = match libfabric::find_or_build(Profile::Release) {
-        Ok(library) => Some(library.path),
-        Err(why) if libfabric::is_named() => return Err(why),
-        Err(why) => {
-            eprintln!("{why}\nno libfabric: only shared memory is measured");
-            None
-        }
-    };
     let mut build = workspace::cargo();
     build.args(["build", "--release", "--package", "weightsync-bench"]);
     step::shown("build the benchmarks", &mut build)?;
-    let mut build = workspace::cargo();
-    build.args(["build", "--release", "--package", "libfabric-sys", "--example", "plain_loop"]);
-    step::shown("build the plain libfabric loop", &mut build)?;
-
-    let release = workspace::target()?.join("release");
-    let program = release.join("weightsync-bench");
+    let program = workspace::target()?.join("release/weightsync-bench");
     let mut bench = Command::new(&program);
     bench.arg(name);
-    if let Some(path) = library {
-        bench.env(libfabric::VARIABLE, path).arg("--plain-loop").arg(release.join("examples/plain_loop"));
+    if name == "loopback" {
+        add_plain_loop(&mut bench)?;
     }
     bench.args(options);
     Err(format!("cannot start {}: {}", program.display(), bench.exec()))
+}
+
+/// Builds what `loopback` is measured beside, where there is a libfabric.
+fn add_plain_loop(bench: &mut Command) -> Result<(), Failure> {
+    let library = match libfabric::find_or_build(Profile::Release) {
+        Ok(library) => library.path,
+        Err(why) if libfabric::is_named() => return Err(why),
+        Err(why) => {
+            eprintln!("{why}\nno libfabric: only shared memory is measured");
+            return Ok(());
+        }
+    };
+    let mut build = workspace::cargo();
+    build.args(["build", "--release", "--package", "libfabric-sys", "--example", "plain_loop"]);
+    step::shown("build the plain libfabric loop", &mut build)?;
+    let plain_loop = workspace::target()?.join("release/examples/plain_loop");
+    bench.env(libfabric::VARIABLE, library).arg("--plain-loop").arg(plain_loop);
+    Ok(())
 }

@@ -49,7 +49,7 @@ pub fn cast_bytes(from: Dtype, source: &[u8], to: Dtype, destination: &mut [u8])
     cast_bytes_on(Isa::best(), from, source, to, destination)
 }
 
-fn cast_bytes_on(
+pub(crate) fn cast_bytes_on(
     isa: Isa,
     from: Dtype,
     source: &[u8],

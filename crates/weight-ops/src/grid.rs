@@ -69,9 +69,10 @@ impl BlockGrid {
 
     /// Fails unless a table has one entry for each block.
     pub(crate) fn check_table(&self, table: &[f32]) -> Result<(), Error> {
-        match table.len() == self.table_len() {
-            true => Ok(()),
-            false => Err(Error::TableLength { found: table.len(), blocks: self.blocks }),
+        if table.len() == self.table_len() {
+            Ok(())
+        } else {
+            Err(Error::TableLength { found: table.len(), blocks: self.blocks })
         }
     }
 }
@@ -89,7 +90,7 @@ pub(crate) fn segments(
     first: usize,
     len: usize,
     block: usize,
-) -> impl Iterator<Item = (usize, Range<usize>)> + Clone {
+) -> impl Iterator<Item = (usize, Range<usize>)> {
     let end = first + len;
     (first / block..end.div_ceil(block)).map(move |index| {
         let start = index * block;

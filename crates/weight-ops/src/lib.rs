@@ -8,13 +8,14 @@ mod element;
 mod error;
 mod grid;
 mod isa;
+mod kernels;
 mod matrix;
 pub mod oracle;
 mod parallel;
 mod quantize;
 mod scale;
 #[cfg(test)]
-mod test_inputs;
+mod tests;
 
 pub use cast::{cast, cast_bytes};
 pub use dtype::Dtype;

@@ -39,7 +39,8 @@ impl Layout {
         let layout = Layout { shape, stride: stride.max(1) };
         let last_row = rows.saturating_sub(1).checked_mul(stride);
         match last_row.and_then(|start| start.checked_add(columns)) {
-            Some(end) if end <= elements || layout.is_empty() => Ok(layout),
+            Some(end) if end <= elements => Ok(layout),
+            _ if layout.is_empty() => Ok(layout),
             _ => Err(Error::MatrixTooShort { shape, stride, elements }),
         }
     }
@@ -55,7 +56,8 @@ impl Layout {
             columns.start <= columns.end && columns.end <= self.shape[1],
             "{columns:?} of {self:?}"
         );
-        let start = rows.start * self.stride + columns.start;
+        // Overflows only where the part is empty.
+        let start = rows.start.saturating_mul(self.stride).saturating_add(columns.start);
         (Layout { shape: [rows.len(), columns.len()], ..self }, start)
     }
 }
@@ -98,7 +100,7 @@ impl<'a, T: Element> MatrixRef<'a, T> {
     /// The part of these rows and columns, which the caller knows to be inside.
     pub(crate) fn part(&self, rows: Range<usize>, columns: Range<usize>) -> Self {
         let (layout, start) = self.layout.part(rows, columns);
-        // An empty part may begin behind the last element.
+        // Only an empty part can begin behind the last element.
         Self { elements: self.elements.get(start..).unwrap_or_default(), layout }
     }
 
@@ -176,7 +178,7 @@ impl<'a, T: Element> MatrixMut<'a, T> {
             rows -= height;
             let elements = std::mem::take(&mut rest);
             // The last row ends where its columns do, which may be before its stride does.
-            let cut = elements.len().min(height * stride);
+            let cut = elements.len().min(height.saturating_mul(stride));
             let (band, below) = elements.split_at_mut(cut);
             rest = below;
             Some(MatrixMut { elements: band, layout: Layout { shape: [height, columns], stride } })

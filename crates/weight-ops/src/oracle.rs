@@ -22,8 +22,8 @@ pub fn f32_to_e4m3(value: f32) -> u8 {
     if value.is_nan() {
         return 0x7f;
     }
-    // Differences are exact in f64. All codes are equally far from infinity: it is as good as the largest f32.
-    let magnitude = f64::from(value.abs().min(f32::MAX));
+    // What is beyond the largest value is nearest to it, and in f64 the differences that decide are exact.
+    let magnitude = f64::from(value.abs().min(512.0));
     let distance = |code: u8| (f64::from(e4m3_to_f32(code)) - magnitude).abs();
     let nearest = (0..=0x7e)
         .min_by(|&a: &u8, &b: &u8| distance(a).total_cmp(&distance(b)).then_with(|| (a & 1).cmp(&(b & 1))));

@@ -8,18 +8,15 @@ use std::marker::PhantomData;
 use crate::element::{Element, F8E4M3, Float};
 use crate::error::Error;
 use crate::grid::{BlockGrid, segments};
-use crate::isa::{Isa, Kernel};
+use crate::isa::Isa;
+use crate::kernels::{Divide, Fold, Multiply, QuantizeAndFold, Rescale, RescaleRows};
 use crate::matrix::{MatrixMut, MatrixRef};
 use crate::parallel::{PORTION_ELEMENTS, for_each};
 use crate::scale::{ScaleFormat, scale_of};
 
-/// Maxima that are kept per block on the way down its rows: as many u16 as one 512-bit register holds. The largest of them
-/// is looked for once at the end.
-const LANES: usize = 32;
-
-/// Rows of blocks that one portion of [`quantize`] has at most. The first of a portion is read without anything to
-/// compute meanwhile: see [`QuantizeAndFold`].
-const BANDS_MAX: usize = 16;
+/// Rows of blocks that one portion of [`quantize`] has at most: the first of a portion is read with nothing to quantise
+/// meanwhile, so a portion should have several, and a thread several portions.
+const BANDS_MAX: usize = 8;
 
 /// Raises the amaxes of the blocks that a rectangle touches to the largest finite magnitude of its elements. Infinities
 /// and NaN do not count.
@@ -55,7 +52,7 @@ pub fn quantize_rect<T: Float>(
     scales: &[f32],
     destination: MatrixMut<'_, F8E4M3>,
 ) -> Result<(), Error> {
-    rescale_on::<T, F8E4M3, Quantize>(Isa::best(), grid, source, origin, scales, destination)
+    quantize_rect_on(Isa::best(), grid, source, origin, scales, destination)
 }
 
 /// The inverse of [`quantize_rect`] as far as there is one: each element is `value * scale` in f32, rounded to `T`.
@@ -69,7 +66,7 @@ pub fn dequantize_rect<T: Float>(
     scales: &[f32],
     destination: MatrixMut<'_, T>,
 ) -> Result<(), Error> {
-    rescale_on::<F8E4M3, T, Dequantize>(Isa::best(), grid, source, origin, scales, destination)
+    dequantize_rect_on(Isa::best(), grid, source, origin, scales, destination)
 }
 
 /// Quantises a whole matrix: [`block_amax`], [`scale_of`] and [`quantize_rect`] for one that nobody shares, in one pass
@@ -87,7 +84,7 @@ pub fn quantize<T: Float>(
     quantize_on(Isa::best(), grid, source, format, destination, scales)
 }
 
-fn block_amax_on<T: Float>(
+pub(crate) fn block_amax_on<T: Float>(
     isa: Isa,
     grid: &BlockGrid,
     source: MatrixRef<'_, T>,
@@ -107,16 +104,35 @@ fn block_amax_on<T: Float>(
         .map(|((_, rows), amax)| (source.part(rows, 0..columns), amax))
         .collect();
     for_each(bands, rows * columns, |(source, amax): (MatrixRef<'_, T>, &mut [f32])| {
-        let blocks = segments(origin[1], columns, block_columns).map(|(block, _)| block);
-        let mut maxima = vec![T::Key::default(); blocks.clone().count()];
-        isa.run(Fold { source, first_column: origin[1], block_columns, maxima: &mut maxima });
-        for (block, maxima) in blocks.zip(&maxima) {
-            if let Some(amax) = amax.get_mut(block) {
-                *amax = amax.max(T::magnitude(*maxima));
-            }
+        let mut largest = vec![T::Key::default(); segments(origin[1], columns, block_columns).count()];
+        isa.run(Fold { source, first_column: origin[1], block_columns, largest: &mut largest });
+        for (amax, &largest) in amax.iter_mut().skip(origin[1] / block_columns).zip(&largest) {
+            *amax = amax.max(T::magnitude(largest));
         }
     });
     Ok(())
+}
+
+pub(crate) fn quantize_rect_on<T: Float>(
+    isa: Isa,
+    grid: &BlockGrid,
+    source: MatrixRef<'_, T>,
+    origin: [usize; 2],
+    scales: &[f32],
+    destination: MatrixMut<'_, F8E4M3>,
+) -> Result<(), Error> {
+    rescale_on::<T, F8E4M3, Divide>(isa, grid, source, origin, scales, destination)
+}
+
+pub(crate) fn dequantize_rect_on<T: Float>(
+    isa: Isa,
+    grid: &BlockGrid,
+    source: MatrixRef<'_, F8E4M3>,
+    origin: [usize; 2],
+    scales: &[f32],
+    destination: MatrixMut<'_, T>,
+) -> Result<(), Error> {
+    rescale_on::<F8E4M3, T, Multiply>(isa, grid, source, origin, scales, destination)
 }
 
 fn rescale_on<S: Element, D: Element, R: Rescale>(
@@ -149,7 +165,7 @@ fn rescale_on<S: Element, D: Element, R: Rescale>(
     Ok(())
 }
 
-fn quantize_on<T: Float>(
+pub(crate) fn quantize_on<T: Float>(
     isa: Isa,
     grid: &BlockGrid,
     source: MatrixRef<'_, T>,
@@ -165,9 +181,7 @@ fn quantize_on<T: Float>(
         return Ok(());
     }
     let [block_rows, block_columns] = grid.block();
-    // At least two portions per thread, so that one which is late does not hold up the others for long.
-    let portions_min = 2 * rayon::current_num_threads();
-    let bands = (grid.blocks()[0] / portions_min).clamp(1, BANDS_MAX);
+    let bands = (grid.blocks()[0] / (2 * rayon::current_num_threads())).clamp(1, BANDS_MAX);
     let height = bands.saturating_mul(block_rows);
     let portions = segments(0, rows, height)
         .zip(destination.bands(std::iter::repeat(height)))
@@ -176,158 +190,32 @@ fn quantize_on<T: Float>(
         .collect();
     for_each(portions, rows * columns, |(source, destination, scales): Portion<'_, T>| {
         let rows = source.shape()[0];
-        let mut maxima = vec![T::Key::default(); grid.blocks()[1]];
+        let mut largest = vec![T::Key::default(); grid.blocks()[1]];
         let first = source.part(0..block_rows.min(rows), 0..columns);
-        isa.run(Fold { source: first, first_column: 0, block_columns, maxima: &mut maxima });
+        isa.run(Fold { source: first, first_column: 0, block_columns, largest: &mut largest });
         let bands = segments(0, rows, block_rows)
             .zip(destination.bands(std::iter::repeat(block_rows)))
             .zip(scales.chunks_mut(grid.blocks()[1]));
         for (((_, band), destination), scales) in bands {
-            for (scale, maxima) in scales.iter_mut().zip(&mut maxima) {
-                *scale = scale_of(T::magnitude(*maxima), format);
-                *maxima = T::Key::default();
+            for (scale, largest) in scales.iter_mut().zip(&mut largest) {
+                *scale = scale_of(T::magnitude(std::mem::take(largest)), format);
             }
-            let next = source.part(band.end..rows.min(band.end + block_rows), 0..columns);
+            let next = source.part(band.end..rows.min(band.end.saturating_add(block_rows)), 0..columns);
             let source = source.part(band, 0..columns);
-            let maxima = &mut maxima;
-            isa.run(QuantizeAndFold { source, block_columns, scales, destination, next, maxima });
+            let largest = &mut largest;
+            isa.run(QuantizeAndFold { source, block_columns, scales, destination, next, largest });
         }
     });
     Ok(())
 }
 
-fn check_same_shape(source_shape: [usize; 2], destination_shape: [usize; 2]) -> Result<(), Error> {
-    match source_shape == destination_shape {
-        true => Ok(()),
-        false => Err(Error::ShapeMismatch { source_shape, destination_shape }),
-    }
-}
-
 /// Rows of blocks: elements, values and scales.
 type Portion<'a, T> = (MatrixRef<'a, T>, MatrixMut<'a, F8E4M3>, &'a mut [f32]);
 
-/// Raises maxima to those of one row of blocks.
-struct Fold<'a, T: Float> {
-    source: MatrixRef<'a, T>,
-    /// Of `source`, in the grid.
-    first_column: usize,
-    block_columns: usize,
-    /// Of each block that `source` touches.
-    maxima: &'a mut [T::Key],
-}
-
-impl<T: Float> Kernel for Fold<'_, T> {
-    #[inline(always)]
-    fn run(self) {
-        let columns = self.source.shape()[1];
-        for row in self.source.rows() {
-            let segments = segments(self.first_column, columns, self.block_columns);
-            for ((_, segment), maxima) in segments.zip(self.maxima.iter_mut()) {
-                fold::<T>(&row[segment], maxima);
-            }
-        }
-    }
-}
-
-/// Raises the largest key of a block to those of elements in one of its rows.
-#[inline(always)]
-fn fold<T: Float>(elements: &[T::Bytes], most: &mut T::Key) {
-    let bound = *most;
-    let larger = elements.iter().fold(false, |larger, &element| larger | (T::key(element) > bound));
-    if larger {
-        *most = elements.iter().map(|&element| T::key(element)).max().unwrap_or_default();
-    }
-}
-
-/// Quantises one row of blocks and meanwhile takes the maxima of the next.
-///
-/// Taking maxima waits for memory and quantising for the CPU. Done by turns they add up; done together the one hides in the
-/// other.
-struct QuantizeAndFold<'a, T: Float> {
-    source: MatrixRef<'a, T>,
-    block_columns: usize,
-    /// One for each block.
-    scales: &'a [f32],
-    destination: MatrixMut<'a, F8E4M3>,
-    /// Has no more rows than `source`.
-    next: MatrixRef<'a, T>,
-    /// Of the blocks of `next`.
-    maxima: &'a mut [T::Key],
-}
-
-impl<T: Float> Kernel for QuantizeAndFold<'_, T> {
-    #[inline(always)]
-    fn run(self) {
-        let columns = self.source.shape()[1];
-        let mut next_rows = self.next.rows();
-        for (source, destination) in self.source.rows().zip(self.destination.rows()) {
-            let next = next_rows.next().unwrap_or_default();
-            let blocks = self.scales.iter().zip(self.maxima.iter_mut());
-            for ((_, segment), (&scale, maxima)) in segments(0, columns, self.block_columns).zip(blocks) {
-                fold::<T>(next.get(segment.clone()).unwrap_or_default(), maxima);
-                rescale::<T, F8E4M3, Quantize>(&source[segment.clone()], scale, &mut destination[segment]);
-            }
-        }
-    }
-}
-
-/// What a scale is for.
-trait Rescale {
-    fn rescale(value: f32, scale: f32) -> f32;
-}
-
-enum Quantize {}
-
-enum Dequantize {}
-
-impl Rescale for Quantize {
-    #[inline(always)]
-    fn rescale(value: f32, scale: f32) -> f32 {
-        value / scale
-    }
-}
-
-impl Rescale for Dequantize {
-    #[inline(always)]
-    fn rescale(value: f32, scale: f32) -> f32 {
-        value * scale
-    }
-}
-
-/// Rescales and rounds each element.
-struct RescaleRows<'a, S: Element, D: Element, R: Rescale> {
-    grid: &'a BlockGrid,
-    source: MatrixRef<'a, S>,
-    /// Of `source`, in the grid of which `scales` is the table.
-    origin: [usize; 2],
-    scales: &'a [f32],
-    destination: MatrixMut<'a, D>,
-    how: PhantomData<R>,
-}
-
-impl<S: Element, D: Element, R: Rescale> Kernel for RescaleRows<'_, S, D, R> {
-    #[inline(always)]
-    fn run(self) {
-        let [block_rows, block_columns] = self.grid.block();
-        let columns = self.source.shape()[1];
-        let rows = self.source.rows().zip(self.destination.rows());
-        for (row, (source, destination)) in (self.origin[0]..).zip(rows) {
-            let scales = &self.scales[row / block_rows * self.grid.blocks()[1]..];
-            for (block, segment) in segments(self.origin[1], columns, block_columns) {
-                rescale::<S, D, R>(&source[segment.clone()], scales[block], &mut destination[segment]);
-            }
-        }
-    }
-}
-
-/// Rescales and rounds each element of one block's row.
-#[inline(always)]
-fn rescale<S: Element, D: Element, R: Rescale>(
-    source: &[S::Bytes],
-    scale: f32,
-    destination: &mut [D::Bytes],
-) {
-    for (destination, &source) in destination.iter_mut().zip(source) {
-        *destination = D::encode(R::rescale(S::decode(source), scale));
+fn check_same_shape(source_shape: [usize; 2], destination_shape: [usize; 2]) -> Result<(), Error> {
+    if source_shape == destination_shape {
+        Ok(())
+    } else {
+        Err(Error::ShapeMismatch { source_shape, destination_shape })
     }
 }

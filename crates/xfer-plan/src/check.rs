@@ -121,7 +121,7 @@ impl Plan {
                 };
                 let source_row = transfer.transform.source_bytes(transfer.row_bytes);
                 let end = transfer.end(&transfer.source, source_row);
-                if !end.zip(source_bytes).is_some_and(|(end, bytes)| end <= bytes) {
+                if end.zip(source_bytes).is_none_or(|(end, bytes)| end > bytes) {
                     return Err(leaves(Rank::Trainer(transfer.trainer), region));
                 }
                 let Strided { region, .. } = transfer.destination;
@@ -132,7 +132,7 @@ impl Plan {
                     group.members().map(bytes).min().flatten()
                 });
                 let end = transfer.end(&transfer.destination, transfer.row_bytes);
-                if !end.zip(shortest).is_some_and(|(end, bytes)| end <= bytes) {
+                if end.zip(shortest).is_none_or(|(end, bytes)| end > bytes) {
                     let member = group.members().next().unwrap_or(ReceiverRank(0));
                     return Err(leaves(Rank::Receiver(member), region));
                 }

@@ -363,7 +363,7 @@ impl fmt::Display for PlanDiff {
             b.transfers,
             Bytes(b.bytes),
         )?;
-        list(f, "parameters", &self.params, &|f, param| {
+        list(f, "parameters that differ", &self.params, &|f, param| {
             write!(f, "{}", shorten(&param.name))?;
             match (param.present.a, param.present.b) {
                 (true, false) => write!(f, " (only in a)")?,
@@ -372,11 +372,11 @@ impl fmt::Display for PlanDiff {
             }
             write_amounts(f, param.transfers)
         })?;
-        list(f, "trainers", &self.by_trainer, &|f, of| {
+        list(f, "trainers that send something else", &self.by_trainer, &|f, of| {
             write!(f, "{}: {} -> {}", of.trainer, Bytes(of.bytes.a), Bytes(of.bytes.b))?;
             write_amounts(f, of.transfers)
         })?;
-        list(f, "receivers by bytes", &self.by_receiver, &|f, of| {
+        list(f, "receivers that get another number of bytes", &self.by_receiver, &|f, of| {
             write!(f, "{}: {} -> {}", of.receiver, Bytes(of.bytes.a), Bytes(of.bytes.b))
         })
     }
@@ -402,7 +402,7 @@ fn list<T>(f: &mut fmt::Formatter<'_>, what: &str, of: &[T], line: &Line<'_, T>)
     if of.is_empty() {
         return Ok(());
     }
-    writeln!(f, "{} {what} differ", of.len())?;
+    writeln!(f, "{what}: {}", of.len())?;
     for entry in of.iter().take(LISTED_MAX) {
         f.write_str("  ")?;
         line(f, entry)?;

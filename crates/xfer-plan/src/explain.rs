@@ -588,17 +588,19 @@ impl ExplainedTransfer {
             destination.offset,
             TransformText(self.transform),
         )?;
-        let rails: Vec<String> = self.rails.iter().map(u8::to_string).collect();
-        let rail = if rails.len() == 1 { "rail" } else { "rails" };
         let Some(group) = group else { return Ok(()) };
         let members: Vec<ReceiverRank> = group.members().collect();
-        write!(f, "  to {}: {operations} operation(s) on {rail} {} ", Ranks(&members), rails.join(", "))?;
-        let entries = Ranks(&self.entries);
+        write!(f, "  to {}", Ranks(&members))?;
         match group.route {
-            Route::Direct => writeln!(f, "to each"),
-            Route::PerHost => writeln!(f, "to {entries}; they pass it on within their hosts"),
-            Route::Chain => writeln!(f, "to {entries}; it is passed on within the host and to the next one"),
+            Route::Direct => write!(f, ", written to each")?,
+            Route::PerHost => write!(f, ", written to {}, passed on within hosts", Ranks(&self.entries))?,
+            Route::Chain => {
+                write!(f, ", written to {}, passed on within and between hosts", Ranks(&self.entries))?
+            }
         }
+        let rails: Vec<String> = self.rails.iter().map(u8::to_string).collect();
+        let rail = if rails.len() == 1 { "rail" } else { "rails" };
+        writeln!(f, "; {operations} operation(s) a copy, the first copy on {rail} {}", rails.join(", "))
     }
 }
 
@@ -611,7 +613,10 @@ impl fmt::Display for Why {
             }
             Why::HasBlocks => f.write_str("it has these blocks whole"),
             Why::OwnsBlocks { reporters } => {
-                write!(f, "shard borders cut these blocks; it is told the largest magnitude by {reporters}")
+                write!(
+                    f,
+                    "shard borders cut these blocks between {reporters} trainers, and it collects their largest magnitudes"
+                )
             }
         }
     }
@@ -633,6 +638,9 @@ impl fmt::Display for TransformText {
     }
 }
 
+/// Ranges of ranks that the text lists.
+const RANGES_MAX: usize = 6;
+
 /// Ranks, those that follow each other as a range.
 struct Ranks<'a>(&'a [ReceiverRank]);
 
@@ -643,6 +651,9 @@ impl fmt::Display for Ranks<'_> {
         f.write_str("inference ")?;
         for (number, range) in ranks.chunk_by(|a, b| a + 1 == *b).enumerate() {
             let comma = if number == 0 { "" } else { ", " };
+            if number == RANGES_MAX {
+                return write!(f, " and more, {} in all", ranks.len());
+            }
             match range {
                 [first, .., last] => write!(f, "{comma}{first}-{last}")?,
                 range => range.iter().try_for_each(|rank| write!(f, "{comma}{rank}"))?,

@@ -119,7 +119,7 @@ pub(crate) type Sides<'a> = (&'a [TrainerManifest], &'a [ReceiverManifest]);
 
 /// How transfers are cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct PlanOptions {
     /// No operation moves more than this, in bytes.
     pub chunk_bytes_max: u64,

@@ -73,6 +73,7 @@ impl From<DeviceMesh> for Vec<u64> {
 
 /// What one mesh dimension does to a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub enum Placement {
     /// Cuts this tensor dimension into one shard per rank along the mesh dimension.
     Shard(usize),

@@ -79,7 +79,7 @@ pub struct Training {
 }
 
 /// How the ranks of a job are grouped: the job has `tp * pp * dp` of them, at most
-/// [`RANKS_MAX`](crate::limits::RANKS_MAX).
+/// [`RANKS_MAX`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Groups {
     /// Ranks that share a layer.
@@ -214,7 +214,7 @@ impl Groups {
     /// Ranks of the job.
     ///
     /// # Errors
-    /// When a group is empty, or they make more than [`RANKS_MAX`](crate::limits::RANKS_MAX) ranks.
+    /// When a group is empty, or they make more than [`RANKS_MAX`] ranks.
     pub fn ranks(&self) -> Result<u32, TrafficError> {
         let Groups { tp, pp, dp } = *self;
         for (what, group) in

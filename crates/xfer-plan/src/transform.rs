@@ -32,6 +32,7 @@ impl ScaleFormat {
 /// Block quantisation to [`DType::F8E4M3`]: one scale per block of the last two dimensions. Blocks start at the
 /// tensor's first element, whatever its shards are; the last ones of a dimension may be shorter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct BlockQuant {
     /// Rows and columns of a block, each at least 1.
     pub block: [u32; 2],

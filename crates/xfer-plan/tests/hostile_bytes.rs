@@ -50,6 +50,20 @@ fn every_truncation_of_a_plan() {
     }
 }
 
+/// Found by fuzzing: the summary added up what a plan's trainers claim to send.
+#[test]
+fn sums_that_overflow_can_be_shown() {
+    let manifest = scenario::manifest(&mut Choices::new(vec![0, 0, 0, 0, 2, 1]));
+    assert!(manifest.trainers.len() > 1);
+    let mut plan = plan(&manifest).unwrap();
+    for part in &mut plan.trainers {
+        (part.bytes, part.writes) = (u64::MAX, u64::MAX);
+    }
+    let mut bytes = postcard::to_allocvec(&manifest).unwrap();
+    bytes.extend(postcard::to_allocvec(&plan).unwrap());
+    hostile::plan(&bytes);
+}
+
 #[test]
 fn every_truncation_of_a_description() {
     for text in hostile::DESCRIPTIONS {

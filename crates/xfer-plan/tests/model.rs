@@ -17,7 +17,8 @@ use xfer_plan::model::{
     ParamJob, ReceiversJob, TensorCut, TensorJob, TrainLayout, TrainersJob,
 };
 use xfer_plan::{
-    BlockQuant, DType, DeviceMesh, Manifest, Placement, PlanOptions, ScaleFormat, TrainerManifest, shard_box,
+    BlockQuant, DType, DeviceMesh, Manifest, Placement, PlanOptions, ScaleFormat, TrainerManifest, plan,
+    shard_box,
 };
 
 fn config() -> ProptestConfig {
@@ -411,6 +412,27 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn what_fits_is_planned(small in small(), train in train(), infer in infer(), dtype in dtype(), stacked in any::<bool>()) {
+        let Train { pp, replicas, ep, fsdp, tp } = train;
+        let layout = TrainLayout { dtype: dtype.filter(|&dtype| dtype != DType::F16), ..TrainLayout::default() };
+        let [pp, replicas, ep, fsdp, tp] = [pp, replicas, ep, fsdp, tp].map(|factor| factor as u32);
+        let layout = TrainLayout { pp, replicas, ep, fsdp, tp, ..layout };
+        let quant = infer.block.map(|block| BlockQuant { block: block.map(|side| side as u32), ..BlockQuant::default() });
+        let receiving = format!("tp={},ep={},replicas={}", infer.tp, infer.ep, infer.replicas);
+        let receiving = InferLayout { fp8: quant, ..receiving.parse().unwrap() };
+        let model = spec(&small, stacked);
+        let sides = (layout.trainers(&model, &Machine::default()), receiving.receivers(&model, &Machine::default()));
+        let (Ok(trainers), Ok(receivers)) = sides else { return Ok(()) };
+        let manifest = Manifest { trainers, receivers, ..Manifest::default() };
+        let plan = plan(&manifest).unwrap();
+        prop_assert_eq!(plan.check(&manifest), Ok(()));
+    }
+}
+
 /// The random layouts are worth something only while they reach what can go wrong.
 #[test]
 fn random_layouts_reach_every_case() {
@@ -740,8 +762,8 @@ fn unknown_keys_are_refused_at_every_level() {
                     object.insert("gpu_s".to_owned(), json!(1));
                 }
                 *nth -= 1;
-                // These are maps of the user's own names, and what the planner itself reads.
-                let own = ["ranges", "config", "options", "quant", "fp8", "placements"];
+                // These are maps of the user's own names.
+                let own = ["ranges", "config"];
                 let inner = object.iter_mut().filter(|(key, _)| !own.contains(&key.as_str()));
                 inner.for_each(|(_, value)| misspell(value, nth));
             }

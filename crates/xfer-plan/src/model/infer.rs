@@ -108,7 +108,7 @@ impl InferLayout {
     ///
     /// # Errors
     /// When a factor is 0, `ep` is not a multiple of `tp`, or there are more than
-    /// [`RANKS_MAX`](crate::limits::RANKS_MAX) ranks.
+    /// [`RANKS_MAX`] ranks.
     pub fn ranks(&self) -> Result<u64, ModelError> {
         let ranks = self.ranks_per_replica()? * u64::from(self.replicas); // each below 2^32
         if ranks > RANKS_MAX as u64 {

@@ -187,7 +187,7 @@ pub struct ParamJob {
     pub end: End,
 }
 
-/// A [`ParamMap`] for every rank at once.
+/// A [`ParamMap`](crate::ParamMap) for every rank at once.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum MapJob {

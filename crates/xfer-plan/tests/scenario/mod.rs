@@ -298,7 +298,7 @@ fn content(tensor: &str, element: u64, dtype: DType) -> Vec<u8> {
     match dtype {
         DType::BF16 | DType::F32 => {
             let value = (mixed >> 40) as f32 / 1024.0 - 8192.0;
-            encode(dtype, if mixed % 16 == 0 { 0.0 } else { value })
+            encode(dtype, if mixed.is_multiple_of(16) { 0.0 } else { value })
         }
         _ => (0..dtype.bytes()).map(|byte| (mixed >> (56 - 7 * byte)) as u8).collect(),
     }

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 
 use crate::dtype::Dtype;
 
-/// A type that tensors are made of: `f32`, [`bf16`], [`f16`] or [`F8E4M3`]. No other can be added.
+/// A type that tensors are made of: `f32`, [`bf16`], [`f16`](half::f16) or [`F8E4M3`]. No other can be added.
 ///
 /// Conversions round to nearest, ties to even. What cannot be represented:
 ///
@@ -22,7 +22,7 @@ use crate::dtype::Dtype;
 /// becomes quiet and keeps the payload, from `F8E4M3` it becomes the default quiet NaN.
 pub trait Element: Codec {}
 
-/// An [`Element`] that can be quantised: `f32`, [`bf16`] or [`f16`].
+/// An [`Element`] that can be quantised: `f32`, [`bf16`] or [`f16`](half::f16).
 pub trait Float: Element + Magnitude {}
 
 /// An 8-bit float: sign, 4 bits of exponent with bias 7, 3 bits of mantissa.
@@ -30,8 +30,8 @@ pub trait Float: Element + Magnitude {}
 /// This is the variant that is called e4m3fn: the largest magnitude is 448, there are no infinities, and only 0x7f and
 /// 0xff are NaN. Magnitudes below 2^-6 are multiples of 2^-9.
 ///
-/// Source: Micikevicius et al., "FP8 Formats for Deep Learning", 2022, table 1. Conversion saturates and gives the
-/// positive NaN, as NVIDIA's `cvt.rn.satfinite.e4m3x2` does; PyTorch's cast to `float8_e4m3fn` does not saturate.
+/// Source: Micikevicius et al., "FP8 Formats for Deep Learning", 2022, table 1. Conversion saturates, as NVIDIA's
+/// `cvt.rn.satfinite.e4m3x2` does; PyTorch's own (`c10`) gives NaN beyond the largest value, and keeps the sign of NaN.
 ///
 /// ```
 /// use weight_ops::F8E4M3;
@@ -102,19 +102,21 @@ const F32_BIAS: i32 = 127;
 ///
 /// The caller caps the magnitude where the result's exponent would overflow.
 ///
-/// In its binade [2^e, 2^(e+1)) the result is a multiple of 2^(e - `MANTISSA`), and below the least normal number it is a
-/// multiple of the same step as just above. An f32 of exponent e + 23 - `MANTISSA` has that step between its own
-/// neighbours; so adding the magnitude to such a number lets the FPU round, and counts the steps in the low bits. The count
-/// begins with the code of the binade: so the sum holds the result, also when it rounds up into the next binade.
+/// In its binade, from 2^e to 2^(e+1), the result is a multiple of 2^(e - `MANTISSA`); below the least normal number it is
+/// a multiple of the same step as just above. An f32 of exponent e + 23 - `MANTISSA` has that step between its own
+/// neighbours. So adding the magnitude to such a number lets the FPU round, and leaves the number of steps in the low
+/// bits. The code of the result is that number plus (e - `EXPONENT_MIN`) * 2^`MANTISSA`, also when it rounds up to 2^(e+1).
 #[inline(always)]
 fn round_magnitude<const MANTISSA: u32, const EXPONENT_MIN: i32>(magnitude: u32) -> u32 {
     let field_min = (EXPONENT_MIN + F32_BIAS) as u32;
     let narrower = F32_MANTISSA_BITS - MANTISSA;
-    // Even, so that ties are still rounded to even, and too small to change the exponent of the sum.
-    let code_of_exponent_0 = (field_min << MANTISSA).wrapping_neg() & 0xffff;
     let binade = magnitude.max(field_min << F32_MANTISSA_BITS) & F32_INFINITY;
-    let counter = binade + (narrower << F32_MANTISSA_BITS | code_of_exponent_0);
-    (f32::from_bits(magnitude) + f32::from_bits(counter)).to_bits().wrapping_add(binade >> narrower)
+    // What the code is short of, where the biased exponent of the f32 is counted, rides on the counter: it is even, so
+    // that ties still go to even, and too small to change the counter's exponent.
+    let offset = (field_min << MANTISSA).wrapping_neg() & 0xffff;
+    let counter = binade + (narrower << F32_MANTISSA_BITS | offset);
+    let steps = (f32::from_bits(magnitude) + f32::from_bits(counter)).to_bits();
+    steps.wrapping_add(binade >> narrower)
 }
 
 /// The value of a magnitude in a float of `MANTISSA` bits whose least normal number is 2^`EXPONENT_MIN`. It must be finite.

@@ -35,6 +35,11 @@ pub(crate) struct Cli {
 #[derive(Subcommand)]
 pub(crate) enum Command {
     /// Run a whole job on this machine and compare every byte that arrives
+    ///
+    /// A controller, T trainer processes that own the checkpoint sharded by rows (FSDP), and I inference processes that
+    /// hold it tensor-parallel with fused qkv_proj and gate_up_proj parameters. Every step changes the trainers' weights,
+    /// pushes them, commits, and every inference rank compares every byte with a reference that is computed from the
+    /// checkpoint and the step number alone.
     Demo(DemoArgs),
     /// Run the controller of a job: ranks join it, and it decides when a version is committed
     Controller(ControllerArgs),
@@ -55,13 +60,6 @@ pub(crate) enum Command {
 }
 
 #[derive(Args)]
-#[command(
-    long_about = "Runs a whole job on this machine: a controller, T trainer processes that own the checkpoint \
-                        sharded by rows (FSDP), and I inference processes that hold it tensor-parallel with fused \
-                        qkv_proj and gate_up_proj parameters. Every step changes the trainers' weights, pushes them, \
-                        commits, and every inference rank compares every byte with a reference that is computed from \
-                        the checkpoint and the step number alone."
-)]
 pub(crate) struct DemoArgs {
     /// Trainer processes
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]

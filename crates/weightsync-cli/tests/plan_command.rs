@@ -29,8 +29,8 @@ fn the_summary_fits_a_screen_and_says_what_is_predicted() {
     assert!(lines.len() <= 24, "{} lines: {output}", lines.len());
     assert!(lines.iter().all(|line| line.chars().count() <= 100), "{output}");
     for words in [
-        "qwen3-0.6b, 596.0 M parameters, 4 to 2 GPUs",
-        "(fsdp=4) to 2 inference ranks on 1 host (tp=2)",
+        "qwen3-0.6b, 596.0 M parameters, 4 trainers to 2 inference ranks",
+        "trainers on 1 host: fsdp=4; inference on 1 host: tp=2",
         "bytes per NIC",
         "imbalance",
         "lower bound  11.9 ms: inference 0 receives 596 MB at 50.00 GB/s",
@@ -72,7 +72,7 @@ fn json_has_the_facts_of_the_summary() {
     assert_eq!(chunked["report"]["bound"]["bytes_per_second"], 25_000_000_000_u64);
     assert_eq!(chunked["report"]["trainers"]["sends"]["nics"]["count"], 4);
     let operations = |facts: &Value| facts["report"]["counts"]["operations"].as_u64().unwrap();
-    assert!(operations(&chunked) > 10 * operations(&facts));
+    assert!(operations(&chunked) > 5 * operations(&facts));
 }
 
 #[test]

@@ -49,6 +49,8 @@ pub struct PlanDiff {
     pub common_transfers: u64,
     /// Transfers of one plan only: their number, and what trainers write for them.
     pub transfers: Change<Amount>,
+    /// Of these, so many are in the other plan too, but go to other receivers or by another route.
+    pub redirected_transfers: u64,
     /// Groups of receivers of one plan only, or of another route.
     pub groups: Change<u64>,
     /// Groups by route.
@@ -186,6 +188,7 @@ pub fn diff(a: &Plan, b: &Plan) -> PlanDiff {
         predicted: Change { a: a.predicted, b: b.predicted },
         common_transfers: 0,
         transfers: Change::default(),
+        redirected_transfers: 0,
         groups: Change::default(),
         routes: BTreeMap::new(),
         params: Vec::new(),
@@ -216,22 +219,32 @@ pub fn diff(a: &Plan, b: &Plan) -> PlanDiff {
     let copies: Vec<u64> = copies(&names.groups);
     let (fills_a, fills_b) = (of_a.fills(a), of_b.fills(b));
     let keys: BTreeSet<&(usize, usize)> = fills_a.keys().chain(fills_b.keys()).collect();
-    for key in keys {
-        let of = |fills: &BTreeMap<_, Vec<_>>, numbers: &Numbers| {
-            numbers.transfers(fills.get(key).map_or(&[][..], Vec::as_slice))
-        };
-        let (in_a, in_b) = (of(&fills_a, &of_a), of(&fills_b, &of_b));
-        let &(param, group) = key;
-        let copies = copies.get(group).copied().unwrap_or(0);
-        diff.common_transfers += merge(&in_a, &in_b, &mut |transfer: &Transfer, in_a| {
-            let bytes = transfer.row_bytes.saturating_mul(transfer.rows.into()).saturating_mul(copies);
-            let trainer = by_trainer.get_mut(transfer.trainer.index());
-            for changed in [Some(&mut diff.transfers), params.get_mut(param), trainer].into_iter().flatten() {
-                let side = if in_a { &mut changed.a } else { &mut changed.b };
-                side.transfers += 1;
-                side.bytes = side.bytes.saturating_add(bytes);
-            }
-        });
+    let keys: Vec<(usize, usize)> = keys.into_iter().copied().collect();
+    for of_param in keys.chunk_by(|(a, _), (b, _)| a == b) {
+        let (mut only_a, mut only_b) = (Vec::new(), Vec::new());
+        for key in of_param {
+            let of = |fills: &BTreeMap<_, Vec<_>>, numbers: &Numbers| {
+                numbers.transfers(fills.get(key).map_or(&[][..], Vec::as_slice))
+            };
+            let (in_a, in_b) = (of(&fills_a, &of_a), of(&fills_b, &of_b));
+            let &(param, group) = key;
+            let copies = copies.get(group).copied().unwrap_or(0);
+            diff.common_transfers += merge(&in_a, &in_b, &mut |transfer: &Transfer, in_a| {
+                if in_a { &mut only_a } else { &mut only_b }.push(*transfer);
+                let bytes = transfer.row_bytes.saturating_mul(transfer.rows.into()).saturating_mul(copies);
+                let trainer = by_trainer.get_mut(transfer.trainer.index());
+                for changed in
+                    [Some(&mut diff.transfers), params.get_mut(param), trainer].into_iter().flatten()
+                {
+                    let side = if in_a { &mut changed.a } else { &mut changed.b };
+                    side.transfers += 1;
+                    side.bytes = side.bytes.saturating_add(bytes);
+                }
+            });
+        }
+        only_a.sort_unstable();
+        only_b.sort_unstable();
+        diff.redirected_transfers += merge(&only_a, &only_b, &mut |_, _| {});
     }
     for (trainer, transfers) in (0..).map(TrainerRank).zip(by_trainer) {
         if transfers != Change::default() {
@@ -363,6 +376,10 @@ impl fmt::Display for PlanDiff {
             b.transfers,
             Bytes(b.bytes),
         )?;
+        if self.redirected_transfers > 0 {
+            let count = self.redirected_transfers;
+            writeln!(f, "of those, in both but to other receivers or by another route: {count}")?;
+        }
         list(f, "parameters that differ", &self.params, &|f, param| {
             write!(f, "{}", shorten(&param.name))?;
             match (param.present.a, param.present.b) {

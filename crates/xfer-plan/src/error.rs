@@ -245,8 +245,12 @@ pub enum CheckError {
 
 /// At most 80 characters of a name that a peer chose.
 pub(crate) fn shorten(name: &str) -> String {
-    const SHOWN_CHARS_MAX: usize = 80;
-    match name.char_indices().nth(SHOWN_CHARS_MAX) {
+    shorten_to(name, 80)
+}
+
+/// At most so many characters of a text that may quote what somebody else chose.
+pub(crate) fn shorten_to(name: &str, shown_chars_max: usize) -> String {
+    match name.char_indices().nth(shown_chars_max) {
         None => name.to_owned(),
         Some((at, _)) => format!("{}...", name.get(..at).unwrap_or_default()),
     }

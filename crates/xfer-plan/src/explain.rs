@@ -592,8 +592,12 @@ impl ExplainedTransfer {
         let members: Vec<ReceiverRank> = group.members().collect();
         write!(f, "  to {}", Ranks(&members))?;
         match group.route {
-            Route::Direct => write!(f, ", written to each")?,
-            Route::PerHost => write!(f, ", written to {}, passed on within hosts", Ranks(&self.entries))?,
+            _ if self.entries.is_empty() || self.entries.len() == members.len() => {
+                write!(f, ", written to each")?
+            }
+            Route::Direct | Route::PerHost => {
+                write!(f, ", written to {}, passed on within hosts", Ranks(&self.entries))?;
+            }
             Route::Chain => {
                 write!(f, ", written to {}, passed on within and between hosts", Ranks(&self.entries))?
             }

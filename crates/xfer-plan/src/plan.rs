@@ -327,10 +327,10 @@ impl fmt::Display for Plan {
         writeln!(
             f,
             "  moves {} in {} transfers to {} group(s), {} WRITEs of trainers",
-            Bytes(self.trainers.iter().map(|part| part.bytes).sum()),
+            Bytes(self.trainers.iter().map(|part| part.bytes).fold(0, u64::saturating_add)),
             self.fills.iter().map(|fill| fill.transfers.len()).sum::<usize>(),
             self.groups.len(),
-            self.trainers.iter().map(|part| part.writes).sum::<u64>(),
+            self.trainers.iter().map(|part| part.writes).fold(0, u64::saturating_add),
         )?;
         let range = |f: &mut fmt::Formatter<'_>, what: &str, bytes: &mut dyn Iterator<Item = u64>| {
             let (least, most) = bytes.fold((u64::MAX, 0), |(a, b), bytes| (a.min(bytes), b.max(bytes)));

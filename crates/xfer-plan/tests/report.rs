@@ -389,6 +389,8 @@ proptest! {
             let sum = |of: &dyn Fn(&xfer_plan::TrainerDiff) -> u64| found.by_trainer.iter().map(of).sum::<u64>();
             prop_assert_eq!(sum(&|of| of.transfers.b.bytes), found.transfers.b.bytes);
             prop_assert_eq!(sum(&|of| of.transfers.a.transfers), found.transfers.a.transfers);
+            let least = found.transfers.a.transfers.min(found.transfers.b.transfers);
+            prop_assert!(found.redirected_transfers <= least);
             // What is only in one plan is what its sums have more.
             let changed = i128::from(found.trainer_bytes.b) - i128::from(found.trainer_bytes.a);
             prop_assert_eq!(changed, i128::from(found.transfers.b.bytes) - i128::from(found.transfers.a.bytes));
@@ -594,6 +596,7 @@ fn differences_are_told() {
         groups that get it once per host: 0 -> 1
         groups only in a: 1, only in b: 1
         transfers in both: 0, only in a: 2 (600 B), only in b: 2 (400 B)
+        of those, in both but to other receivers or by another route: 2
         parameters that differ: 1
           layers.0.fused, -2 transfers (600 B), +2 (400 B)
         trainers that send something else: 2

@@ -7,6 +7,7 @@ mod file;
 mod page;
 mod summary;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -175,15 +176,18 @@ fn job_facts(job: &JobSpec, manifest: &Manifest) -> anyhow::Result<JobFacts> {
     let name = model.as_ref().map_or("tensors of a job file", ModelSpec::name);
     let parameters = model.as_ref().map_or_else(|| elements(manifest), ModelSpec::parameters);
     let hosts = |hosts: &mut dyn Iterator<Item = &String>| {
-        let count = hosts.collect::<std::collections::BTreeSet<_>>().len();
+        let count = hosts.collect::<BTreeSet<_>>().len();
         format!("{count} host{}", if count == 1 { "" } else { "s" })
     };
     let (trainers, receivers) = (manifest.trainers.len(), manifest.receivers.len());
     let fp8 = if job.receivers.fp8.is_some() { ", FP8" } else { "" };
     Ok(JobFacts {
-        title: format!("{name}, {} parameters, {trainers} to {receivers} GPUs", billions(parameters)),
+        title: format!(
+            "{name}, {} parameters, {trainers} trainers to {receivers} inference ranks",
+            billions(parameters)
+        ),
         subtitle: format!(
-            "{trainers} trainers on {} ({}) to {receivers} inference ranks on {} ({}{fp8})",
+            "trainers on {}: {}; inference on {}: {}{fp8}",
             hosts(&mut manifest.trainers.iter().map(|rank| &rank.host)),
             job.trainers.layout.as_deref().unwrap_or("meshes"),
             hosts(&mut manifest.receivers.iter().map(|rank| &rank.host)),
@@ -198,7 +202,7 @@ fn job_facts(job: &JobSpec, manifest: &Manifest) -> anyhow::Result<JobFacts> {
 /// Elements of all tensors, each counted once.
 fn elements(manifest: &Manifest) -> u64 {
     let pieces = manifest.trainers.iter().flat_map(|trainer| &trainer.pieces);
-    let shapes: std::collections::BTreeMap<&str, &[u64]> =
+    let shapes: BTreeMap<&str, &[u64]> =
         pieces.map(|piece| (piece.tensor.as_str(), piece.shape.as_slice())).collect();
     let elements = |shape: &&[u64]| shape.iter().fold(1, |product: u64, len| product.saturating_mul(*len));
     shapes.values().map(elements).fold(0, u64::saturating_add)

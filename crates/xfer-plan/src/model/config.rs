@@ -6,9 +6,9 @@
 use serde_json::{Map, Value};
 
 use super::architecture::{Architecture, Attention, Moe};
-use super::error::ModelError;
+use super::error::{ModelError, SYNTAX_CHARS_MAX};
 use crate::dtype::DType;
-use crate::error::shorten;
+use crate::error::{shorten, shorten_to};
 use crate::limits::TENSORS_MAX;
 
 /// Bytes of a `config.json`. Real ones stay under 10 kB.
@@ -62,8 +62,10 @@ pub(crate) fn architecture(text: &str) -> Result<Architecture, ModelError> {
     if text.len() > CONFIG_BYTES_MAX {
         return Err(ModelError::TooLong { what: WHAT, bytes: text.len(), max: CONFIG_BYTES_MAX });
     }
-    let fields: Map<String, Value> = serde_json::from_str(text)
-        .map_err(|error| ModelError::Syntax { what: WHAT, detail: shorten(&error.to_string()) })?;
+    let fields: Map<String, Value> = serde_json::from_str(text).map_err(|error| ModelError::Syntax {
+        what: WHAT,
+        detail: shorten_to(&error.to_string(), SYNTAX_CHARS_MAX),
+    })?;
     from_fields(&fields)
 }
 

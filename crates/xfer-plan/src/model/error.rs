@@ -7,6 +7,9 @@ use thiserror::Error;
 use crate::error::{LayoutError, ManifestError};
 use crate::tensor_box::TensorBox;
 
+/// Characters of a parser's message: it may quote a key of any length.
+pub(crate) const SYNTAX_CHARS_MAX: usize = 400;
+
 /// A model, a layout or a job that makes no sense, or that this crate does not know.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::axes::{axes, expect_gpus};
 use super::config;
-use super::error::ModelError;
+use super::error::{ModelError, SYNTAX_CHARS_MAX};
 use super::infer::InferLayout;
 use super::job_maps::{Axis, Maker};
 use super::machine::{Arena, Machine, PIECES_MAX};
@@ -17,7 +17,7 @@ use super::names::{Pattern, expand, fill};
 use super::spec::{Depth, ExpertForm, Experts, ModelSpec, TensorCut, TensorSpec};
 use super::train::{TrainLayout, piece};
 use crate::dtype::DType;
-use crate::error::shorten;
+use crate::error::{shorten, shorten_to};
 use crate::limits::{RANKS_MAX, TENSORS_MAX};
 use crate::manifest::{Manifest, PlanOptions, ReceiverManifest, TrainerManifest};
 use crate::mesh::{DeviceMesh, Placement, shard_box};
@@ -284,8 +284,10 @@ impl JobSpec {
             return Err(ModelError::TooLong { what: WHAT, bytes: text.len(), max: JOB_BYTES_MAX });
         }
         // serde_json refuses depths above 128, so no recursion here is deeper.
-        serde_json::from_str(text)
-            .map_err(|error| ModelError::Syntax { what: WHAT, detail: error.to_string() })
+        serde_json::from_str(text).map_err(|error| ModelError::Syntax {
+            what: WHAT,
+            detail: shorten_to(&error.to_string(), SYNTAX_CHARS_MAX),
+        })
     }
 
     /// The manifest of this transfer, validated.

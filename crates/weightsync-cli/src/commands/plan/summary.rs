@@ -8,6 +8,9 @@ use xfer_plan::{Relay, Resource, Route};
 use super::Facts;
 use crate::table::{Table, bytes_text, seconds_text};
 
+/// Longer lines, of long names, are cut.
+const COLUMNS: usize = 100;
+
 /// Kinds of groups that are listed.
 const ROUTES_MAX: usize = 2;
 
@@ -15,7 +18,11 @@ pub(crate) fn text(facts: &Facts<'_>) -> String {
     let mut text = String::new();
     // Writing to a string cannot fail.
     let _ = write(&mut text, facts);
-    text
+    let line = |line: &str| match line.char_indices().nth(COLUMNS) {
+        None => line.to_owned(),
+        Some(_) => line.chars().take(COLUMNS - 3).chain("...".chars()).collect(),
+    };
+    text.lines().map(line).collect::<Vec<String>>().join("\n")
 }
 
 fn write(text: &mut String, Facts { job, report, checked_in_seconds }: &Facts<'_>) -> std::fmt::Result {
@@ -104,7 +111,6 @@ fn write(text: &mut String, Facts { job, report, checked_in_seconds }: &Facts<'_
     if let Some(seconds) = checked_in_seconds {
         writeln!(text, "check        passed in {}", seconds_text(*seconds))?;
     }
-    writeln!(text)?;
     writeln!(text, "busiest ranks, predicted:")?;
     for busy in &report.busiest {
         let (rank, host) = (busy.rank.to_string(), &busy.host);
@@ -115,7 +121,6 @@ fn write(text: &mut String, Facts { job, report, checked_in_seconds }: &Facts<'_
         let seconds = seconds_text(busy.nanoseconds as f64 / 1e9);
         writeln!(text, "  {seconds:>8}  {rank} on {host} {} {amount}", busy.resource.verb())?;
     }
-    text.truncate(text.trim_end().len());
     Ok(())
 }
 

@@ -4,8 +4,6 @@
 //! instructions; so there is no second implementation that could differ. A kernel must not branch on the instruction
 //! set, and its result must not depend on it: no fused multiply-add, no approximate reciprocal.
 
-use std::fmt;
-
 /// A loop over elements.
 pub(crate) trait Kernel {
     /// Must be `#[inline(always)]`, and what it calls per element too: only what is inlined is compiled for the
@@ -13,45 +11,66 @@ pub(crate) trait Kernel {
     fn run(self);
 }
 
-/// An instruction set that this CPU was found to have. Only [`Isa::best`] and [`Isa::all`] make one.
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// An instruction set that this CPU was found to have. Only [`Isa::all`] makes one.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Isa(Level);
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 enum Level {
-    /// What every CPU of the target has: SSE2 on x86-64, NEON on aarch64.
-    Baseline,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// What every CPU of the target has: SSE2 on x86-64, NEON on aarch64.
+    Baseline,
+}
+
+/// Best first.
+const LEVELS: &[Level] = &[
+    #[cfg(target_arch = "x86_64")]
+    Level::Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Level::Avx2,
+    Level::Baseline,
+];
+
+impl Level {
+    /// The standard library asks the CPU once and remembers.
+    fn is_there(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => is_x86_feature_detected!("avx2"),
+            Level::Baseline => true,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => "avx2",
+            Level::Baseline => "baseline",
+        }
+    }
 }
 
 impl Isa {
-    /// The best that there is. The standard library asks the CPU once and remembers.
-    pub(crate) fn best() -> Isa {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if has_avx512() {
-                return Isa(Level::Avx512);
-            }
-            if is_x86_feature_detected!("avx2") {
-                return Isa(Level::Avx2);
-            }
-        }
-        Isa(Level::Baseline)
+    /// All that this CPU has, the best first.
+    pub(crate) fn all() -> impl Iterator<Item = Isa> {
+        LEVELS.iter().copied().filter(|level| level.is_there()).map(Isa)
     }
 
-    /// All that there are.
-    #[cfg(test)]
-    pub(crate) fn all() -> Vec<Isa> {
-        let mut all = vec![Isa(Level::Baseline)];
-        #[cfg(target_arch = "x86_64")]
-        {
-            all.extend(is_x86_feature_detected!("avx2").then_some(Isa(Level::Avx2)));
-            all.extend(has_avx512().then_some(Isa(Level::Avx512)));
-        }
-        all
+    /// The best that there is.
+    pub(crate) fn best() -> Isa {
+        Isa::all().next().unwrap_or(Isa(Level::Baseline))
     }
 
     #[inline]
@@ -69,20 +88,6 @@ impl Isa {
     }
 }
 
-impl fmt::Debug for Isa {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&self.0, f)
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-fn has_avx512() -> bool {
-    is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512dq")
-        && is_x86_feature_detected!("avx512vl")
-}
-
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn run_avx2(kernel: impl Kernel) {
@@ -97,11 +102,5 @@ fn run_avx512(kernel: impl Kernel) {
 
 /// The instruction set that the kernels run on here, for reports: `avx512`, `avx2` or `baseline`.
 pub fn instruction_set() -> &'static str {
-    match Isa::best().0 {
-        Level::Baseline => "baseline",
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => "avx2",
-        #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => "avx512",
-    }
+    Isa::best().0.name()
 }

@@ -113,7 +113,7 @@ fn tensors_and_parameters_are_explained() {
         "a source tensor, and a parameter",
         "trainer 0 (train0) sends 512 B",
         "to inference 0-1",
-        "nobody else has it",
+        "nobody else has all of it",
     ] {
         assert!(output.stdout.contains(words), "{words:?} is not said: {output}");
     }

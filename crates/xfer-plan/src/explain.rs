@@ -95,7 +95,7 @@ pub struct ExplainedBox {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Why {
-    /// Nobody else has it.
+    /// Nobody else has all of it.
     SoleHolder,
     /// So many trainers have it, and this one would have been done with it first, after what it had been given before.
     LeastLoaded {
@@ -454,7 +454,7 @@ fn boxes_of_rows(shape: &[u64], start: u64, stride: u64, len: u64, rows: u64) ->
     if len == 0 || end > volume(shape)? {
         return None;
     }
-    let runs = if rows == 1 || stride == len {
+    let runs = if rows == 1 {
         runs(shape, start, end - start)
     } else {
         let steps = |dim: &usize| shape.get(*dim..).and_then(volume) == Some(stride);
@@ -611,7 +611,7 @@ impl ExplainedTransfer {
 impl fmt::Display for Why {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Why::SoleHolder => f.write_str("nobody else has it"),
+            Why::SoleHolder => f.write_str("nobody else has all of it"),
             Why::LeastLoaded { holders } => {
                 write!(f, "one of {holders} that have it, and the one with least to send when it was dealt")
             }

@@ -84,6 +84,7 @@ struct Planned {
     bound_seconds: f64,
     predicted_seconds: f64,
     floor_seconds: Option<f64>,
+    /// Of this process since it began: the first job's is its own.
     peak_rss_bytes: u64,
 }
 
@@ -181,7 +182,7 @@ fn print(job: &Planned) {
     let Planned { model, from, to, relay, .. } = job;
     println!("{model}  {from} -> {to}  relay {relay:?}: {} transfers", job.transfers);
     println!(
-        "  planned {:.2} s (target 2)   peak memory {} MiB (target 1024)   replanned {:.3} s (target 0.2)",
+        "  planned {:.2} s (target 2)   peak memory so far {} MiB (target 1024)   replanned {:.3} s (target 0.2)",
         job.plan_seconds,
         job.peak_rss_bytes >> 20,
         job.replan_seconds

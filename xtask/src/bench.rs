@@ -7,7 +7,7 @@ use crate::libfabric::{self, Profile};
 use crate::{Failure, step, workspace};
 
 /// What can be measured.
-const BENCHMARKS: [&str; 2] = ["loopback", "weight-ops"];
+const BENCHMARKS: [&str; 3] = ["loopback", "plan", "weight-ops"];
 
 pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     let Some((name, options)) =

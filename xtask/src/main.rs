@@ -57,9 +57,10 @@ const COMMANDS: &[Command] = &[
     },
     Command {
         name: "bench",
-        arguments: "loopback [--gib N] [--rounds N] [--json] | weight-ops [--mib N] [--rounds N] [--json]",
+        arguments: "loopback [--gib N] [--rounds N] [--json] | plan [--json] | weight-ops [--mib N] [--rounds N] [--json]",
         about: "Measure beside a reference in the same run. loopback: one trainer to one inference rank on this machine,
-            tcp beside a plain libfabric loop and local beside a memcpy. weight-ops: casts and FP8 quantisation beside a
+            tcp beside a plain libfabric loop and local beside a memcpy. plan: the schedules of Kimi-K2, DeepSeek-V3 and
+            Qwen3-235B, their time, memory and balance beside targets. weight-ops: casts and FP8 quantisation beside a
             copy of as many bytes by as many threads.",
         run: bench::run,
     },

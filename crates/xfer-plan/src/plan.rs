@@ -136,7 +136,7 @@ pub struct Transfer {
 impl Transfer {
     /// Payload for one member, in bytes.
     pub fn bytes(&self) -> u64 {
-        self.row_bytes * u64::from(self.rows)
+        self.row_bytes.saturating_mul(self.rows.into())
     }
 }
 

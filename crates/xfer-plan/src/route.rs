@@ -149,6 +149,8 @@ pub struct TrainerLoad {
     pub writes: u64,
     /// What it reads to cast or quantise it.
     pub transform_bytes: u64,
+    /// What it sends, as it lies in its memory, each byte once however many copies leave.
+    pub source_bytes: u64,
 }
 
 /// What one receiver moves in a push.

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use crate::cut::Cut;
 use crate::ids::{GroupIndex, Rank, ReceiverRank, TrainerRank};
 use crate::manifest::PlanOptions;
-use crate::plan::{Arrival, Placed, Plan, ReceiverPart};
+use crate::plan::{Arrival, Placed, Plan, ReceiverPart, Transfer};
 use crate::route::{Link, Loads, ReceiverLoad, TrainerLoad};
+use crate::transform::Transform;
 
 /// See the module.
 pub(crate) struct Totals {
@@ -27,6 +28,14 @@ impl Sum {
         self.ops = self.ops.saturating_add(other.ops);
         self.writes = self.writes.saturating_add(other.writes);
     }
+}
+
+/// What a transfer reads to transform it, and what it sends as it lies in memory. Scales are of elements that are sent too.
+pub(crate) fn reads(transfer: &Transfer) -> (u64, u64) {
+    let (bytes, transform) = (transfer.bytes(), transfer.transform);
+    let read = if transform.is_copy() { 0 } else { transform.read_bytes(bytes) };
+    let source = if let Transform::Scales { .. } = transform { 0 } else { transform.source_bytes(bytes) };
+    (read, source)
 }
 
 impl Plan {
@@ -55,11 +64,10 @@ impl Plan {
         for Placed { to, lane, transfer, .. } in self.transfers() {
             let (cut, trainer) = (Cut::new(transfer, options), transfer.trainer);
             let (bytes, ops, writes) = (transfer.bytes(), cut.ops(transfer), cut.writes(transfer));
-            if !transfer.transform.is_copy()
-                && let Some(load) = loads.trainers.get_mut(trainer.index())
-            {
-                let read = transfer.transform.read_bytes(bytes);
+            if let Some(load) = loads.trainers.get_mut(trainer.index()) {
+                let (read, source) = reads(transfer);
                 load.transform_bytes = load.transform_bytes.saturating_add(read);
+                load.source_bytes = load.source_bytes.saturating_add(source);
             }
             let (route, sum) = ((to, lane), Sum { bytes, ops, writes });
             match &mut last {

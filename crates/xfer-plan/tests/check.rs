@@ -152,7 +152,7 @@ fn transfers_that_are_wrong() {
     check(
         |p| p.fills.swap(0, 1),
         expect![
-            "the plan says its digest is c7d65743bb404047a5d3914bbfae98159e8ffdb439f232b0fd42827473d68daa but it is 82d7e66a03bc86524d13f767e6117416f80c0834702b1f9f97e5d0e402816a56: it was changed after planning"
+            "the plan says its digest is 5f2b4f4012c57af4fee843028f597aca1af2206ab3abba1840d8e603e0ba7dbb but it is 06553a88f1fd9576783d3728444de21ae919cb9d0879cde67817a477d32acb09: it was changed after planning"
         ],
     );
 }
@@ -189,7 +189,7 @@ fn groups_that_are_wrong() {
     check(
         |p| p.groups[1].hosts[0].reverse(),
         expect![
-            "the plan says its digest is c7d65743bb404047a5d3914bbfae98159e8ffdb439f232b0fd42827473d68daa but it is 005f0862ba2e0f2cb86f3b7371f39ccd9898fb6393d2ad87c574066acd7cbe3f: it was changed after planning"
+            "the plan says its digest is 5f2b4f4012c57af4fee843028f597aca1af2206ab3abba1840d8e603e0ba7dbb but it is a63f115d488b11014bda4fd73e2d5457f5316b207ae1dc3fdd2c15b6db2536fd: it was changed after planning"
         ],
     );
     check(
@@ -239,13 +239,13 @@ fn sums_that_are_wrong() {
     check(
         |p| p.manifest_digest.0 = [0; 32],
         expect![
-            "planned from manifest 0000000000000000000000000000000000000000000000000000000000000000, checked against 58b0b7f8523ea463748dc76ae47ffa8ece34f6b202580919bed0cbaac0c09c8f: plan again from this manifest"
+            "planned from manifest 0000000000000000000000000000000000000000000000000000000000000000, checked against 13df65f667f405f4a2900b9b90a32da9437098929c67f696adcc77693aa232a5: plan again from this manifest"
         ],
     );
     check(
         |p| p.params.push(PlannedParam { name: "another".into(), priority: 0 }),
         expect![
-            "the plan says its digest is c7d65743bb404047a5d3914bbfae98159e8ffdb439f232b0fd42827473d68daa but it is e440e2b50f28eeed637ba0399b22050e23b9d6aeef8069779da2504a0f0cfdae: it was changed after planning"
+            "the plan says its digest is 5f2b4f4012c57af4fee843028f597aca1af2206ab3abba1840d8e603e0ba7dbb but it is 8d3ac05d8e2f7deedd6544fb9ba73d5555adb13a6144dd761bda265392ca0f3e: it was changed after planning"
         ],
     );
 }

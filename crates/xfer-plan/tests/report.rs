@@ -146,20 +146,27 @@ fn nanoseconds(amount: u64, per_second: u64) -> u64 {
 
 /// The longest time of any resource of any rank.
 fn longest(loads: &Loads, manifest: &Manifest) -> u64 {
-    let CostModel { post_nanoseconds, nvlink_bytes_per_second, transform_bytes_per_second, .. } =
-        manifest.options.cost;
+    let cost: CostModel = manifest.options.cost;
+    let CostModel { post_nanoseconds, nvlink_bytes_per_second, transform_bytes_per_second, .. } = cost;
     let rate = |rails: &[RailDecl]| rails.iter().map(|rail| rail.bytes_per_second).sum();
     let mut times = vec![0];
     for (load, rank) in loads.trainers.iter().zip(&manifest.trainers) {
         times.push(nanoseconds(load.nic_out_bytes, rate(&rank.rails)));
         times.push(nanoseconds(load.transform_bytes, transform_bytes_per_second));
         times.push(load.writes * post_nanoseconds);
+        let touched = load.nic_out_bytes + 2 * load.transform_bytes;
+        times.push(nanoseconds(touched, cost.hbm_bytes_per_second));
+        let copied = if cost.offloaded { load.source_bytes } else { 0 };
+        times.push(nanoseconds(copied, cost.copy_engine_bytes_per_second));
     }
     for (load, rank) in loads.receivers.iter().zip(&manifest.receivers) {
         times.push(nanoseconds(load.nic_in_bytes, rate(&rank.rails)));
         times.push(nanoseconds(load.nic_out_bytes, rate(&rank.rails)));
         times.push(nanoseconds(load.nvlink_in_bytes, nvlink_bytes_per_second));
         times.push(nanoseconds(load.nvlink_out_bytes, nvlink_bytes_per_second));
+        let (into, out) =
+            (load.nic_in_bytes + load.nvlink_in_bytes, load.nic_out_bytes + load.nvlink_out_bytes);
+        times.push(nanoseconds(into + out, cost.hbm_bytes_per_second));
     }
     times.into_iter().max().unwrap()
 }
@@ -296,6 +303,9 @@ proptest! {
         manifest.options.cost.nvlink_bytes_per_second = 1 + choices.below(8);
         manifest.options.cost.transform_bytes_per_second = 1 + choices.below(8);
         manifest.options.cost.post_nanoseconds = choices.below(3) * 10_000_000_000;
+        manifest.options.cost.hbm_bytes_per_second = 1 + choices.below(16);
+        manifest.options.cost.copy_engine_bytes_per_second = 1 + choices.below(8);
+        manifest.options.cost.offloaded = choices.below(2) == 1;
         let plan = plan(&manifest).unwrap();
         let report = PlanReport::new(&plan, &manifest).unwrap();
         let busiest = report.busiest.first();

@@ -96,8 +96,8 @@ fn the_digest_is_the_same_everywhere() {
     );
     let plan = checked(&manifest);
     expect![[r#"
-        734241bfd7b77f4cd2e68a6cb5e951a2a4af61a01ef9260736988740c65bd1fd
-        plan 5c6edaf3529a4b68b72f0cc3982671bb5d68e1628a08f7191f8c5bc605ecfb27: 4 trainer(s) to 2 inference rank(s), 2 parameter name(s)
+        de05a65e1195c8faf4a43b58e560adeba109c4ccf8f78b9cf6a922b370ae4ade
+        plan 5b8ea8cf684a58e3ba71e517485f2185436a741098fa9b06b1f957ffff95dc49: 4 trainer(s) to 2 inference rank(s), 2 parameter name(s)
           moves 58 B in 8 transfers to 2 group(s), 8 WRITEs of trainers
           egress  from 13 B to 16 B a rank
           ingress from 29 B to 29 B a rank
@@ -371,4 +371,25 @@ fn waves_stay_under_the_watermark() {
     let ops = part(&plan, &manifest, 0);
     assert_eq!(ops.iter().map(Op::staged_bytes).sum::<u64>(), 512 * 64);
     assert_eq!(ops.last().unwrap().wave, 512 * 64 / 4096 - 1);
+}
+
+#[test]
+fn offloaded_weights_pass_the_copy_engine_once() {
+    // Two receivers want everything: the copy engine loads it once, the NIC sends it twice.
+    let mut manifest = manifest(&[("w", &[1000, 1000])], &[1], &[Placement::Replicate], 2, whole);
+    manifest.trainers[0].rails[0].bytes_per_second = 1_000_000_000;
+    for receiver in &mut manifest.receivers {
+        receiver.rails[0].bytes_per_second = 1_000_000_000;
+    }
+    manifest.options.cost.copy_engine_bytes_per_second = 100_000_000;
+    let limit = |manifest: &Manifest| {
+        let plan = checked(manifest);
+        (plan.predicted.limited_by.unwrap().1, plan.predicted.busiest_nanoseconds)
+    };
+    assert_eq!(limit(&manifest), (Resource::NicOut, 2_000_000));
+    manifest.options.cost.offloaded = true;
+    assert_eq!(limit(&manifest), (Resource::CopyEngine, 10_000_000));
+    manifest.options.cost.offloaded = false;
+    manifest.options.cost.hbm_bytes_per_second = 10_000_000;
+    assert_eq!(limit(&manifest), (Resource::Hbm, 200_000_000));
 }

@@ -4,10 +4,10 @@ use std::cmp::Reverse;
 
 use serde::Serialize;
 
-use crate::cost::{Resource, time};
+use crate::cost::{Resource, Use, receiver_uses, trainer_uses};
 use crate::error::shorten;
 use crate::ids::{Rank, ReceiverRank, TrainerRank};
-use crate::manifest::{Manifest, bandwidth};
+use crate::manifest::Manifest;
 use crate::route::{Loads, ReceiverLoad, TrainerLoad};
 
 /// How many are named.
@@ -28,9 +28,6 @@ pub struct Busy {
     pub nanoseconds: u64,
 }
 
-/// A resource, how much of it is used, and the time for that in nanoseconds.
-type Use = (Resource, u64, u64);
-
 /// A rank, and what takes it longest.
 #[derive(Clone, Copy)]
 pub(crate) struct RankUse {
@@ -46,24 +43,11 @@ pub(crate) fn uses(
 ) -> impl Iterator<Item = RankUse> {
     let cost = &manifest.options.cost;
     let trainers = (0..).zip(trainers).zip(&manifest.trainers).map(|((rank, load), declared)| {
-        let TrainerLoad { nic_out_bytes, writes, transform_bytes, .. } = *load;
-        let transforms = time(transform_bytes, cost.transform_bytes_per_second);
-        let uses = [
-            (Resource::NicOut, nic_out_bytes, time(nic_out_bytes, bandwidth(&declared.rails))),
-            (Resource::Posts, writes, writes.saturating_mul(cost.post_nanoseconds)),
-            (Resource::Transforms, transform_bytes, transforms),
-        ];
+        let uses = trainer_uses(load, &declared.rails, cost);
         (Rank::Trainer(TrainerRank(rank)), longest(uses))
     });
     let receivers = (0..).zip(receivers).zip(&manifest.receivers).map(|((rank, load), declared)| {
-        let nic = |resource, bytes| (resource, bytes, time(bytes, bandwidth(&declared.rails)));
-        let nvlink = |resource, bytes| (resource, bytes, time(bytes, cost.nvlink_bytes_per_second));
-        let uses = [
-            nic(Resource::NicIn, load.nic_in_bytes),
-            nic(Resource::NicOut, load.nic_out_bytes),
-            nvlink(Resource::NvlinkIn, load.nvlink_in_bytes),
-            nvlink(Resource::NvlinkOut, load.nvlink_out_bytes),
-        ];
+        let uses = receiver_uses(load, &declared.rails, cost);
         (Rank::Receiver(ReceiverRank(rank)), longest(uses))
     });
     let uses = trainers.chain(receivers);

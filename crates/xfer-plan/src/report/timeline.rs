@@ -16,6 +16,7 @@ use crate::ids::{Rank, TrainerRank};
 use crate::manifest::Manifest;
 use crate::plan::{Placed, Plan, PlannedParam};
 use crate::route::{Link, ReceiverLoad, TrainerLoad};
+use crate::totals::reads;
 
 /// Parameters of one priority; of several that follow each other where there are more than 256.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -52,14 +53,16 @@ pub(super) fn timeline(plan: &Plan, manifest: &Manifest) -> Vec<Step> {
     for Placed { to, param, lane, transfer, .. } in plan.transfers() {
         let Some(&step) = step_of.get(param.index()) else { continue };
         let (Some(ways), Some(sent)) = (ways.get_mut(step), sent.get_mut(step)) else { continue };
-        let bytes = transfer.row_bytes.saturating_mul(transfer.rows.into());
+        let bytes = transfer.bytes();
         let on_way = ways.entry((to, lane)).or_default();
         *on_way = on_way.saturating_add(bytes);
         if let Some(load) = sent.get_mut(transfer.trainer.index()) {
             let copies = copies.get(to.index()).copied().unwrap_or(0);
             let writes = Cut::new(transfer, &manifest.options).writes(transfer);
-            let read = if transfer.transform.is_copy() { 0 } else { transfer.transform.read_bytes(bytes) };
-            add_load(load, bytes.saturating_mul(copies), writes.saturating_mul(copies), read);
+            let (transform_bytes, source_bytes) = reads(transfer);
+            let (nic_out_bytes, writes) = (bytes.saturating_mul(copies), writes.saturating_mul(copies));
+            let more = TrainerLoad { nic_out_bytes, writes, transform_bytes, source_bytes, ops: 0 };
+            add_load(load, &more);
         }
     }
     let mut trainers = vec![TrainerLoad::default(); manifest.trainers.len()];
@@ -69,7 +72,7 @@ pub(super) fn timeline(plan: &Plan, manifest: &Manifest) -> Vec<Step> {
     let mut timeline = Vec::with_capacity(steps.len());
     for (((priorities, (common, params)), ways), sent) in steps.priorities().zip(names).zip(ways).zip(sent) {
         for (load, more) in trainers.iter_mut().zip(sent) {
-            add_load(load, more.nic_out_bytes, more.writes, more.transform_bytes);
+            add_load(load, &more);
         }
         let bytes = add(plan, &ways, &mut receivers);
         let last = uses(manifest, &trainers, &receivers)
@@ -87,10 +90,11 @@ pub(super) fn timeline(plan: &Plan, manifest: &Manifest) -> Vec<Step> {
     timeline
 }
 
-fn add_load(load: &mut TrainerLoad, nic_out_bytes: u64, writes: u64, transform_bytes: u64) {
-    load.nic_out_bytes = load.nic_out_bytes.saturating_add(nic_out_bytes);
-    load.writes = load.writes.saturating_add(writes);
-    load.transform_bytes = load.transform_bytes.saturating_add(transform_bytes);
+fn add_load(load: &mut TrainerLoad, more: &TrainerLoad) {
+    load.nic_out_bytes = load.nic_out_bytes.saturating_add(more.nic_out_bytes);
+    load.writes = load.writes.saturating_add(more.writes);
+    load.transform_bytes = load.transform_bytes.saturating_add(more.transform_bytes);
+    load.source_bytes = load.source_bytes.saturating_add(more.source_bytes);
 }
 
 /// Adds what goes these ways to the receivers' loads. Returns the bytes that it puts into their memory.

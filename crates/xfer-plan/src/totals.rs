@@ -61,9 +61,17 @@ impl Plan {
                 routes.entry(route).or_default().add(sum);
             }
         };
+        let mut known_cut = None;
         for Placed { to, lane, transfer, .. } in self.transfers() {
-            let (cut, trainer) = (Cut::new(transfer, options), transfer.trainer);
-            let (bytes, ops, writes) = (transfer.bytes(), cut.ops(transfer), cut.writes(transfer));
+            // Neighbours are cut alike, as a rule: the divisions are worth remembering.
+            let contiguous = transfer.destination.stride == transfer.row_bytes;
+            let alike = (transfer.rows, transfer.row_bytes, contiguous, transfer.transform);
+            if known_cut.is_none_or(|(known, _)| known != alike) {
+                let cut = Cut::new(transfer, options);
+                known_cut = Some((alike, (cut.ops(transfer), cut.writes(transfer))));
+            }
+            let (ops, writes) = known_cut.map(|(_, counts)| counts).unwrap_or_default();
+            let (bytes, trainer) = (transfer.bytes(), transfer.trainer);
             if let Some(load) = loads.trainers.get_mut(trainer.index()) {
                 let (read, source) = reads(transfer);
                 load.transform_bytes = load.transform_bytes.saturating_add(read);

@@ -19,7 +19,7 @@ use crate::param_map::{Leaf, Resolved, Via};
 use crate::plan::{Fill, Op, Plan, Strided, Transfer};
 use crate::quant::{Blocks, Exchange, block_of, elements_of};
 use crate::route::Group;
-use crate::schedule::{Declarations, encode, manifest_digest};
+use crate::schedule::{declarations, encode, manifest_digest};
 use crate::source_index::{SourceIndex, TensorId};
 use crate::template::Declared;
 use crate::tensor_box::{Dims, TensorBox};
@@ -222,7 +222,7 @@ impl Plan {
             .zip(&self.params)
             .map(|(id, param)| ((param.name.as_str(), param.priority), id))
             .collect();
-        for (first, members) in Declarations::of(&manifest.receivers) {
+        for (first, members) in declarations(&manifest.receivers) {
             let key =
                 groups.get(&members).zip(params.get(&(first.param.name.as_str(), first.param.priority)));
             let transfers = key.and_then(|(&group, &param)| incoming.remove(&(group, param)));

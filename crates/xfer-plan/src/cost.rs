@@ -98,6 +98,18 @@ pub(crate) fn receiver_uses(load: &ReceiverLoad, rails: &[RailDecl], cost: &Cost
 }
 
 impl Resource {
+    /// Every resource.
+    pub const ALL: [Resource; 8] = [
+        Resource::NicOut,
+        Resource::NicIn,
+        Resource::Posts,
+        Resource::Transforms,
+        Resource::NvlinkOut,
+        Resource::NvlinkIn,
+        Resource::Hbm,
+        Resource::CopyEngine,
+    ];
+
     /// In words, as in "trainer 3 sends".
     pub fn verb(self) -> &'static str {
         match self {
@@ -174,4 +186,21 @@ impl Prediction {
 pub(crate) fn time(bytes: u64, bytes_per_second: u64) -> u64 {
     let nanoseconds = (u128::from(bytes) * 1_000_000_000).div_ceil(u128::from(bytes_per_second.max(1)));
     u64::try_from(nanoseconds).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn all_are_all_that_ranks_use() {
+        let cost = CostModel::default();
+        let trainer = trainer_uses(&TrainerLoad::default(), &[], &cost);
+        let receiver = receiver_uses(&ReceiverLoad::default(), &[], &cost);
+        let used: BTreeSet<Resource> =
+            trainer.iter().chain(&receiver).map(|(resource, ..)| *resource).collect();
+        assert!(used.into_iter().eq(BTreeSet::from(Resource::ALL)));
+    }
 }

@@ -108,11 +108,13 @@ impl Rails {
 
 /// How a transfer is cut: into groups of whole rows, or, where not even one row fits, rows into parts.
 pub(crate) struct Cut {
-    gather: bool,
+    /// Whether several rows of a copy are gathered.
+    pub(crate) gather: bool,
     /// Whether several rows leave as one WRITE.
     joined: bool,
     rows_max: u64,
-    part_bytes_max: u64,
+    /// No operation is longer, in bytes.
+    pub(crate) part_bytes_max: u64,
 }
 
 impl Cut {

@@ -61,23 +61,19 @@ struct Known<'m> {
 }
 
 /// Every declared parameter once, in the order of the manifest, with all who declare it alike.
-pub(crate) struct Declarations;
-
-impl Declarations {
-    pub(crate) fn of(receivers: &[ReceiverManifest]) -> Vec<(Declared<'_>, Vec<ReceiverRank>)> {
-        let mut places: ByContent<&DestinationParam, usize> = HashMap::default();
-        let mut found: Vec<(Declared<'_>, Vec<ReceiverRank>)> = Vec::new();
-        for (receiver, declared) in (0..).map(ReceiverRank).zip(receivers) {
-            for param in &declared.params {
-                let place = *places.entry(param).or_insert(found.len());
-                match found.get_mut(place) {
-                    Some((_, members)) => members.push(receiver),
-                    None => found.push((Declared { receiver, param }, vec![receiver])),
-                }
+pub(crate) fn declarations(receivers: &[ReceiverManifest]) -> Vec<(Declared<'_>, Vec<ReceiverRank>)> {
+    let mut places: ByContent<&DestinationParam, usize> = HashMap::default();
+    let mut found: Vec<(Declared<'_>, Vec<ReceiverRank>)> = Vec::new();
+    for (receiver, declared) in (0..).map(ReceiverRank).zip(receivers) {
+        for param in &declared.params {
+            let place = *places.entry(param).or_insert(found.len());
+            match found.get_mut(place) {
+                Some((_, members)) => members.push(receiver),
+                None => found.push((Declared { receiver, param }, vec![receiver])),
             }
         }
-        found
     }
+    found
 }
 
 /// The digest of a manifest: over one of all trainers, the options, and one per receiver, which is over one per parameter,
@@ -176,9 +172,6 @@ impl<'m> Planner<'m> {
         for (declaration, template, to, tables) in dealt {
             let copies = assembly.copies(to);
             let sent = senders.deal(template, declaration.first, copies, &self.options, &mut room)?;
-            for transfer in &sent {
-                senders.load(transfer.trainer, transfer.bytes().saturating_mul(copies));
-            }
             let digest = Digest::of(sent.as_slice()).map_err(encode)?;
             assembly.fill(declaration.name, to, tables, (sent.into(), digest));
         }

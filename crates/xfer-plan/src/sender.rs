@@ -42,7 +42,7 @@ impl Senders {
 
     /// Deals what several trainers hold out to whoever would be done with it first; each sends `copies` of it.
     pub(crate) fn deal(
-        &self,
+        &mut self,
         template: &Template<'_>,
         declared: Declared<'_>,
         copies: u64,
@@ -55,7 +55,6 @@ impl Senders {
         let width = declared.param.dtype.bytes();
         let block_bytes_max = options.chunk_bytes_max.saturating_mul(REPLICA_BLOCK_CHUNKS) / copies.max(1);
         let block_bytes_max = block_bytes_max.max(REPLICA_BLOCK_BYTES_MIN.min(options.chunk_bytes_max));
-        let mut bytes_of = self.bytes.clone();
         let mut sent = Vec::new();
         for dealt in &template.dealt {
             let Some(leaf) = resolved.leaves.get(dealt.leaf) else { continue };
@@ -70,11 +69,9 @@ impl Senders {
                     continue;
                 }
                 let bytes = bytes.saturating_mul(copies);
-                let holder = self.choose(&bytes_of, &dealt.holders, bytes);
+                let holder = self.choose(&dealt.holders, bytes);
                 let holder = holder.ok_or(PlanError::Defect { detail: "no holder" })?;
-                if let Some(sum) = bytes_of.get_mut(holder.trainer.index()) {
-                    *sum = sum.saturating_add(bytes);
-                }
+                self.load(holder.trainer, bytes);
                 send(holder, leaf, &block, &to, room, &mut sent)?;
             }
         }
@@ -83,10 +80,10 @@ impl Senders {
     }
 
     /// The holder that would have sent everything first, were it given `bytes` more.
-    fn choose<'m>(&self, bytes_of: &[u64], holders: &[Holder<'m>], bytes: u64) -> Option<Holder<'m>> {
+    fn choose<'m>(&self, holders: &[Holder<'m>], bytes: u64) -> Option<Holder<'m>> {
         let load = |holder: &Holder<'m>| {
             let rank = holder.trainer.index();
-            let bytes = u128::from(*bytes_of.get(rank)?) + u128::from(bytes);
+            let bytes = u128::from(*self.bytes.get(rank)?) + u128::from(bytes);
             Some((bytes, u128::from(*self.bytes_per_second.get(rank)?)))
         };
         // a / b < c / d without rounding; the first of equals, which is the lowest rank.

@@ -92,25 +92,18 @@ struct Pieces {
 
 impl Pieces {
     fn new(transfer: &Transfer, options: &PlanOptions) -> Pieces {
-        let transform = transfer.transform;
-        let (rows, row_bytes) = (u64::from(transfer.rows), transfer.row_bytes);
-        let count = Cut::new(transfer, options).ops(transfer);
-        let bytes = row_bytes.saturating_mul(rows);
-        let staging_bytes_max = options.chunk_bytes_max.min(options.gather_chunk_bytes_max);
-        let gathers = transform.is_copy()
-            && rows > 1
-            && transfer.destination.stride == row_bytes
-            && row_bytes < options.gather_row_bytes_max
-            && row_bytes <= staging_bytes_max / 2;
-        let staged = gathers || !transform.is_copy();
-        let bytes_max = if staged { staging_bytes_max } else { options.chunk_bytes_max }.max(1);
+        let row_bytes = transfer.row_bytes;
+        let cut = Cut::new(transfer, options);
+        let (count, bytes) = (cut.ops(transfer), transfer.bytes());
+        let staged = cut.gather || !transfer.transform.is_copy();
+        let bytes_max = cut.part_bytes_max;
         let (full_bytes, run, run_bytes) = match bytes_max / row_bytes.max(1) {
             0 => (bytes_max, row_bytes.div_ceil(bytes_max), row_bytes),
             rows_together => (row_bytes.saturating_mul(rows_together), count, bytes),
         };
         let last_bytes = run_bytes.saturating_sub(full_bytes.saturating_mul(run.saturating_sub(1)));
         // A single row is written from where it is.
-        let unstaged_bytes = if gathers && last_bytes == row_bytes { row_bytes } else { 0 };
+        let unstaged_bytes = if cut.gather && last_bytes == row_bytes { row_bytes } else { 0 };
         let staged_bytes = if staged { bytes.saturating_sub(unstaged_bytes) } else { 0 };
         Pieces { count, bytes, staged_bytes, full_bytes, last_bytes, run: run.max(1) }
     }

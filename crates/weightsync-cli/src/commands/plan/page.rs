@@ -4,6 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::Context;
+use serde::Serialize;
+use xfer_plan::Resource;
 
 use super::Facts;
 
@@ -13,8 +15,18 @@ const TEMPLATE: &str = include_str!("page.html");
 /// Where the facts go.
 const PLACE: &str = "{{facts}}";
 
+/// What the page is told.
+#[derive(Serialize)]
+struct PageFacts<'a> {
+    #[serde(flatten)]
+    facts: &'a Facts<'a>,
+    /// Every resource, and how to say that a rank uses it.
+    verbs: [(Resource, &'static str); Resource::ALL.len()],
+}
+
 pub(crate) fn write(path: &Path, facts: &Facts<'_>) -> anyhow::Result<()> {
-    let page = page(&serde_json::to_string(facts)?);
+    let verbs = Resource::ALL.map(|resource| (resource, resource.verb()));
+    let page = page(&serde_json::to_string(&PageFacts { facts, verbs })?);
     fs::write(path, page).with_context(|| format!("cannot write {}", path.display()))
 }
 
@@ -36,6 +48,13 @@ mod tests {
         let between = page.strip_prefix(before).unwrap().strip_suffix(after).unwrap();
         assert!(!between.contains('<'));
         assert_eq!(serde_json::from_str::<serde_json::Value>(between).unwrap(), facts);
+    }
+
+    #[test]
+    fn every_resource_has_a_colour_in_light_and_dark() {
+        for number in 0..Resource::ALL.len() {
+            assert_eq!(TEMPLATE.matches(&format!("--r{number}: #")).count(), 2, "{number}");
+        }
     }
 
     #[test]

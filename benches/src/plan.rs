@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use serde::Serialize;
 use xfer_plan::model::{InferLayout, Machine as Gpus, ModelSpec, TrainLayout};
-use xfer_plan::{BlockQuant, Manifest, PlanOptions, Planner, RankPlan, Relay, TrainerRank};
+use xfer_plan::{BlockQuant, Manifest, PlanOptions, PlanReport, Planner, RankPlan, Relay, TrainerRank};
 
 use crate::machine::Machine;
 
@@ -77,10 +77,10 @@ struct Planned {
     /// Without the receivers of the last replica.
     replan_seconds: f64,
     check_seconds: f64,
-    /// Busiest over mean of what trainers send and receivers take in over their NICs.
+    /// The busiest NIC over the mean of all, where trainers send and where receivers take in.
     imbalance: [f64; 2],
-    /// The bytes of the busiest receiver's NICs.
-    ingress_bytes_max: u64,
+    /// What the busiest NIC of a receiver takes in.
+    nic_in_bytes_max: u64,
     bound_seconds: f64,
     predicted_seconds: f64,
     floor_seconds: Option<f64>,
@@ -133,9 +133,8 @@ fn measure(job: &Job, relay: Relay, floor_seconds: Option<f64>) -> anyhow::Resul
         bail!("a part is not what was sent");
     }
     let ((), check_seconds) = timed(|| Ok(plan.check(&manifest)?))?;
-    let loads = plan.loads(&manifest.options);
-    let out: Vec<u64> = loads.trainers.iter().map(|load| load.nic_out_bytes).collect();
-    let into: Vec<u64> = loads.receivers.iter().map(|load| load.nic_in_bytes).collect();
+    let report = PlanReport::new(&plan, &manifest)?;
+    let nics = [&report.trainers.sends.nics, &report.receivers.receives.nics];
     Ok(Planned {
         model: job.model,
         from: job.train.into(),
@@ -150,8 +149,8 @@ fn measure(job: &Job, relay: Relay, floor_seconds: Option<f64>) -> anyhow::Resul
         load_seconds,
         replan_seconds,
         check_seconds,
-        imbalance: [imbalance(&out), imbalance(&into)],
-        ingress_bytes_max: into.iter().copied().max().unwrap_or(0),
+        imbalance: nics.map(|nics| nics.imbalance.unwrap_or(1.0)),
+        nic_in_bytes_max: report.receivers.receives.nics.max,
         bound_seconds: plan.bound.seconds(),
         predicted_seconds: plan.predicted.seconds(),
         floor_seconds,
@@ -173,11 +172,6 @@ fn manifest(job: &Job, relay: Relay) -> anyhow::Result<Manifest> {
     })
 }
 
-fn imbalance(bytes: &[u64]) -> f64 {
-    let (most, sum) = (bytes.iter().copied().max().unwrap_or(0), bytes.iter().sum::<u64>());
-    if sum == 0 { 1.0 } else { most as f64 * bytes.len() as f64 / sum as f64 }
-}
-
 fn print(job: &Planned) {
     let Planned { model, from, to, relay, .. } = job;
     println!("{model}  {from} -> {to}  relay {relay:?}: {} transfers", job.transfers);
@@ -197,10 +191,10 @@ fn print(job: &Planned) {
         job.manifest_seconds
     );
     println!(
-        "  busiest NIC over mean: out {:.3}, in {:.3} (target 1.02)   {:.1} GB into the busiest GPU",
+        "  busiest NIC over mean: out {:.3}, in {:.3} (target 1.02)   at most {:.2} GB into one",
         job.imbalance[0],
         job.imbalance[1],
-        job.ingress_bytes_max as f64 / 1e9
+        job.nic_in_bytes_max as f64 / 1e9
     );
     let floor =
         job.floor_seconds.map(|floor| format!("   the field's floor {floor:.2} s")).unwrap_or_default();

@@ -4,8 +4,12 @@
 //! low priorities first and among equals long operations before short ones, and then one from each queue in turn.
 //! Trainers start at different receivers, so that at any moment they feed different ones.
 
+use std::collections::BTreeMap;
+
+use smallvec::SmallVec;
+
 use crate::error::PlanError;
-use crate::ids::{ParamId, ReceiverRank, RegionIndex, TrainerRank};
+use crate::ids::{GroupIndex, ParamId, ReceiverRank, RegionIndex, TrainerRank};
 use crate::limits::OPS_MAX;
 use crate::manifest::{Manifest, PlanOptions};
 use crate::plan::{Op, Placed, Plan, RankPlan, Strided, Transfer};
@@ -21,9 +25,9 @@ impl Plan {
         let Some(part) = self.trainers.get(trainer.index()) else { return Ok(RankPlan::default()) };
         let options = &manifest.options;
         let rails = manifest.trainers.get(trainer.index()).map_or(1, |declared| declared.rails.len());
-        let mut rails = Rails::new(rails);
+        let mut rails = Rails::new(trainer, rails);
         let mut ops = Vec::new();
-        for Placed { fill, to, param, lane, transfer, .. } in self.transfers_of(trainer) {
+        for Placed { fill, to: group_index, param, lane, transfer, .. } in self.transfers_of(trainer) {
             let mut transfer = *transfer;
             if let Transform::Scales { .. } = transfer.transform
                 && let Some(&table) =
@@ -32,15 +36,15 @@ impl Plan {
                 transfer.source.region = RegionIndex(table);
             }
             let cut = Cut::new(&transfer, options);
-            let Some(group) = self.group(to) else { continue };
+            let Some(group) = self.group(group_index) else { continue };
             let count = cut.ops(&transfer).saturating_mul(group.copies() as u64);
             if count.saturating_add(ops.len() as u64) > OPS_MAX as u64 {
                 return Err(PlanError::TooManyOps { max: OPS_MAX });
             }
+            let dealt = rails.deal((group_index, lane), &Pieces::new(&transfer, options));
             for (place, to) in group.entries(lane).enumerate() {
-                cut.append(&transfer, (to, param), rails.of(place), &mut ops);
+                cut.append(&transfer, (to, param), |operation| dealt.rail(place, operation), &mut ops);
             }
-            rails.pass(cut.ops(&transfer));
         }
         let receivers = self.receivers.len();
         let first = trainer.index() * receivers / self.trainers.len().max(1);
@@ -83,26 +87,113 @@ fn in_waves(mut ops: Vec<Op>, watermark_bytes: u64) -> Vec<Op> {
     ops
 }
 
-/// Deals operations to the rails of a trainer: neighbours go to different rails, and so do the copies for different receivers.
+/// A group and one of its lanes: transfers of one trainer with the same one take the same way.
+pub(crate) type Way = (GroupIndex, u16);
+
+/// Bytes by rail. Machines have 1 to 8 a GPU.
+pub(crate) type ByRail = SmallVec<[u64; 8]>;
+
+/// Deals the operations of a trainer to its rails. Within a transfer neighbours go to different rails, and so do the copies
+/// for different receivers; a transfer begins at the rail that has the fewest bytes of its way so far. So both ends of
+/// every way have their rails evenly loaded, to within an operation, and what is over lands on another rail for every
+/// trainer and way.
 pub(crate) struct Rails {
-    rails: u64,
-    turn: u64,
+    trainer: usize,
+    rails: usize,
+    bytes: BTreeMap<Way, ByRail>,
 }
 
 impl Rails {
-    pub(crate) fn new(rails: usize) -> Rails {
-        Rails { rails: rails.max(1) as u64, turn: 0 }
+    pub(crate) fn new(trainer: TrainerRank, rails: usize) -> Rails {
+        Rails { trainer: trainer.index(), rails: rails.max(1), bytes: BTreeMap::new() }
     }
 
-    /// The rail of operation number `op` of the present transfer, to the receiver at this place of the group.
-    pub(crate) fn of(&self, place: usize) -> impl Fn(u64) -> u8 + use<> {
-        let (rails, first) = (self.rails, self.turn + place as u64);
-        move |op| ((first + op) % rails) as u8
+    /// Deals a transfer.
+    pub(crate) fn deal(&mut self, way: Way, pieces: &Pieces) -> Dealt {
+        let rails = self.rails;
+        let bytes = self.bytes.entry(way).or_insert_with(|| ByRail::from_elem(0, rails));
+        let offset = self.trainer + way.0.index() + usize::from(way.1);
+        let in_turn = (0..rails).map(|rail| (rail + offset) % rails);
+        let first = in_turn.min_by_key(|&rail| bytes.get(rail)).unwrap_or(0) as u64;
+        pieces.deal(first, bytes);
+        Dealt { first, rails: rails as u64 }
     }
 
-    /// Goes on to the next transfer.
-    pub(crate) fn pass(&mut self, ops: u64) {
-        self.turn = (self.turn + ops) % self.rails;
+    /// What each way has on each rail, for the first receiver that the trainer writes to.
+    pub(crate) fn into_bytes(self) -> BTreeMap<Way, ByRail> {
+        self.bytes
+    }
+}
+
+/// A transfer that has been dealt to rails.
+#[derive(Clone, Copy)]
+pub(crate) struct Dealt {
+    first: u64,
+    rails: u64,
+}
+
+impl Dealt {
+    /// The rail of an operation, by its number, to the receiver at this place of the group.
+    pub(crate) fn rail(self, place: usize, operation: u64) -> u8 {
+        ((self.first + place as u64 + operation) % self.rails) as u8
+    }
+}
+
+/// The operations of one transfer to one receiver, not listed but counted. `Cut` decides how many there are; their sizes
+/// follow from its rule: whole rows together, or, where not even one row fits, each row in parts.
+pub(crate) struct Pieces {
+    pub(crate) count: u64,
+    pub(crate) bytes: u64,
+    pub(crate) staged_bytes: u64,
+    /// Of an operation that is not the last one of its run.
+    full_bytes: u64,
+    /// Of the last one of a run.
+    last_bytes: u64,
+    /// Operations of a run: of a row that is cut into parts, and else of the whole transfer.
+    run: u64,
+}
+
+impl Pieces {
+    pub(crate) fn new(transfer: &Transfer, options: &PlanOptions) -> Pieces {
+        let row_bytes = transfer.row_bytes;
+        let cut = Cut::new(transfer, options);
+        let (count, bytes) = (cut.ops(transfer), transfer.bytes());
+        let staged = cut.gather || !transfer.transform.is_copy();
+        let bytes_max = cut.part_bytes_max;
+        let (full_bytes, run, run_bytes) = match bytes_max / row_bytes.max(1) {
+            0 => (bytes_max, row_bytes.div_ceil(bytes_max), row_bytes),
+            rows_together => (row_bytes.saturating_mul(rows_together), count, bytes),
+        };
+        let last_bytes = run_bytes.saturating_sub(full_bytes.saturating_mul(run.saturating_sub(1)));
+        // A single row is written from where it is.
+        let unstaged_bytes = if cut.gather && last_bytes == row_bytes { row_bytes } else { 0 };
+        let staged_bytes = if staged { bytes.saturating_sub(unstaged_bytes) } else { 0 };
+        Pieces { count, bytes, staged_bytes, full_bytes, last_bytes, run: run.max(1) }
+    }
+
+    /// Adds the bytes of operation `i` to rail `turn + i`, modulo the rails.
+    fn deal(&self, turn: u64, by_rail: &mut [u64]) {
+        let rails = by_rail.len() as u64;
+        let mut add = |operation: u64, bytes: u64| {
+            let rail = ((turn + operation) % rails) as usize;
+            if let Some(sum) = by_rail.get_mut(rail) {
+                *sum = sum.saturating_add(bytes);
+            }
+        };
+        // How many of `count` numbers are `first`, `first + rails`, ...
+        let every = |count: u64, first: u64| count.saturating_sub(first).div_ceil(rails);
+        let runs = self.count / self.run;
+        // Runs end at rails that come round again after as many runs as there are rails.
+        for number in 0..runs.min(rails) {
+            let last = (number % rails) * (self.run % rails) + (self.run - 1) % rails;
+            let again = every(runs, number);
+            add(last, again.saturating_mul(self.last_bytes));
+            for step in 0..(self.run - 1).min(rails) {
+                let first = (number % rails) * (self.run % rails) + step;
+                let again = again.saturating_mul(every(self.run - 1, step));
+                add(first, again.saturating_mul(self.full_bytes));
+            }
+        }
     }
 }
 

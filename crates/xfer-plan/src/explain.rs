@@ -10,10 +10,10 @@ use std::fmt;
 use serde::Serialize;
 use thiserror::Error;
 
-use crate::cut::{Cut, Rails};
+use crate::cut::{Pieces, Rails};
 use crate::error::{LayoutError, shorten};
 use crate::ids::{GroupIndex, ParamId, ReceiverRank, RegionIndex, TrainerRank};
-use crate::manifest::{DestinationParam, Manifest, SourcePiece, TrainerManifest};
+use crate::manifest::{DestinationParam, Manifest, SourcePiece};
 use crate::param_map::Resolved;
 use crate::plan::{Bytes, Placed, Plan, Strided, Transfer};
 use crate::route::{Group, Route};
@@ -236,19 +236,20 @@ fn find<'p>(
     let groups: Vec<bool> = plan.groups.iter().map(reaches).collect();
     let is = |of: &[bool], index: usize| of.get(index).copied().unwrap_or(false);
     let mut found: BTreeMap<Key, Vec<Found<'p>>> = BTreeMap::new();
-    let rails_of = |trainer: &TrainerManifest| Rails::new(trainer.rails.len());
-    let mut rails: Vec<Rails> = manifest.trainers.iter().map(rails_of).collect();
+    let ranks = (0..).map(TrainerRank).zip(&manifest.trainers);
+    let mut rails: Vec<Rails> = ranks.map(|(rank, has)| Rails::new(rank, has.rails.len())).collect();
     for placed in plan.transfers() {
         let transfer = placed.transfer;
         let Some(rails) = rails.get_mut(transfer.trainer.index()) else { continue };
-        let operations = Cut::new(transfer, &manifest.options).ops(transfer);
+        let pieces = Pieces::new(transfer, &manifest.options);
+        let dealt = rails.deal((placed.to, placed.lane), &pieces);
+        let operations = pieces.count;
         if is(wanted, placed.param.index()) && is(&groups, placed.to.index()) {
-            let rail = rails.of(0);
             let first = 0..operations.min(RailSet::BITS.into());
-            let rails = first.fold(0, |set: RailSet, op| set | 1 << (u32::from(rail(op)) % RailSet::BITS));
+            let rails =
+                first.fold(0, |set: RailSet, op| set | 1 << (u32::from(dealt.rail(0, op)) % RailSet::BITS));
             found.entry((placed.param, placed.to)).or_default().push(Found { placed, operations, rails });
         }
-        rails.pass(operations);
     }
     found.values_mut().for_each(|list| list.sort_by_key(|it| it.placed.transfer.trainer));
     found

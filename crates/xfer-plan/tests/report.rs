@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use expect_test::expect;
 use proptest::prelude::*;
 use scenario::{Choices, elements};
+use xfer_plan::model::{InferLayout, Machine, ModelSpec, TrainLayout};
 use xfer_plan::report::{Distribution, Nics, PlanReport};
 use xfer_plan::{
     BlockQuant, CostModel, DType, DestinationParam, ExplainError, ExplainedBox, Group, Link, Loads, Manifest,
@@ -509,6 +510,24 @@ fn very_many_priorities_share_steps() {
 }
 
 #[test]
+fn nics_of_both_sides_are_even() {
+    let (model, machine) = (ModelSpec::preset("qwen3-0.6b").unwrap(), Machine::default());
+    let train: TrainLayout = "fsdp=4".parse().unwrap();
+    let infer: InferLayout = "tp=2".parse().unwrap();
+    for relay in [Relay::Never, Relay::PerHost] {
+        let manifest = Manifest {
+            trainers: train.trainers(&model, &machine).unwrap(),
+            receivers: infer.receivers(&model, &machine).unwrap(),
+            options: PlanOptions { relay, ..PlanOptions::default() },
+        };
+        let report = PlanReport::new(&plan(&manifest).unwrap(), &manifest).unwrap();
+        let nics = [report.trainers.sends.nics, report.receivers.receives.nics];
+        assert_eq!(nics.map(|nics| nics.count), [16, 8]);
+        assert!(nics.iter().all(|nics| nics.imbalance.unwrap() < 1.02), "{relay:?}: {nics:?}");
+    }
+}
+
+#[test]
 fn reasons_are_given() {
     let said = |manifest: &Manifest, name: &str, rank| {
         let plan = plan(manifest).unwrap();
@@ -524,7 +543,7 @@ fn reasons_are_given() {
         trainer 1 (t0) sends 100 B of `layers.0.fused`
           [1..2, 0..100] of `layers.0.w` at [1..2, 0..100]: nobody else has all of it
           1 row(s) of 100 bytes, from region 0 + 0 to region 0 + 100: as they are
-          to inference 0-2, written to each; 1 operation(s) a copy, the first copy on rail 0
+          to inference 0-2, written to each; 1 operation(s) a copy, the first copy on rail 1
     "#]]
     .assert_eq(&said(&manifest, "layers.0.w", Some(ReceiverRank(2))).unwrap());
     manifest.options.relay = Relay::PerHost;
@@ -557,7 +576,7 @@ fn reasons_are_given() {
         trainer 1 (t0) sends 100 B of `layers.0.fused`
           [1..2, 0..100] of `layers.0.w` at [1..2, 0..100]: nobody else has all of it
           1 row(s) of 100 bytes, from region 0 + 0 to region 0 + 100: quantised from BF16 in blocks of 128 x 128
-          to inference 0-2, written to inference 0, 2, passed on within hosts; 1 operation(s) a copy, the first copy on rail 0
+          to inference 0-2, written to inference 0, 2, passed on within hosts; 1 operation(s) a copy, the first copy on rail 1
         trainer 2 (t0) sends 100 B of `layers.0.fused`
           [0..1, 0..100] of `layers.0.w` at [0..1, 0..100]: one of 2 that have it, and the one with least to send when it was dealt
           1 row(s) of 100 bytes, from region 0 + 0 to region 0 + 0: quantised from BF16 in blocks of 128 x 128
@@ -565,7 +584,7 @@ fn reasons_are_given() {
         trainer 0 (t0) sends 4 B of `layers.0.fused_scale_inv`
           scales of [0..1, 0..1] of `layers.0.w` at [0..1, 0..1]: shard borders cut these blocks between 2 trainers, and it collects their largest magnitudes
           1 row(s) of 4 bytes, from table 0 + 0 to region 0 + 256: as F32
-          to inference 0-2, written to inference 1-2, passed on within hosts; 1 operation(s) a copy, the first copy on rail 0
+          to inference 0-2, written to inference 1-2, passed on within hosts; 1 operation(s) a copy, the first copy on rail 1
     "#]].assert_eq(&said(&manifest, "layers.0.w", None).unwrap());
     let refused = |name: &str, rank| said(&manifest, name, rank).unwrap_err().to_string();
     expect!["no tensor and no parameter is called `layers.0.fusd`; near it are `layers.0.fused`, `layers.0.w`, `layers.0.fused_scale_inv`"].assert_eq(&refused("layers.0.fusd", None));

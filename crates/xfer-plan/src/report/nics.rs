@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::sums::{ByRail, Sums, Way};
+use super::sums::Sums;
+use crate::cut::{ByRail, Way};
 use crate::ids::{Rank, TrainerRank};
 use crate::manifest::{Manifest, RailDecl};
 use crate::plan::Plan;

@@ -8,9 +8,8 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::busiest::uses;
-use super::sums::Way;
 use crate::cost::Resource;
-use crate::cut::Cut;
+use crate::cut::{Cut, Way};
 use crate::error::shorten;
 use crate::ids::{Rank, TrainerRank};
 use crate::manifest::Manifest;

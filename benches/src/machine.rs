@@ -1,10 +1,10 @@
 //! Which machine a figure is from.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use topology::{Roots, Snapshot};
 
 /// Facts that a reader needs to compare figures.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Machine {
     cpu: String,
     cores: Option<usize>,

@@ -5,30 +5,52 @@
 
 #![forbid(unsafe_code)]
 
+mod cluster;
+mod compare;
+mod ladder;
 mod loopback;
 mod machine;
 mod plan;
 mod process;
 mod roles;
+mod series;
+mod svg;
+mod table;
 mod weight_ops;
 
+use std::process::ExitCode;
+
 use anyhow::bail;
+use clap::Parser as _;
 
 const USAGE: &str = "usage: weightsync-bench loopback [--gib N] [--rounds N] [--plain-loop PATH] [--json]
        weightsync-bench plan [--json]
-       weightsync-bench weight-ops [--mib N] [--rounds N] [--json]";
+       weightsync-bench weight-ops [--mib N] [--rounds N] [--json]
+       weightsync-bench cluster --help
+       weightsync-bench compare --help";
 
-fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words.as_slice() {
+        ["compare", ..] => return compare::run(&compare::Options::parse_from(&words)),
+        ["cluster", ..] => cluster::run(&cluster::Options::parse_from(&words)),
         ["loopback", options @ ..] => loopback::run(&loopback::Options::parse(options)?),
+        ["ladder", options @ ..] => ladder::run(&ladder::Options::parse(options)?),
         ["plan", options @ ..] => plan::run(&plan::Options::parse(options)?),
         ["weight-ops", options @ ..] => weight_ops::run(&weight_ops::Options::parse(options)?),
         // The processes of a benchmark, started by it.
+        [cluster::RANK_COMMAND, place @ ..] => cluster::rank(place),
         ["trainer", address, bytes, fabric] => roles::trainer(address, bytes.parse()?, fabric.parse()?),
         ["inference", address, bytes, fabric] => roles::inference(address, bytes.parse()?, fabric.parse()?),
+        ["ladder-target", gpus, links, bytes] => {
+            ladder::target(gpus.parse()?, links.parse()?, bytes.parse()?)
+        }
+        ["ladder-sender", rung, links, bytes] => {
+            ladder::sender(rung.parse()?, links.parse()?, bytes.parse()?)
+        }
         ["memcpy", bytes] => roles::memcpy(bytes.parse()?),
         _ => bail!("{USAGE}"),
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }

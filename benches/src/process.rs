@@ -17,8 +17,13 @@ pub(crate) struct Process {
 
 impl Process {
     pub(crate) fn start(program: impl AsRef<OsStr>, args: &[&str]) -> anyhow::Result<Self> {
-        let name = format!("{} {}", program.as_ref().to_string_lossy(), args.join(" "));
-        let mut child = Command::new(program)
+        Self::launch(Command::new(program), args)
+    }
+
+    /// Starts a command that may already have words of its own.
+    pub(crate) fn launch(mut command: Command, args: &[&str]) -> anyhow::Result<Self> {
+        let name = format!("{} {}", command.get_program().to_string_lossy(), args.join(" "));
+        let mut child = command
             .args(args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -40,7 +45,8 @@ impl Process {
         self.answer()
     }
 
-    fn ask(&mut self, line: &str) -> anyhow::Result<()> {
+    /// Says one line.
+    pub(crate) fn ask(&mut self, line: &str) -> anyhow::Result<()> {
         match &mut self.stdin {
             Some(stdin) => Ok(writeln!(stdin, "{line}")?),
             None => bail!("{} has ended", self.name),
@@ -48,7 +54,7 @@ impl Process {
     }
 
     /// The next answer.
-    fn answer<T: DeserializeOwned>(&mut self) -> anyhow::Result<T> {
+    pub(crate) fn answer<T: DeserializeOwned>(&mut self) -> anyhow::Result<T> {
         match self.lines.next() {
             Some(line) => {
                 let line = line?;

@@ -7,7 +7,10 @@ use crate::libfabric::{self, Profile};
 use crate::{Failure, step, workspace};
 
 /// What can be measured.
-const BENCHMARKS: [&str; 3] = ["loopback", "plan", "weight-ops"];
+const BENCHMARKS: [&str; 5] = ["loopback", "plan", "weight-ops", "cluster", "compare"];
+
+/// Tells the build which commit it is of; results carry it.
+const COMMIT_VARIABLE: &str = "WEIGHTSYNC_COMMIT";
 
 pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     let Some((name, options)) =
@@ -17,31 +20,60 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     };
     let mut build = workspace::cargo();
     build.args(["build", "--release", "--package", "weightsync-bench"]);
+    if let Some(commit) = commit() {
+        build.env(COMMIT_VARIABLE, commit);
+    }
     step::shown("build the benchmarks", &mut build)?;
     let program = workspace::target()?.join("release/weightsync-bench");
     let mut bench = Command::new(&program);
     bench.arg(name);
-    if name == "loopback" {
-        add_plain_loop(&mut bench)?;
+    match name.as_str() {
+        "loopback" => add_plain_loop(&mut bench)?,
+        // A cluster has its own libfabric, which knows its NICs.
+        "cluster" if options.iter().any(|option| option.starts_with("--local")) => {
+            add_libfabric(&mut bench)?;
+        }
+        _ => {}
     }
     bench.args(options);
     Err(format!("cannot start {}: {}", program.display(), bench.exec()))
 }
 
-/// Builds what `loopback` is measured beside, where there is a libfabric.
-fn add_plain_loop(bench: &mut Command) -> Result<(), Failure> {
-    let library = match libfabric::find_or_build(Profile::Release) {
-        Ok(library) => library.path,
-        Err(why) if libfabric::is_named() => return Err(why),
+/// The commit that is checked out, marked where files differ from it; none without git.
+fn commit() -> Option<String> {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").current_dir(workspace::root()).args(arguments).output().ok()?;
+        let text = String::from_utf8(output.stdout).ok()?;
+        output.status.success().then(|| text.trim().to_owned())
+    };
+    let commit = git(&["rev-parse", "--short=12", "HEAD"])?;
+    let changed = git(&["status", "--porcelain"])?;
+    Some(if changed.is_empty() { commit } else { format!("{commit}, with changes") })
+}
+
+/// Names a libfabric to the benchmark; whether there is one.
+fn add_libfabric(bench: &mut Command) -> Result<bool, Failure> {
+    match libfabric::find_or_build(Profile::Release) {
+        Ok(library) => {
+            bench.env(libfabric::VARIABLE, library.path);
+            Ok(true)
+        }
+        Err(why) if libfabric::is_named() => Err(why),
         Err(why) => {
             eprintln!("{why}\nno libfabric: only shared memory is measured");
-            return Ok(());
+            Ok(false)
         }
-    };
+    }
+}
+
+/// Builds what `loopback` is measured beside, where there is a libfabric.
+fn add_plain_loop(bench: &mut Command) -> Result<(), Failure> {
+    if !add_libfabric(bench)? {
+        return Ok(());
+    }
     let mut build = workspace::cargo();
     build.args(["build", "--release", "--package", "libfabric-sys", "--example", "plain_loop"]);
     step::shown("build the plain libfabric loop", &mut build)?;
-    let plain_loop = workspace::target()?.join("release/examples/plain_loop");
-    bench.env(libfabric::VARIABLE, library).arg("--plain-loop").arg(plain_loop);
+    bench.arg("--plain-loop").arg(workspace::target()?.join("release/examples/plain_loop"));
     Ok(())
 }

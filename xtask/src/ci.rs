@@ -4,8 +4,9 @@ use std::process::Command;
 use std::time::Instant;
 
 use crate::libfabric::{self, Profile, Provider};
+use crate::step::Log;
 use crate::test::{self, Settings};
-use crate::{Failure, firewalls, step, workspace};
+use crate::{Failure, apt, firewalls, step, workspace};
 
 /// The variable by which tests learn what they may not skip for want of.
 const REQUIRE: &str = "WEIGHTSYNC_REQUIRE";
@@ -32,13 +33,32 @@ pub(crate) fn run(_: &[String]) -> Result<(), Failure> {
     }
     let mut settings = Settings::default();
     settings.set(libfabric::VARIABLE, library.path);
-    settings.set(REQUIRE, "libfabric");
+    settings.set(REQUIRE, if has_lab()? { "libfabric lab" } else { "libfabric" });
     settings.set_real_checkpoint()?;
     if test::has_nextest() {
         settings.documentation_tests()?;
     }
     println!("==> all but the tests: {:.1} s", start.elapsed().as_secs_f64());
     settings.all_tests(&[])
+}
+
+/// Whether the lab's tests can run here, with iproute2 installed first if it is missing. A container without the right to
+/// make a network namespace is good enough for everything else.
+fn has_lab() -> Result<bool, Failure> {
+    if !(workspace::has_program("ip") && workspace::has_program("tc")) {
+        println!("==> iproute2");
+        let log = Log::create(workspace::target()?.join("iproute2.log"))?;
+        if let Err(why) = apt::install(&["iproute2"], &log) {
+            println!("{why}");
+        }
+    }
+    match weightsync_lab::check() {
+        Ok(()) => Ok(true),
+        Err(why) => {
+            println!("no lab, so the tests in one will be skipped: {why}");
+            Ok(false)
+        }
+    }
 }
 
 fn clippy(what: &[&str]) -> Command {

@@ -1,7 +1,7 @@
 //! The project's own tool: `cargo xtask help` says what it does.
 //!
-//! It runs other programs and reads text. It must never need a library of the workspace, an unsafe block or a package,
-//! so that it builds in a moment on a fresh clone.
+//! It runs other programs and reads text. It must never need an unsafe block, a package, or a library of the workspace
+//! but `weightsync-lab`, which needs nothing itself: so it builds in a moment on a fresh clone.
 
 #![forbid(unsafe_code)]
 
@@ -10,6 +10,7 @@ mod bench;
 mod ci;
 mod demo;
 mod firewalls;
+mod lab;
 mod libfabric;
 mod libfabric_build;
 mod real_checkpoint;
@@ -63,6 +64,15 @@ const COMMANDS: &[Command] = &[
             Qwen3-235B, their time, memory and balance beside targets. weight-ops: casts and FP8 quantisation beside a
             copy of as many bytes by as many threads.",
         run: bench::run,
+    },
+    Command {
+        name: "lab",
+        arguments: "run [OPTIONS] -- ARGUMENTS | up [OPTIONS] | exec [--name NAME] a|b -- COMMAND | down [--name NAME] | status",
+        about: "Many NICs on one machine: two network namespaces joined by shaped links. run: weightsync with your
+            arguments on side A, a demo's inference ranks on side B; the lab is gone afterwards. up: leaves one standing,
+            for exec, until down. Needs root and iproute2.
+            OPTIONS: --links N [32], --rate RATE [100mbit], --slow LINK=RATE (repeatable), --mtu BYTES [1500], --name NAME",
+        run: lab::run,
     },
     Command {
         name: "firewalls",
@@ -121,6 +131,6 @@ Variables:
   LIBFABRIC_SO                 the libfabric to use; no other is then looked for
   WEIGHTSYNC_REAL_CHECKPOINT   a .safetensors file for the tests on real weights; fetched when unset
   PROPTEST_CASES               cases per property test: 500 by default in the planner's; 10000 is the long profile
-  WEIGHTSYNC_REQUIRE           set by ci: what tests may not skip for want of (\"libfabric\")
+  WEIGHTSYNC_REQUIRE           set by ci: what tests may not skip for want of (\"libfabric\", \"lab\")
 "
 }

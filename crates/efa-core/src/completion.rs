@@ -70,6 +70,17 @@ impl From<LeaseMut> for Held {
     }
 }
 
+/// An operation that a closed rail had in flight. Whether it took place is unknown.
+#[derive(Debug)]
+pub struct Unfinished {
+    /// The caller's token.
+    pub token: u64,
+    /// What kind.
+    pub kind: OpKind,
+    /// Its buffer, which nobody touches any more.
+    pub held: Held,
+}
+
 /// An operation that ended well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OpDone {

@@ -9,7 +9,7 @@ use std::ptr::NonNull;
 
 use libfabric_sys as sys;
 
-use crate::completion::{Held, OpKind};
+use crate::completion::{Held, OpKind, Unfinished};
 use crate::peer::PeerId;
 use crate::region::RegionId;
 
@@ -154,8 +154,9 @@ impl InFlight {
         Some((id, op))
     }
 
-    /// Gives back every buffer. Only after the endpoint has closed.
-    pub(crate) fn drain(&mut self) -> Vec<Held> {
-        self.slots.iter_mut().filter_map(|slot| slot.op.take()).map(|op| op.held).collect()
+    /// Gives back every operation. Only after the endpoint has closed.
+    pub(crate) fn drain(&mut self) -> Vec<Unfinished> {
+        let ops = self.slots.iter_mut().filter_map(|slot| slot.op.take());
+        ops.map(|Op { token, kind, held, .. }| Unfinished { token, kind, held }).collect()
     }
 }

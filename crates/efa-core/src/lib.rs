@@ -32,7 +32,7 @@ mod table;
 mod wait;
 
 pub use address::{ADDRESS_BYTES_MAX, AddressLengthError, RailAddress};
-pub use completion::{Completion, Fault, Held, OpDone, OpKind};
+pub use completion::{Completion, Fault, Held, OpDone, OpKind, Unfinished};
 pub use error::{
     CallError, CloseFailed, Errno, InfoError, MemoryError, OpError, PeerError, PostError, RailError,
     RangeError, RegionError,
@@ -48,7 +48,7 @@ pub use post::{Message, Read, Receive, RejectReason, Rejected, WRITES_PER_DOORBE
 pub use queue::COMPLETIONS_PER_POLL_MAX;
 pub use rail::{Rail, RailConfig};
 pub use region::{Closed, REGIONS_MAX, RegionId, RemoteRegion, RemoteSpan};
-pub use wait::Waker;
+pub use wait::{Armed, Waker, wait_any};
 
 /// A rail may be opened in one thread and used by another.
 const _: fn() = || {

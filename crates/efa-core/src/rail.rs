@@ -12,7 +12,7 @@ use std::time::Duration;
 use libfabric_sys as sys;
 
 use crate::address::{ADDRESS_BYTES_MAX, RailAddress};
-use crate::completion::{Held, OpKind};
+use crate::completion::{OpKind, Unfinished};
 use crate::error::{CallError, CloseFailed, RailError};
 use crate::in_flight::InFlight;
 use crate::info::{Info, Provider};
@@ -21,7 +21,7 @@ use crate::peer::{PEERS_MAX, Peer, PeerId, address_text, padded_own};
 use crate::queue::{Entries, open_queue};
 use crate::region::{RegionId, Regions};
 use crate::table::Table;
-use crate::wait::{self, Waker};
+use crate::wait::{Armed, Waker, wait_any};
 
 /// Room for this many immediates takes a completion queue of some 40 MiB; more is a mistake.
 const IMMEDIATES_MAX: u64 = 1 << 20;
@@ -175,8 +175,7 @@ impl Rail {
         let address = own_address(&library, &endpoint, &on)?;
         let words = address_text(&av, &padded_own(&address));
         let name = format!("{}://{words} ({})", facts.provider, facts.domain);
-        let waker =
-            Waker::new().map_err(|errno| RailError::System { on, what: "eventfd", source: errno.into() })?;
+        let waker = Waker::new().map_err(|errno| RailError::System { on, what: "eventfd", source: errno })?;
         let live = Live {
             endpoint,
             in_flight: InFlight::new(config.writes_max, config.receives_max),
@@ -249,33 +248,41 @@ impl Rail {
     ///
     /// When the system or the provider refuses to wait.
     pub fn wait(&mut self, timeout: Duration) -> Result<bool, RailError> {
-        let live = &mut *self.live;
-        if live.queue_descriptor.is_some() {
-            let mut fid = live.cq.as_fid();
-            // SAFETY: fabric and queue are open; the provider reads one entry.
-            let code = unsafe { sys::fi_trywait(live.fabric.as_ptr(), &raw mut fid, 1) };
-            if code == -sys::FI_EAGAIN {
-                // Something is there, or the provider must make progress first.
-                return Ok(true);
-            }
-            check(&live.library, "fi_trywait", &live.name, code)?;
-        }
-        // SAFETY: the descriptor belongs to the queue, which is open as long as `live` is borrowed.
-        let queue = live.queue_descriptor.map(|descriptor| unsafe { BorrowedFd::borrow_raw(descriptor) });
-        wait::block(&live.waker, queue, timeout).map_err(|source| RailError::System {
-            on: live.name.clone(),
+        let waker = self.waker();
+        let armed = self.arm()?;
+        wait_any([armed], Some(&waker), timeout).map_err(|source| RailError::System {
+            on: self.live.name.clone(),
             what: "poll",
             source,
         })
     }
 
-    /// Closes the rail and gives back the buffers of all operations that were in flight. Whether they took place is
-    /// unknown.
+    /// What to wait for until the completion queue may have something, for [`wait_any`] over several rails.
+    ///
+    /// # Errors
+    ///
+    /// When the provider refuses to be waited for.
+    pub fn arm(&mut self) -> Result<Armed<'_>, RailError> {
+        let live = &mut *self.live;
+        let Some(descriptor) = live.queue_descriptor else { return Ok(Armed::Blind) };
+        let mut fid = live.cq.as_fid();
+        // SAFETY: fabric and queue are open; the provider reads one entry.
+        let code = unsafe { sys::fi_trywait(live.fabric.as_ptr(), &raw mut fid, 1) };
+        if code == -sys::FI_EAGAIN {
+            // Something is there, or the provider must make progress first.
+            return Ok(Armed::Ready);
+        }
+        check(&live.library, "fi_trywait", &live.name, code)?;
+        // SAFETY: the descriptor belongs to the queue, which is open as long as `self` is borrowed.
+        Ok(Armed::On(unsafe { BorrowedFd::borrow_raw(descriptor) }))
+    }
+
+    /// Closes the rail and gives back all operations that were in flight.
     ///
     /// # Errors
     ///
     /// [`CloseFailed`] when the endpoint does not close: everything that the rail holds is leaked.
-    pub fn close(self) -> Result<Vec<Held>, CloseFailed> {
+    pub fn close(self) -> Result<Vec<Unfinished>, CloseFailed> {
         let mut this = ManuallyDrop::new(self);
         // SAFETY: `this` is never dropped, so this is the only taking.
         let live = unsafe { ManuallyDrop::take(&mut this.live) };
@@ -305,7 +312,7 @@ impl fmt::Debug for Rail {
 
 impl Live {
     /// Closes the endpoint, then everything else in field order; or leaks everything.
-    fn tear_down(self) -> Result<Vec<Held>, CloseFailed> {
+    fn tear_down(self) -> Result<Vec<Unfinished>, CloseFailed> {
         let Self { endpoint, mut in_flight, cq, av, regions, domain, fabric, library: _, name, .. } = self;
         match endpoint.close() {
             Ok(()) => {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use libfabric_sys as sys;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use smallvec::SmallVec;
 
 use crate::error::RailError;
 use crate::object::{Object, call_error};
@@ -16,12 +17,17 @@ use crate::object::{Object, call_error};
 /// write, and long enough to leave the core to others.
 const BLIND_SLEEP: Duration = Duration::from_micros(50);
 
-/// Ends a wait of one rail from any thread. Clones call the same rail.
+/// Ends a wait from any thread. Clones end the same wait.
 #[derive(Debug, Clone)]
 pub struct Waker(Arc<OwnedFd>);
 
 impl Waker {
-    pub(crate) fn new() -> rustix::io::Result<Self> {
+    /// A waker of its own, for [`wait_any`].
+    ///
+    /// # Errors
+    ///
+    /// When this process has no descriptor left.
+    pub fn new() -> std::io::Result<Self> {
         Ok(Self(Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?)))
     }
 
@@ -53,27 +59,49 @@ pub(crate) fn queue_descriptor(
     Ok(descriptor)
 }
 
-/// Waits up to `timeout` for the descriptor of the queue, where there is one, or for a call. `false` when neither came.
-pub(crate) fn block(
-    waker: &Waker,
-    queue: Option<BorrowedFd<'_>>,
+/// What a rail has to be waited for, as [`crate::Rail::arm`] answers.
+#[derive(Debug)]
+pub enum Armed<'a> {
+    /// Nothing: poll it now.
+    Ready,
+    /// Until this is readable.
+    On(BorrowedFd<'a>),
+    /// It cannot say: poll it every now and then.
+    Blind,
+}
+
+/// Blocks until one of the rails may have something, somebody calls the waker, or the time is up; `false` when it is known
+/// that nothing has happened. May return early: poll, then wait again.
+///
+/// # Errors
+///
+/// When the system refuses to wait.
+pub fn wait_any<'a>(
+    rails: impl IntoIterator<Item = Armed<'a>>,
+    waker: Option<&'a Waker>,
     timeout: Duration,
 ) -> std::io::Result<bool> {
-    let timeout = if queue.is_some() { timeout } else { timeout.min(BLIND_SLEEP) };
+    let mut entries: SmallVec<[PollFd<'a>; 8]> = SmallVec::new();
+    entries.extend(waker.map(|waker| PollFd::from_borrowed_fd(waker.0.as_fd(), PollFlags::IN)));
+    let mut blind = false;
+    for rail in rails {
+        match rail {
+            Armed::Ready => return Ok(true),
+            Armed::On(queue) => entries.push(PollFd::from_borrowed_fd(queue, PollFlags::IN)),
+            Armed::Blind => blind = true,
+        }
+    }
+    let timeout = if blind { timeout.min(BLIND_SLEEP) } else { timeout };
     // Beyond what the system can express the wait is cut short, which a wait may always be.
     let timeout = Timespec::try_from(timeout).unwrap_or(Timespec { tv_sec: i64::from(i32::MAX), tv_nsec: 0 });
-    let own = PollFd::from_borrowed_fd(waker.0.as_fd(), PollFlags::IN);
-    // Without a queue the second entry repeats the first, which poll allows.
-    let other = PollFd::from_borrowed_fd(queue.unwrap_or(waker.0.as_fd()), PollFlags::IN);
-    let mut entries = [own, other];
     let polled = poll(&mut entries, Some(&timeout));
-    let [own, _] = &entries;
-    if own.revents().contains(PollFlags::IN) {
+    if let Some((waker, entry)) = waker.zip(entries.first())
+        && entry.revents().contains(PollFlags::IN)
+    {
         waker.hush();
     }
     match polled {
-        // Without a queue nobody knows.
-        Ok(ready) => Ok(ready > 0 || queue.is_none()),
+        Ok(ready) => Ok(ready > 0 || blind),
         Err(rustix::io::Errno::INTR) => Ok(true),
         Err(errno) => Err(errno.into()),
     }

@@ -17,8 +17,8 @@ use xfer_plan::{
 };
 
 use crate::protocol::{
-    DEADLINE_RANGE, ENDPOINT_BYTES_MAX, JOB_BYTES_MAX, Join, MemberManifest, Peer, Planned, PlannedPart,
-    PushId, RANKS_MAX, ToController, ToMember, World, cut,
+    DEADLINE_RANGE, ENDPOINT_BYTES_MAX, Fence, JOB_BYTES_MAX, Join, MemberManifest, Peer, Planned,
+    PlannedPart, PushId, RANKS_MAX, ToController, ToMember, World, cut,
 };
 
 /// A member is lost when nothing was heard from it for this part of the deadline, so that the stage that waits for it
@@ -145,6 +145,7 @@ enum Stage {
     Collecting,
     Preparing,
     Writing,
+    Fencing,
     Committing,
 }
 
@@ -155,6 +156,7 @@ impl Stage {
             Self::Collecting => "to begin the version",
             Self::Preparing => "to stop serving and prepare",
             Self::Writing => "to finish its writes",
+            Self::Fencing => "to close the rails that a trainer gave up on",
             Self::Committing => "to confirm the commit",
         }
     }
@@ -201,6 +203,8 @@ pub struct Controller {
     members: BTreeMap<ConnectionId, Rank>,
     digest: Digest,
     quotas: Vec<Quota>,
+    /// Rails that inference ranks have yet to close.
+    fences: BTreeSet<Fence>,
     committed: u64,
     attempts: u64,
     ticked_at: Duration,
@@ -231,6 +235,7 @@ impl Controller {
             members: BTreeMap::new(),
             digest: Digest([0; 32]),
             quotas: Vec::new(),
+            fences: BTreeSet::new(),
             committed: 0,
             attempts: 0,
             ticked_at: Duration::ZERO,
@@ -283,11 +288,16 @@ impl Controller {
         match message {
             ToController::Join(_) => self.lose(member, "it joined twice", actions),
             ToController::Ready { digest } => self.ready(member, digest, actions),
-            ToController::Begin { version } => self.begin(member, version, now, actions),
+            ToController::Begin { version, fences } => {
+                self.owe(fences);
+                self.begin(member, version, now, actions);
+            }
             ToController::Prepared { push } => self.advance(member, push, Stage::Preparing, now, actions),
-            ToController::Written { push, bytes, writes } => {
+            ToController::Written { push, bytes, writes, fences } => {
+                self.owe(fences);
                 self.written(member, push, Quota { bytes, writes }, now, actions);
             }
+            ToController::Fenced { push } => self.advance(member, push, Stage::Fencing, now, actions),
             ToController::Committed { push } => self.advance(member, push, Stage::Committing, now, actions),
             ToController::Failed { push, reason } => {
                 let reason = bounded(reason);
@@ -521,11 +531,16 @@ impl Controller {
             // An answer to an attempt that has ended meanwhile.
             _ => return,
         }
+        if let (Stage::Preparing | Stage::Fencing, Rank::Receiver(rank)) = (stage, member) {
+            // It was told all that there is: a trainer says what it owes before the stage begins.
+            self.fences.retain(|fence| fence.at != rank);
+        }
         if self.nobody_waited_for() {
             match stage {
                 Stage::Collecting | Stage::Committing => self.finish(actions),
                 Stage::Preparing => self.enter(Stage::Writing, now, actions),
-                Stage::Writing => self.commit(now, actions),
+                Stage::Writing if !self.fences.is_empty() => self.enter(Stage::Fencing, now, actions),
+                Stage::Writing | Stage::Fencing => self.commit(now, actions),
             }
         }
     }
@@ -550,10 +565,17 @@ impl Controller {
         }
     }
 
+    /// Remembers rails that have to be closed.
+    fn owe(&mut self, fences: Vec<Fence>) {
+        let known = |fence: &Fence| fence.at.0 < self.config.world.inference;
+        self.fences.extend(fences.into_iter().filter(known));
+    }
+
     fn enter(&mut self, stage: Stage, now: Duration, actions: &mut Actions) {
         let waiting: BTreeSet<Rank> = match stage {
             Stage::Collecting | Stage::Writing => self.trainers().collect(),
             Stage::Preparing | Stage::Committing => self.receivers().collect(),
+            Stage::Fencing => self.fences.iter().map(|fence| Rank::Receiver(fence.at)).collect(),
         };
         for seat in self.seats.values_mut() {
             (seat.progress, seat.progress_at) = (0, now);
@@ -563,17 +585,22 @@ impl Controller {
         };
         (push.stage, push.since, push.waiting) = (stage, now, waiting.clone());
         let (id, version) = (push.id, push.version);
-        let message = match stage {
-            Stage::Collecting => return,
-            Stage::Preparing => {
-                push.began_at = now;
-                actions.push(Action::Report(Report::Pushing { version, push: id }));
-                ToMember::Prepare { push: id, version }
-            }
-            Stage::Writing => ToMember::Write { push: id, version },
-            Stage::Committing => ToMember::Commit { push: id, version },
-        };
-        self.send_all(|member| waiting.contains(&member), message, actions);
+        if stage == Stage::Preparing {
+            push.began_at = now;
+            actions.push(Action::Report(Report::Pushing { version, push: id }));
+        }
+        for member in waiting {
+            let rails = self.fences.iter().filter(|fence| Rank::Receiver(fence.at) == member);
+            let rails = rails.map(|fence| fence.rail).collect();
+            let message = match stage {
+                Stage::Collecting => return,
+                Stage::Preparing => ToMember::Prepare { push: id, version, fence: rails },
+                Stage::Writing => ToMember::Write { push: id, version },
+                Stage::Fencing => ToMember::Fence { push: id, rails },
+                Stage::Committing => ToMember::Commit { push: id, version },
+            };
+            self.reply(member, message, actions);
+        }
     }
 
     /// The decision: every trainer has reported every byte of its part. Nothing else sets `committed`.
@@ -765,7 +792,9 @@ impl Controller {
     }
 
     fn reply(&self, member: Rank, message: ToMember, actions: &mut Actions) {
-        self.send_all(|other| other == member, message, actions);
+        if let Some(seat) = self.seats.get(&member).filter(|seat| !seat.left) {
+            actions.push(Action::Send(seat.connection, message));
+        }
     }
 
     fn send_all(&self, to: impl Fn(Rank) -> bool, message: ToMember, actions: &mut Actions) {

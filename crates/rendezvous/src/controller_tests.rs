@@ -125,8 +125,8 @@ impl Bench {
     }
 
     fn begin_to_writing(&mut self, version: u64) -> PushId {
-        self.say(T0, ToController::Begin { version });
-        self.say(T1, ToController::Begin { version });
+        self.say(T0, ToController::Begin { version, fences: Vec::new() });
+        self.say(T1, ToController::Begin { version, fences: Vec::new() });
         let push = self.push_id();
         self.say(I0, ToController::Prepared { push });
         push
@@ -140,7 +140,8 @@ impl Bench {
     }
 }
 
-const WRITTEN: fn(PushId) -> ToController = |push| ToController::Written { push, bytes: 8, writes: 1 };
+const WRITTEN: fn(PushId) -> ToController =
+    |push| ToController::Written { push, bytes: 8, writes: 1, fences: Vec::new() };
 
 #[test]
 fn a_version_is_committed_when_every_byte_is_reported_and_not_before() {
@@ -149,7 +150,7 @@ fn a_version_is_committed_when_every_byte_is_reported_and_not_before() {
     assert_eq!(bench.told(T0), [ToMember::Write { push, version: 1 }]);
     bench.say(T0, WRITTEN(push));
     assert_eq!(bench.controller.committed(), 0);
-    assert_eq!(bench.told(I0), [ToMember::Prepare { push, version: 1 }]);
+    assert_eq!(bench.told(I0), [ToMember::Prepare { push, version: 1, fence: Vec::new() }]);
     bench.say(T1, WRITTEN(push));
     assert_eq!(bench.controller.committed(), 1);
     assert_eq!(bench.told(I0).last(), Some(&ToMember::Commit { push, version: 1 }));
@@ -157,12 +158,60 @@ fn a_version_is_committed_when_every_byte_is_reported_and_not_before() {
     assert_eq!(bench.told(T1).last(), Some(&ToMember::Done { push, version: 1, unconfirmed: vec![] }));
 }
 
+/// As above, and one rail was given up.
+const FENCED: fn(PushId) -> ToController = |push| {
+    let fences = vec![Fence { at: ReceiverRank(0), rail: 3 }];
+    ToController::Written { push, bytes: 8, writes: 1, fences }
+};
+
+#[test]
+fn a_rail_that_was_given_up_is_closed_before_the_commit() {
+    let mut bench = Bench::started();
+    let push = bench.begin_to_writing(1);
+    bench.say(T0, FENCED(push));
+    bench.say(T1, FENCED(push));
+    assert_eq!(bench.controller.committed(), 0);
+    assert_eq!(bench.told(I0).last(), Some(&ToMember::Fence { push, rails: vec![3] }));
+    bench.say(I0, ToController::Fenced { push });
+    assert_eq!(bench.controller.committed(), 1);
+}
+
+#[test]
+fn a_rail_that_a_failed_attempt_gave_up_is_closed_before_the_next() {
+    let mut bench = Bench::started();
+    let push = bench.begin_to_writing(1);
+    bench.say(T0, FENCED(push));
+    bench.say(T1, ToController::Failed { push, reason: "no".into() });
+    bench.say(T0, ToController::Begin { version: 1, fences: Vec::new() });
+    // What no inference rank has is no reason to wait.
+    let fences = [(0, 1), (1, 0)].map(|(at, rail)| Fence { at: ReceiverRank(at), rail }).into();
+    bench.say(T1, ToController::Begin { version: 1, fences });
+    let push = bench.push_id();
+    assert_eq!(bench.told(I0).last(), Some(&ToMember::Prepare { push, version: 1, fence: vec![1, 3] }));
+    bench.say(I0, ToController::Prepared { push });
+    bench.say(T0, WRITTEN(push));
+    bench.say(T1, WRITTEN(push));
+    assert_eq!(bench.controller.committed(), 1);
+}
+
+#[test]
+fn an_inference_rank_that_does_not_close_a_rail_is_named() {
+    let mut bench = Bench::started();
+    let push = bench.begin_to_writing(1);
+    bench.say(T0, FENCED(push));
+    bench.say(T1, WRITTEN(push));
+    bench.pass(31, &[T0, T1, I0]);
+    assert_eq!(bench.controller.committed(), 0);
+    let reason = bench.reason(T0);
+    assert!(reason.contains("inference 0") && reason.contains("close the rails"), "{reason}");
+}
+
 #[test]
 fn fewer_bytes_than_planned_are_no_commit() {
     let mut bench = Bench::started();
     let push = bench.begin_to_writing(1);
     bench.say(T0, WRITTEN(push));
-    bench.say(T1, ToController::Written { push, bytes: 7, writes: 1 });
+    bench.say(T1, ToController::Written { push, bytes: 7, writes: 1, fences: Vec::new() });
     assert_eq!(bench.controller.committed(), 0);
     assert!(
         bench.reason(T0).contains("trainer 1") && bench.reason(T0).contains("7 bytes"),
@@ -239,7 +288,7 @@ fn who_is_missing_is_named() {
     );
 
     let mut bench = Bench::started();
-    bench.say(T0, ToController::Begin { version: 1 });
+    bench.say(T0, ToController::Begin { version: 1, fences: Vec::new() });
     bench.pass(31, &[T0, T1, I0]);
     assert!(bench.reason(T0).contains("trainer 1 to begin the version"), "{}", bench.reason(T0));
 }
@@ -292,10 +341,10 @@ fn versions_only_rise_and_agree() {
     bench.say(T0, WRITTEN(push));
     bench.say(T1, WRITTEN(push));
     bench.say(I0, ToController::Committed { push });
-    bench.say(T0, ToController::Begin { version: 5 });
+    bench.say(T0, ToController::Begin { version: 5, fences: Vec::new() });
     assert!(bench.reason(T0).contains("not newer than the committed version 5"));
-    bench.say(T0, ToController::Begin { version: 6 });
-    bench.say(T1, ToController::Begin { version: 7 });
+    bench.say(T0, ToController::Begin { version: 6, fences: Vec::new() });
+    bench.say(T1, ToController::Begin { version: 7, fences: Vec::new() });
     assert!(bench.reason(T0).contains("trainer 1 began version 7 while others began version 6"));
 }
 
@@ -371,7 +420,7 @@ enum Step {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
-        20 => (0u8..3, 0u8..9).prop_map(|(who, what)| Step::Say(who, what)),
+        20 => (0u8..3, 0u8..11).prop_map(|(who, what)| Step::Say(who, what)),
         1 => (0u8..3).prop_map(Step::Lose),
         2 => (0u8..20).prop_map(Step::Pass),
     ];
@@ -398,16 +447,18 @@ proptest! {
                     let digest = bench.controller.digest;
                     let version = committed + u64::from(what % 2);
                     let message = match what {
-                        0 | 1 => ToController::Begin { version },
+                        0 | 1 => ToController::Begin { version, fences: Vec::new() },
                         2 => ToController::Prepared { push },
                         3 => WRITTEN(push),
                         4 => ToController::Committed { push },
                         5 => ToController::Failed { push, reason: "r".repeat(10_000) },
                         6 => ToController::Join(Box::new(join(member))),
                         7 => ToController::Ready { digest },
+                        8 => FENCED(push),
+                        9 => ToController::Fenced { push },
                         _ => ToController::Leave { reason: None },
                     };
-                    if message == WRITTEN(push) {
+                    if message == WRITTEN(push) || message == FENCED(push) {
                         written.insert((member, push));
                     }
                     bench.say(member, message);
@@ -419,6 +470,7 @@ proptest! {
             if now_committed != committed {
                 prop_assert!(now_committed > committed);
                 prop_assert!(written.contains(&(T0, push)) && written.contains(&(T1, push)));
+                prop_assert!(bench.controller.fences.is_empty(), "committed with writes still on their way");
                 committed = now_committed;
             }
         }

@@ -13,7 +13,7 @@ pub use client::{Client, ClientConfig, GiveUp};
 pub use error::RendezvousError;
 pub use handshake::Secret;
 pub use protocol::{
-    ABORT_REASON_BYTES_MAX, DEADLINE_DEFAULT, DEADLINE_RANGE, ENDPOINT_BYTES_MAX, JOB_DEFAULT, Join,
+    ABORT_REASON_BYTES_MAX, DEADLINE_DEFAULT, DEADLINE_RANGE, ENDPOINT_BYTES_MAX, Fence, JOB_DEFAULT, Join,
     MemberManifest, PROTOCOL_VERSION, Peer, Planned, PlannedPart, PushId, ToController, ToMember, World,
 };
 pub use server::{Server, ServerConfig, ServerHandle};

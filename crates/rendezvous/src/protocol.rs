@@ -15,7 +15,7 @@ use xfer_plan::{
 };
 
 /// Raised whenever a message changes its meaning or its bytes. Both sides say theirs before anything else.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Bytes of a frame before the peer is authenticated: the handshake's messages are under 100 bytes.
 pub(crate) const HANDSHAKE_FRAME_BYTES_MAX: u32 = 256;
@@ -116,6 +116,16 @@ impl fmt::Display for PushId {
     }
 }
 
+/// A rail of an inference rank over which a trainer may have bytes on the way that it has given up on: before any version
+/// is committed or begun, the inference rank closes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Fence {
+    /// The inference rank.
+    pub at: ReceiverRank,
+    /// Its rail, as its endpoint numbers them.
+    pub rail: u16,
+}
+
 /// Another member, as the plan pairs it with this one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Peer {
@@ -168,6 +178,8 @@ pub enum ToController {
     Begin {
         /// The version to push.
         version: u64,
+        /// What has to be closed before, after an attempt that failed.
+        fences: Vec<Fence>,
     },
     /// An inference rank has stopped serving and marked itself torn (or turned to its shadow arena).
     Prepared {
@@ -182,6 +194,13 @@ pub enum ToController {
         bytes: u64,
         /// Writes delivered, compared with the plan.
         writes: u64,
+        /// What has to be closed before the commit.
+        fences: Vec<Fence>,
+    },
+    /// An inference rank has closed the rails that it was told to.
+    Fenced {
+        /// The attempt.
+        push: PushId,
     },
     /// An inference rank has made the version visible.
     Committed {
@@ -220,6 +239,16 @@ pub enum ToMember {
         push: PushId,
         /// Its version.
         version: u64,
+        /// Rails to close first, as [`ToMember::Fence`] says.
+        fence: Vec<u16>,
+    },
+    /// To an inference rank: close these rails, then say so. A trainer has given up on writes over them, which could
+    /// otherwise arrive when the version is served.
+    Fence {
+        /// The attempt.
+        push: PushId,
+        /// The rails, as its endpoint numbers them.
+        rails: Vec<u16>,
     },
     /// To trainers: all inference ranks are prepared, write.
     Write {
@@ -279,6 +308,7 @@ impl ToMember {
             Self::Planned(_) => "a plan",
             Self::Start => "a start",
             Self::Prepare { .. } => "a prepare",
+            Self::Fence { .. } => "a fence",
             Self::Write { .. } => "a write",
             Self::Commit { .. } => "a commit",
             Self::Done { .. } => "a done",

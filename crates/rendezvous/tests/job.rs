@@ -95,9 +95,9 @@ async fn started(server: &ServerHandle, member: Rank) -> Client {
 async fn trainer(server: &ServerHandle, rank: u32) {
     let mut client = started(server, Rank::Trainer(TrainerRank(rank))).await;
     for version in 1..=3 {
-        client.send(ToController::Begin { version }).unwrap();
+        client.send(ToController::Begin { version, fences: Vec::new() }).unwrap();
         let ToMember::Write { push, .. } = client.receive("write").await.unwrap() else { panic!("no write") };
-        client.send(ToController::Written { push, bytes: 8, writes: 1 }).unwrap();
+        client.send(ToController::Written { push, bytes: 8, writes: 1, fences: Vec::new() }).unwrap();
         let done = ToMember::Done { push, version, unconfirmed: vec![] };
         assert_eq!(client.receive("done").await.unwrap(), done);
     }

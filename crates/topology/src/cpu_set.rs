@@ -1,5 +1,6 @@
-//! Sets of logical CPUs in the kernel's list form, `0-47,96-143`.
+//! Sets of logical CPUs, in the kernel's list form `0-47,96-143` and as the masks of topology dumps.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
@@ -26,14 +27,57 @@ impl CpuSet {
 
     /// Whether `cpu` is in the set.
     pub fn contains(&self, cpu: u32) -> bool {
-        self.0.iter().any(|range| range.contains(&cpu))
+        let at = self.0.partition_point(|range| *range.end() < cpu);
+        self.0.get(at).is_some_and(|range| range.contains(&cpu))
+    }
+
+    /// The lowest CPU.
+    pub fn first(&self) -> Option<u32> {
+        self.0.first().map(|range| *range.start())
     }
 
     /// Every CPU, ascending.
     pub fn iter(&self) -> impl Iterator<Item = u32> {
         self.0.iter().cloned().flatten()
     }
+
+    /// The set of these CPUs, in any order. They come from other sets, so that they are at most [`CPU_INDEX_MAX`].
+    pub(crate) fn of(cpus: impl IntoIterator<Item = u32>) -> Self {
+        Self::of_ascending(cpus.into_iter().collect::<BTreeSet<u32>>())
+    }
+
+    fn of_ascending(cpus: impl IntoIterator<Item = u32>) -> Self {
+        let mut ranges: Vec<RangeInclusive<u32>> = Vec::new();
+        for cpu in cpus {
+            match ranges.last_mut() {
+                Some(last) if last.end() + 1 == cpu => *last = *last.start()..=cpu,
+                _ => ranges.push(cpu..=cpu),
+            }
+        }
+        Self(ranges)
+    }
+
+    /// Hexadecimal words of 32 bits between commas, the highest first: `0x0000ffff,0xffffffff` as hwloc writes it,
+    /// which leaves words of zeros empty, or `000000ff,ffff0000` as NCCL does.
+    pub(crate) fn from_mask(text: &str) -> Result<Self, NotACpuMask> {
+        const WORDS_MAX: usize = (CPU_INDEX_MAX as usize + 1) / 32;
+        let mut cpus = Vec::new();
+        for (index, word) in text.trim().rsplit(',').enumerate() {
+            let digits = word.strip_prefix("0x").unwrap_or(word);
+            if index >= WORDS_MAX || digits.len() > 8 || !digits.bytes().all(|c| c.is_ascii_hexdigit()) {
+                return Err(NotACpuMask);
+            }
+            let bits = if digits.is_empty() { 0 } else { u32::from_str_radix(digits, 16).unwrap_or(0) };
+            cpus.extend((0..32).filter(|bit| bits >> bit & 1 == 1).map(|bit| index as u32 * 32 + bit));
+        }
+        Ok(Self::of_ascending(cpus))
+    }
 }
+
+/// The text is not a mask.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not a mask such as 0x0000ffff,0xffffffff, of at most {} CPUs", CPU_INDEX_MAX + 1)]
+pub(crate) struct NotACpuMask;
 
 /// The text is not a list of ascending CPU ranges.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -89,7 +133,24 @@ impl Serialize for CpuSet {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::collections::BTreeSet;
+
+    #[test]
+    fn masks_of_both_dumps() {
+        for (text, list) in [
+            ("0x0000ffff,0xffffffff", "0-47"),
+            ("0xffffffff,0xffff0000,0x0", "48-95"),
+            ("0x1,,0x3", "0-1,64"),
+            ("000000ff,ffff0000,00ffffff", "0-23,48-71"),
+            ("0x0", ""),
+            ("", ""),
+        ] {
+            assert_eq!(CpuSet::from_mask(text), Ok(list.parse().unwrap()), "{text:?}");
+        }
+        let too_many = ",".repeat((CPU_INDEX_MAX as usize + 1) / 32);
+        for text in ["0xf...f", "0x123456789", "g", "+1", "0x0x1", &too_many] {
+            assert_eq!(CpuSet::from_mask(text), Err(NotACpuMask), "{text:?}");
+        }
+    }
 
     #[test]
     fn odd_lists_are_refused() {
@@ -109,7 +170,9 @@ mod tests {
             prop_assert_eq!(set.iter().collect::<BTreeSet<_>>(), cpus.clone());
             prop_assert_eq!(set.count(), cpus.len());
             prop_assert_eq!(set.is_empty(), cpus.is_empty());
-            prop_assert!(cpus.iter().all(|&cpu| set.contains(cpu)));
+            prop_assert_eq!(set.first(), cpus.first().copied());
+            prop_assert_eq!(CpuSet::of(cpus.iter().rev().copied()), set.clone());
+            prop_assert!((0..=CPU_INDEX_MAX).all(|cpu| set.contains(cpu) == cpus.contains(&cpu)));
             prop_assert_eq!(set.to_string().parse(), Ok(set));
         }
     }

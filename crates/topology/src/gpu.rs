@@ -7,9 +7,9 @@ use crate::pci::{PciDevice, prefixed_hex};
 use crate::tree::{Malformed, Parsed, Tree};
 
 /// NVIDIA's PCI vendor id.
-const VENDOR_NVIDIA: u32 = 0x10de;
+pub(crate) const VENDOR_NVIDIA: u32 = 0x10de;
 /// The upper byte of the class: display controllers, 3D controllers among them. NVSwitches are bridges and do not match.
-const CLASS_DISPLAY: u32 = 0x03;
+pub(crate) const CLASS_DISPLAY: u32 = 0x03;
 
 /// One NVIDIA GPU.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

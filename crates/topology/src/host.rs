@@ -8,7 +8,7 @@ use crate::numa::cpu_list;
 use crate::tree::{Malformed, Parsed, Tree, number};
 
 /// The host, and the limits of this process on it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Host {
     /// Its name.

@@ -61,6 +61,41 @@ impl Serialize for PciAddress {
     }
 }
 
+/// A PCI host bridge, by the domain and the first bus behind it, printed as sysfs names it: `pci0000:44`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HostBridge {
+    /// Domain (segment).
+    pub domain: u32,
+    /// The first bus behind it.
+    pub bus: u8,
+}
+
+impl fmt::Display for HostBridge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "pci{:04x}:{:02x}", self.domain, self.bus)
+    }
+}
+
+impl FromStr for HostBridge {
+    type Err = NotAPciAddress;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let parse = || {
+            let (domain, bus) = text.strip_prefix("pci")?.split_once(':')?;
+            let lengths_fit = (4..=8).contains(&domain.len()) && bus.len() == 2;
+            let found = Self { domain: hex(domain)?, bus: u8::try_from(hex(bus)?).ok()? };
+            lengths_fit.then_some(found)
+        };
+        parse().ok_or(NotAPciAddress)
+    }
+}
+
+impl Serialize for HostBridge {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 /// A PCI vendor or device id, printed as sysfs writes it: `0x10de`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PciId(pub u16);
@@ -83,6 +118,11 @@ impl Serialize for PciId {
 pub struct PciDevice {
     /// Its address.
     pub address: PciAddress,
+    /// The host bridge that it hangs from; `None` where the directories or the dump do not say.
+    pub host_bridge: Option<HostBridge>,
+    /// The bridges between the host bridge and it, the nearest to the host first. A PCI switch is one bridge towards
+    /// the host and one for each of its ports.
+    pub bridges: Vec<PciAddress>,
     /// The NUMA node that it is attached to; `None` where the kernel says -1, as in most virtual machines.
     pub numa_node: Option<NumaIndex>,
     /// PCI vendor, for instance 0x10de for NVIDIA.
@@ -101,14 +141,30 @@ impl PciDevice {
         let (dir, address) =
             real.ancestors().find_map(|dir| Some((dir, dir.file_name()?.to_str()?.parse().ok()?)))?;
         let driver = dir.join("driver").canonicalize().ok();
+        let (host_bridge, bridges) = above(dir);
         Some(Self {
             address,
+            host_bridge,
+            bridges,
             numa_node: tree.read(&dir.join("numa_node"), numa::index_or_none),
             vendor_id: tree.read(&dir.join("vendor"), id),
             device_id: tree.read(&dir.join("device"), id),
             driver: driver.and_then(|driver| Some(driver.file_name()?.to_str()?.to_owned())),
         })
     }
+}
+
+/// What the directories above a function's say: `pci0000:44/0000:44:00.0/0000:45:00.0/<the function>`.
+fn above(function: &Path) -> (Option<HostBridge>, Vec<PciAddress>) {
+    let names: Vec<&str> = function
+        .ancestors()
+        .skip(1)
+        .map_while(|dir| dir.file_name().and_then(|name| name.to_str()))
+        .collect();
+    let mut bridges: Vec<PciAddress> = names.iter().map_while(|name| name.parse().ok()).collect();
+    let host_bridge = names.get(bridges.len()).and_then(|name| name.parse().ok());
+    bridges.reverse();
+    (host_bridge, bridges)
 }
 
 fn hex(text: &str) -> Option<u32> {
@@ -151,11 +207,31 @@ mod tests {
         }
     }
 
+    #[test]
+    fn directories_above_a_function() {
+        let above = |path: &str| {
+            let (host_bridge, bridges) = above(Path::new(path));
+            let bridges: Vec<String> = bridges.iter().map(PciAddress::to_string).collect();
+            (host_bridge.map_or_else(String::new, |it| it.to_string()), bridges.join(" "))
+        };
+        let said = |host_bridge: &str, bridges: &str| (host_bridge.to_owned(), bridges.to_owned());
+        let switch = "/sys/devices/pci0000:44/0000:44:00.0/0000:45:00.0/0000:53:00.0";
+        assert_eq!(above(switch), said("pci0000:44", "0000:44:00.0 0000:45:00.0"));
+        assert_eq!(above("/sys/devices/pci0000:00/0000:00:03.0"), said("pci0000:00", ""));
+        // Behind Intel's VMD there is a second host bridge below a function.
+        let vmd = "/sys/devices/pci0000:64/0000:64:00.5/pci10000:00/10000:00:02.0/10000:01:00.0";
+        assert_eq!(above(vmd), said("pci10000:00", "10000:00:02.0"));
+        assert_eq!(above("/sys/devices/0000:45:00.0/0000:53:00.0"), said("", "0000:45:00.0"));
+        assert_eq!(above("0000:53:00.0"), said("", ""));
+    }
+
     proptest! {
         #[test]
         fn addresses_round_trip(domain: u32, bus: u8, device in 0..32u8, function in 0..8u8) {
             let address = PciAddress { domain, bus, device, function };
             prop_assert_eq!(address.to_string().parse(), Ok(address));
+            let host_bridge = HostBridge { domain, bus };
+            prop_assert_eq!(host_bridge.to_string().parse(), Ok(host_bridge));
         }
     }
 }

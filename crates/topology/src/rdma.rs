@@ -115,8 +115,13 @@ pub(crate) fn read(tree: &mut Tree) -> Result<Vec<RdmaDevice>, TopologyError> {
     Ok(devices)
 }
 
+/// A device of a dump, which does not tell more.
+pub(crate) fn of_dump(name: String, pci: Option<PciDevice>, ports: Vec<RdmaPort>) -> RdmaDevice {
+    RdmaDevice { kind: kind(pci.as_ref()), driver_version: None, net_devices: Vec::new(), name, pci, ports }
+}
+
 /// By driver, and by id where no driver is bound or it has another name.
-fn kind(pci: Option<&PciDevice>) -> RdmaKind {
+pub(crate) fn kind(pci: Option<&PciDevice>) -> RdmaKind {
     let Some(pci) = pci else { return RdmaKind::Other };
     let efa_id = pci.vendor_id == Some(VENDOR_AMAZON)
         && pci.device_id.is_some_and(|PciId(id)| id & DEVICE_EFA_MASK == DEVICE_EFA);

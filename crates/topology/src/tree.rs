@@ -64,7 +64,7 @@ impl Tree {
     /// The trimmed text of a file, given to `parse`. `None` when there is no such file, when it does not apply to its
     /// device, when it says "unknown", and (noted) when it is unreadable or odd.
     pub(crate) fn read<T>(&mut self, path: &Path, parse: impl FnOnce(&str) -> Parsed<T>) -> Option<T> {
-        let text = match read_text(path) {
+        let text = match read_text(path, TEXT_BYTES_MAX) {
             Ok(text) => text,
             Err(error) if says_absent(&error) => return None,
             Err(error) => {
@@ -126,11 +126,12 @@ pub(crate) fn number(text: &str) -> Parsed<u64> {
     text.parse().map(Some).map_err(|_| Malformed("a number"))
 }
 
-fn read_text(path: &Path) -> io::Result<String> {
+/// The whole file, if it has at most `bytes_max`.
+pub(crate) fn read_text(path: &Path, bytes_max: usize) -> io::Result<String> {
     let mut text = String::new();
-    File::open(path)?.take(TEXT_BYTES_MAX as u64 + 1).read_to_string(&mut text)?;
-    if text.len() > TEXT_BYTES_MAX {
-        return Err(io::Error::other(format!("longer than {TEXT_BYTES_MAX} bytes")));
+    File::open(path)?.take(bytes_max as u64 + 1).read_to_string(&mut text)?;
+    if text.len() > bytes_max {
+        return Err(io::Error::other(format!("longer than {bytes_max} bytes")));
     }
     Ok(text)
 }
@@ -147,7 +148,7 @@ fn says_absent(error: &io::Error) -> bool {
 }
 
 /// Orders digits by their value: `(text, number)` pairs, so that `mlx5_2` comes before `mlx5_10`.
-fn natural_key(name: &str) -> (Vec<(String, u128)>, String) {
+pub(crate) fn natural_key(name: &str) -> (Vec<(String, u128)>, String) {
     let mut parts = Vec::new();
     let mut rest = name;
     while !rest.is_empty() {

@@ -1,121 +1,23 @@
-//! Snapshots of made-up machines: the trees are built in a temporary folder, with the links that the kernel makes, and
-//! the crate reads them as it reads `/sys`. One line per device, kept beside the test that makes it.
+//! Snapshots of made-up machines, which the crate reads as it reads `/sys`. One line per device, kept beside the test that
+//! makes it.
+
+mod common;
 
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use common::Machine;
 use expect_test::{Expect, expect};
 use topology::{ENTRIES_MAX, PciDevice, RdmaKind, Roots, Snapshot, TopologyError};
 
-/// A tree below a temporary folder.
-struct Machine {
-    dir: tempfile::TempDir,
-}
-
-impl Machine {
-    fn empty() -> Self {
-        let machine = Self { dir: tempfile::tempdir().unwrap() };
-        fs::create_dir_all(machine.dir.path().join("sys")).unwrap();
-        fs::create_dir_all(machine.dir.path().join("proc")).unwrap();
-        machine
-    }
-
-    fn file(&self, path: &str, text: &str) {
-        let path = self.dir.path().join(path);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        // The kernel ends every attribute with a newline.
-        fs::write(path, format!("{text}\n")).unwrap();
-    }
-
-    /// A relative link, as in sysfs, so that a copied tree still holds together.
-    fn link(&self, at: &str, to: &str) {
-        let at_path = self.dir.path().join(at);
-        fs::create_dir_all(at_path.parent().unwrap()).unwrap();
-        let up: PathBuf = Path::new(at).parent().unwrap().components().map(|_| "..").collect();
-        symlink(up.join(to), at_path).unwrap();
-    }
-
-    fn host(&self, name: &str, cpus: &str, memory_kib: u64, locked: &str) {
-        self.file("proc/sys/kernel/hostname", name);
-        self.file("proc/sys/kernel/osrelease", "6.8.0-1021-aws");
-        self.file("proc/meminfo", &format!("MemTotal: {memory_kib} kB\nMemAvailable: {} kB", memory_kib / 2));
-        self.file("proc/self/status", &format!("Name:\tinfo\nCpus_allowed_list:\t{cpus}"));
-        self.file("proc/self/limits", &format!("Limit\nMax locked memory {locked} unlimited bytes"));
-        self.file("sys/devices/system/cpu/online", cpus);
-    }
-
-    fn numa(&self, index: u32, cpus: &str, memory_kib: u64) {
-        let dir = format!("sys/devices/system/node/node{index}");
-        self.file(&format!("{dir}/cpulist"), cpus);
-        self.file(&format!("{dir}/meminfo"), &format!("Node {index} MemTotal: {memory_kib} kB"));
-    }
-
-    /// A function below one bridge; gives its directory.
-    fn pci(&self, address: &str, ids: (&str, &str, &str), numa: &str, driver: Option<&str>) -> String {
-        let (class, vendor, device) = ids;
-        let dir = format!("sys/devices/pci0000:00/0000:00:01.0/{address}");
-        self.file(&format!("{dir}/class"), class);
-        self.file(&format!("{dir}/vendor"), vendor);
-        self.file(&format!("{dir}/device"), device);
-        self.file(&format!("{dir}/numa_node"), numa);
-        if let Some(driver) = driver {
-            let driver_dir = format!("sys/bus/pci/drivers/{driver}");
-            fs::create_dir_all(self.dir.path().join(&driver_dir)).unwrap();
-            self.link(&format!("{dir}/driver"), &driver_dir);
-        }
-        self.link(&format!("sys/bus/pci/devices/{address}"), &dir);
-        dir
-    }
-
-    fn gpu(&self, address: &str, numa: &str) {
-        self.pci(address, ("0x030200", "0x10de", "0x2330"), numa, Some("nvidia"));
-        let model = "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 150";
-        self.file(&format!("proc/driver/nvidia/gpus/{address}/information"), model);
-    }
-
-    fn nvidia_driver(&self, version: &str) {
-        let line =
-            format!("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {version}  Release Build");
-        self.file("proc/driver/nvidia/version", &line);
-    }
-
-    /// An RDMA device with one port on an existing function.
-    fn rdma(&self, name: &str, pci_dir: &str, state: &str, rate: &str, link_layer: &str) {
-        let dir = format!("{pci_dir}/infiniband/{name}");
-        self.file(&format!("{dir}/ports/1/state"), state);
-        self.file(&format!("{dir}/ports/1/rate"), rate);
-        self.file(&format!("{dir}/ports/1/link_layer"), link_layer);
-        self.link(&format!("{dir}/device"), pci_dir);
-        self.link(&format!("sys/class/infiniband/{name}"), &dir);
-    }
-
-    /// A network device on an existing device directory, or a virtual one.
-    fn net(&self, name: &str, device_dir: Option<&str>, operstate: &str, speed: Option<&str>, mtu: &str) {
-        let dir = format!("{}/net/{name}", device_dir.unwrap_or("sys/devices/virtual"));
-        self.file(&format!("{dir}/operstate"), operstate);
-        self.file(&format!("{dir}/mtu"), mtu);
-        if let Some(speed) = speed {
-            self.file(&format!("{dir}/speed"), speed);
-        }
-        if let Some(device_dir) = device_dir {
-            self.link(&format!("{dir}/device"), device_dir);
-        }
-        self.link(&format!("sys/class/net/{name}"), &dir);
-    }
-
-    fn read(&self) -> Result<Snapshot, TopologyError> {
-        Snapshot::read(&Roots::below(self.dir.path()))
-    }
-
-    #[track_caller]
-    fn check(&self, expected: Expect) -> Snapshot {
-        let snapshot = self.read().unwrap();
-        let root = self.dir.path().display().to_string();
-        expected.assert_eq(&summary(&snapshot).replace(&root, ""));
-        snapshot
-    }
+#[track_caller]
+fn check(machine: &Machine, expected: Expect) -> Snapshot {
+    let snapshot = machine.read().unwrap();
+    let root = machine.dir.path().display().to_string();
+    expected.assert_eq(&summary(&snapshot).replace(&root, ""));
+    snapshot
 }
 
 fn summary(snapshot: &Snapshot) -> String {
@@ -267,7 +169,9 @@ fn infiniband_host() {
         );
     }
     machine.gpu("0000:86:00.0", "0");
-    machine.check(expect![[r#"
+    check(
+        &machine,
+        expect![[r#"
         host ib kernel 6.8.0-1021-aws cpus 0-127 allowed 0-127 memory 1024000000 locked Some(Bytes(65536))
         numa 0 cpus 0-63 memory 512000000
         numa 1 cpus 64-127 memory 512000000
@@ -279,7 +183,8 @@ fn infiniband_host() {
         net ib2 down (not up) 400000 Mb/s mtu 4092 0000:1a:00.0 numa 1 0x15b3:0x1021 mlx5_core
         net ib10 up (up) 400000 Mb/s mtu 4092 0000:22:00.0 numa 1 0x15b3:0x1021 mlx5_core
         gpu 0000:86:00.0 numa 0 0x10de:0x2330 nvidia NVIDIA H100 80GB HBM3
-    "#]]);
+    "#]],
+    );
 }
 
 /// 4 NICs without a driver bound and without the RDMA class: still GPUs and network devices, and no invented RDMA.
@@ -291,12 +196,15 @@ fn p4d_like_without_efa_driver() {
     for address in ["0000:20:1d.0", "0000:10:1c.0", "0000:10:1d.0"] {
         machine.pci(address, ("0x030200", "0x10de", "0x20b0"), "0", None);
     }
-    machine.check(expect![[r#"
+    check(
+        &machine,
+        expect![[r#"
         host p4d kernel 6.8.0-1021-aws cpus 0-95 allowed 0-95 memory 1024000000 locked Some(Bytes(8388608))
         gpu 0000:10:1c.0 numa 0 0x10de:0x20b0 - -
         gpu 0000:10:1d.0 numa 0 0x10de:0x20b0 - -
         gpu 0000:20:1d.0 numa 0 0x10de:0x20b0 - -
-    "#]]);
+    "#]],
+    );
 }
 
 /// A laptop: a link that is down, a wireless device, a software RDMA device, another vendor's display.
@@ -319,14 +227,17 @@ fn laptop() {
     machine.file(&format!("{soft}/ports/1/rate"), "2.5 Gb/sec (1X SDR)");
     machine.file(&format!("{soft}/ports/1/link_layer"), "Ethernet");
     machine.link("sys/class/infiniband/rxe0", soft);
-    machine.check(expect![[r#"
+    check(
+        &machine,
+        expect![[r#"
         host laptop kernel 6.8.0-1021-aws cpus 0-7 allowed 0-7 memory 16384000000 locked Some(Bytes(8388608))
         numa 0 cpus 0-7 memory 16384000000
         rdma rxe0 Other - net ["enp43s0"] port 1 Some(Active) 2.5 Gb/s Ethernet driver -
         net enp43s0 down (not up) - Mb/s mtu 1500 0000:2b:00.0 numa - 0x8086:0x15f3 igc
         net lo unknown (up) - Mb/s mtu 65536 -
         net wlp44s0 up (up) - Mb/s mtu 1500 0000:2c:00.0 numa - 0x8086:0x2725 iwlwifi
-    "#]]);
+    "#]],
+    );
 }
 
 /// A virtual machine: numa_node is -1 everywhere, and the NIC sits one level below its PCI function.
@@ -338,20 +249,26 @@ fn virtual_machine() {
     let function = machine.pci("0000:00:03.0", ("0x020000", "0x1af4", "0x1041"), "-1", Some("virtio-pci"));
     machine.net("eth0", Some(&format!("{function}/virtio2")), "up", Some("4294967295"), "1400");
     machine.gpu("0000:00:04.0", "-1");
-    let snapshot = machine.check(expect![[r#"
+    let snapshot = check(
+        &machine,
+        expect![[r#"
         host vm kernel 6.8.0-1021-aws cpus 0-1 allowed 0-1 memory 25276510208 locked Some(Bytes(8388608))
         numa 0 cpus 0-1 memory 25276510208
         net eth0 up (up) - Mb/s mtu 1400 0000:00:03.0 numa - 0x1af4:0x1041 virtio-pci
         gpu 0000:00:04.0 numa - 0x10de:0x2330 nvidia NVIDIA H100 80GB HBM3
-    "#]]);
+    "#]],
+    );
     assert_eq!(snapshot.gpus[0].pci.numa_node, None, "-1 is unknown, not node 0");
 }
 
 #[test]
 fn empty_tree_says_nothing() {
-    let snapshot = Machine::empty().check(expect![[r#"
+    let snapshot = check(
+        &Machine::empty(),
+        expect![[r#"
         host - kernel - cpus - allowed - memory - locked None
-    "#]]);
+    "#]],
+    );
     let json = serde_json::to_value(&snapshot).unwrap();
     assert_eq!(json["host"]["memory_bytes"], serde_json::Value::Null);
 }
@@ -368,7 +285,9 @@ fn odd_files_are_noted() {
     machine.rdma("mlx5_0", &dir, "ACTIVE", "fast", "InfiniBand");
     // A link to nowhere: the device has just left.
     symlink("../../devices/gone", machine.dir.path().join("sys/class/infiniband/mlx5_1")).unwrap();
-    machine.check(expect![[r#"
+    check(
+        &machine,
+        expect![[r#"
         host - kernel - cpus - allowed - memory - locked None
         rdma mlx5_0 Mellanox 0000:18:00.0 numa - -:0x1021 mlx5_core net [] port 1 None - Gb/s InfiniBand driver -
         unread /sys/devices/system/cpu/online: expected a list of CPUs such as 0-47,96-143, found "all of them"
@@ -380,7 +299,8 @@ fn odd_files_are_noted() {
         unread /sys/class/infiniband/mlx5_0/ports/1/rate: expected a rate such as "100 Gb/sec (4X EDR)", found "fast"
         unread /sys/bus/pci/devices/0000:18:00.0/vendor: expected a hexadecimal id such as 0x10de, found "Mellanox"
         unread /proc/driver/nvidia/version: expected a line "NVRM version: ... 580.65.06 ...", found "?"
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]

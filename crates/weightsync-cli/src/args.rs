@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use weightsync::{Fabric, PlanOptions, Secret, SessionConfig, World};
 
 use crate::commands::plan::args::PlanCommand;
+use crate::commands::topo::TopoArgs;
 
 /// The secret's environment variable; a command line is visible to every user of the host.
 pub(crate) const SECRET_VARIABLE: &str = "WEIGHTSYNC_SECRET";
@@ -51,6 +52,8 @@ pub(crate) enum Command {
     Info(InfoArgs),
     /// Make the plan of a transfer and show what it means, without any of its machines; or compare two plans
     Plan(Box<PlanCommand>),
+    /// Draw this host, or another from a dump: NUMA nodes, PCI switches, GPUs with their NICs, and cores for their threads
+    Topo(TopoArgs),
     /// Compute what the ranks of a training job send each other in an epoch, and what a push adds to it
     ///
     /// Each scheme stands alone, on the ranks of its own group, and then all three groups together. It is arithmetic
@@ -80,12 +83,30 @@ pub(crate) struct DemoArgs {
     pub(crate) staging: StagingArgs,
     #[command(flatten)]
     pub(crate) plan: PlanArgs,
+    #[command(flatten)]
+    pub(crate) launch: LaunchArgs,
     /// Write a timeline of all ranks, for Perfetto (ui.perfetto.dev) or chrome://tracing
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
     /// Print one JSON object instead of the table
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Where the demo's ranks run.
+#[derive(Args, Clone)]
+pub(crate) struct LaunchArgs {
+    /// Words to put before each trainer's command, separated by spaces: 'ip netns exec NAME', 'numactl --cpunodebind=0',
+    /// 'ssh HOST'. They must pass on standard input and the environment (WEIGHTSYNC_SECRET), and this program and the
+    /// checkpoint must have the same absolute paths there
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "WORDS")]
+    pub(crate) launch_trainers: String,
+    /// The same for each inference rank
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "WORDS")]
+    pub(crate) launch_inference: String,
+    /// Where the demo's controller listens, HOST:PORT: an address at which every rank reaches it; port 0 takes a free one
+    #[arg(long, default_value = "127.0.0.1:0", value_name = "ADDR")]
+    pub(crate) listen: String,
 }
 
 /// How bytes travel, and how long to wait for them.
@@ -97,10 +118,11 @@ pub(crate) struct RailArgs {
     /// The longest that any rank waits without progress, in seconds
     #[arg(long, default_value = "30", value_name = "SECONDS", value_parser = seconds)]
     pub(crate) deadline: Duration,
-    /// The NIC of each rank's rail, as `weightsync info` lists libfabric's domains [default: the first]
-    #[arg(long, value_name = "NAME")]
-    pub(crate) nic: Option<String>,
-    /// Bandwidth of a rank's NICs in Gb/s, for the lower bound [default: the NIC's line rate; over loopback what one
+    /// The NICs of this rank, a rail each, as `weightsync info` lists libfabric's domains; `demo` deals them to the ranks of
+    /// each side, one after another [default: the first]
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    pub(crate) nic: Vec<String>,
+    /// Bandwidth of each NIC in Gb/s, for the lower bound [default: the NIC's line rate; over loopback what one
     /// thread copies]
     #[arg(long, value_name = "GBPS", value_parser = positive)]
     pub(crate) nic_gbps: Option<f64>,
@@ -340,7 +362,7 @@ impl RailArgs {
     pub(crate) fn apply(&self, config: &mut SessionConfig) {
         config.fabric = self.fabric;
         config.deadline = self.deadline;
-        config.nic.clone_from(&self.nic);
+        config.nics.clone_from(&self.nic);
         config.rail_bytes_per_second = self.nic_gbps.map(|gbps| ((gbps * 1e9 / 8.0) as u64).max(1));
     }
 }

@@ -1,7 +1,8 @@
 //! The demo's rank processes: started from this very program, read line by line, and never left behind.
 //!
 //! A child ends when its standard input closes, so it goes with its parent however that one dies; a child that does not
-//! end by itself is killed.
+//! end by itself is killed. Where a launcher stands between the two (`ip netns exec`, `ssh`), it is the launcher that is
+//! killed, and the child then ends with its standard input.
 
 use std::ffi::OsString;
 use std::process::{ExitStatus, Stdio};
@@ -42,10 +43,19 @@ impl Children {
         Self { news, sender, alive: Vec::new(), secret }
     }
 
-    /// Starts this program with `args` and `--json`; the child's number.
-    pub(crate) fn start(&mut self, args: Vec<OsString>) -> anyhow::Result<usize> {
+    /// Starts this program with `args` and `--json`, behind the words of a launcher if it has any; the child's number.
+    pub(crate) fn start(&mut self, launcher: &str, args: Vec<OsString>) -> anyhow::Result<usize> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
-        let mut child = Command::new(program)
+        let mut words = launcher.split_whitespace();
+        let mut command = match words.next() {
+            Some(first) => {
+                let mut command = Command::new(first);
+                command.args(words).arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
+        let mut child = command
             .args(args)
             .args(["--json", "--until-stdin-closes"])
             .env(SECRET_VARIABLE, &self.secret)
@@ -54,7 +64,10 @@ impl Children {
             .stderr(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
-            .context("cannot start a rank process")?;
+            .with_context(|| match launcher {
+                "" => "cannot start a rank process".to_owned(),
+                _ => format!("cannot start a rank process with `{launcher}`"),
+            })?;
         let number = self.alive.len();
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let (Some(stdin), Some(stdout), Some(stderr)) = (stdin, stdout, stderr) else {

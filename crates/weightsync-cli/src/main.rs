@@ -61,6 +61,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Serve(args) => commands::serve::run(args).await,
         Command::Info(args) => commands::info::run(&args),
         Command::Plan(args) => commands::plan::run(&args),
+        Command::Topo(args) => commands::topo::run(&args),
         Command::Traffic(args) => commands::traffic::run(&args),
     }
 }

@@ -217,7 +217,7 @@ fn a_stopped_rank_of_a_demo_is_named_and_killed(fabric: &'static str) {
 #[derive(Serialize)]
 struct Endpoint {
     host: String,
-    rail: Option<RailEndpoint>,
+    rails: Vec<RailEndpoint>,
     local: Option<LocalEndpoint>,
 }
 
@@ -251,7 +251,7 @@ fn host() -> String {
 
 /// An endpoint over `EXPOSED_BYTES` that says `region_bytes`, and what keeps it open.
 fn short_endpoint(fabric: &str, region_bytes: u64) -> (Endpoint, Box<dyn Any + Send>) {
-    let mut endpoint = Endpoint { host: host(), rail: None, local: None };
+    let mut endpoint = Endpoint { host: host(), rails: Vec::new(), local: None };
     if fabric == "local" {
         let (memory, file) = SharedFile::create(EXPOSED_BYTES).unwrap();
         let doorman = Doorman::open(vec![file]).unwrap();
@@ -271,8 +271,8 @@ fn short_endpoint(fabric: &str, region_bytes: u64) -> (Endpoint, Box<dyn Any + S
     let region = RemoteRegion { len: region_bytes, ..expose(EXPOSED_BYTES) };
     let scratch = Some(expose(64));
     let (provider, address) = (provider.to_string(), rail.address().clone());
-    endpoint.rail = Some(RailEndpoint { provider, address, regions: vec![region], scratch });
-    (endpoint, Box::new(OfiTarget::start(rail).unwrap()))
+    endpoint.rails.push(RailEndpoint { provider, address, regions: vec![region], scratch });
+    (endpoint, Box::new(OfiTarget::start(vec![rail], Vec::new()).unwrap()))
 }
 
 /// Takes part as inference rank 0, like an honest one, until the controller ends it; what it was told last.

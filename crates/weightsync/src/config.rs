@@ -29,12 +29,17 @@ pub struct SessionConfig {
     pub deadline: Duration,
     /// A trainer's staging memory in bytes.
     pub watermark_bytes: u64,
-    /// The address that this rank's rail binds to; `None` takes the one that reaches the controller.
+    /// The address that this rank's rail binds to; `None` takes those of the NICs that were named, else the one that reaches
+    /// the controller.
     pub bind: Option<IpAddr>,
-    /// The NIC of this rank's rail, as libfabric names its domain (`rdmap79s0-rdm`, `mlx5_0`, `eth0`); `None` takes the
-    /// first that libfabric offers. Ranks of one host that should use different NICs name them.
-    pub nic: Option<String>,
-    /// The rail's bandwidth for the lower bound; `None` takes the NIC's line rate, or over loopback and shared memory
+    /// The NICs of this rank, a rail each, as libfabric names their domains (`rdmap79s0-rdm`, `mlx5_0`, `eth0`); empty
+    /// takes the first that libfabric offers. Ranks of one host that should use different NICs name them. Rail `i` of a
+    /// trainer writes to rail `i` of an inference rank, modulo how many that has.
+    pub nics: Vec<String>,
+    /// The CPUs that the thread of the rails runs on, by the system's numbers: best of the NICs' NUMA node. Empty takes
+    /// all that the process may use.
+    pub cpus: Vec<usize>,
+    /// Each rail's bandwidth for the lower bound; `None` takes the NIC's line rate, or over loopback and shared memory
     /// what one thread copies here.
     pub rail_bytes_per_second: Option<u64>,
 }
@@ -52,7 +57,8 @@ impl SessionConfig {
             deadline: DEADLINE_DEFAULT,
             watermark_bytes: WATERMARK_BYTES_DEFAULT,
             bind: None,
-            nic: None,
+            nics: Vec::new(),
+            cpus: Vec::new(),
             rail_bytes_per_second: None,
         }
     }

@@ -7,18 +7,21 @@ use efa_core::{RailAddress, RemoteRegion};
 use serde::{Deserialize, Serialize};
 use xfer_exec::local::{DoormanAddress, KEY_BYTES};
 
-use crate::fabric::FabricError;
+use crate::fabric::{FabricError, OpenRail};
 
 /// Regions of one rank. A rank of ours has one; 4096 leave room for arenas per allocator segment.
 const REGIONS_MAX: usize = 4096;
+
+/// Rails of one rank: a p5 host has 32 NICs, and one rank may take them all.
+pub(crate) const RAILS_MAX: usize = 64;
 
 /// See the module.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Endpoint {
     /// [`crate::fabric::host_identity`].
     pub(crate) host: String,
-    /// Its libfabric rail.
-    pub(crate) rail: Option<RailEndpoint>,
+    /// Its libfabric rails.
+    pub(crate) rails: Vec<RailEndpoint>,
     /// Its shared memory.
     pub(crate) local: Option<LocalEndpoint>,
 }
@@ -43,6 +46,18 @@ pub(crate) struct LocalEndpoint {
     pub(crate) region_bytes: Vec<u64>,
 }
 
+impl RailEndpoint {
+    /// Of a rank that exposes nothing.
+    pub(crate) fn of_trainer(opened: &OpenRail) -> Self {
+        Self {
+            provider: opened.provider.to_string(),
+            address: opened.rail.address().clone(),
+            regions: Vec::new(),
+            scratch: None,
+        }
+    }
+}
+
 impl LocalEndpoint {
     pub(crate) fn new(address: &DoormanAddress, region_bytes: Vec<u64>) -> Self {
         Self { name: address.name.clone(), key: address.key, region_bytes }
@@ -63,7 +78,10 @@ impl Endpoint {
     pub(crate) fn decode(peer: &str, bytes: &[u8]) -> Result<Self, FabricError> {
         let malformed = |reason: String| FabricError::Endpoint { peer: peer.to_owned(), reason };
         let endpoint: Self = postcard::from_bytes(bytes).map_err(|error| malformed(error.to_string()))?;
-        let regions = endpoint.rail.as_ref().map_or(0, |rail| rail.regions.len());
+        if endpoint.rails.len() > RAILS_MAX {
+            return Err(malformed(format!("{} rails, more than {RAILS_MAX}", endpoint.rails.len())));
+        }
+        let regions = endpoint.rails.iter().map(|rail| rail.regions.len()).max().unwrap_or(0);
         let files = endpoint.local.as_ref().map_or(0, |local| local.region_bytes.len());
         if regions.max(files) > REGIONS_MAX {
             return Err(malformed(format!("{} regions, more than {REGIONS_MAX}", regions.max(files))));
@@ -73,7 +91,7 @@ impl Endpoint {
 
     /// What it offers, for a message.
     pub(crate) fn offers(&self) -> String {
-        let rail = self.rail.as_ref().map(|rail| rail.provider.clone());
+        let rail = self.rails.first().map(|rail| rail.provider.clone());
         let local = self.local.as_ref().map(|_| "shared memory".to_owned());
         let offers: Vec<String> = rail.into_iter().chain(local).collect();
         if offers.is_empty() { "nothing".into() } else { offers.join(" and ") }

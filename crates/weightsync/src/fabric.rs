@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 
 use efa_core::{Hints, Info, InfoError, Library, Provider, Rail, RailConfig};
 use topology::{Roots, Snapshot};
+use xfer_plan::RailDecl;
 
 use crate::config::SessionConfig;
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Endpoint, RAILS_MAX};
 
 /// How to reach peers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -100,6 +101,12 @@ pub enum FabricError {
         /// The library that was opened, or why none was.
         library: String,
     },
+    /// More rails than a rank may have.
+    #[error("{nics} NICs for one rank, more than {RAILS_MAX}; give each rank its own")]
+    TooManyNics {
+        /// How many.
+        nics: usize,
+    },
     /// A rail did not open or connect.
     #[error("{0}")]
     Rail(String),
@@ -139,18 +146,22 @@ pub enum FabricError {
     },
 }
 
-/// The libfabric rail of a rank, and its bandwidth where the NIC tells it.
+/// A libfabric rail of a rank, and its bandwidth where the NIC tells it.
 pub(crate) struct OpenRail {
     pub(crate) rail: Rail,
     pub(crate) provider: Provider,
     pub(crate) link_bytes_per_second: Option<u64>,
 }
 
-/// Opens this rank's rail, on the NIC that was named or the first. `None` where the fabric can do without one: `local`, and `auto` without a libfabric.
-pub(crate) fn open(config: &SessionConfig, source: IpAddr) -> Result<Option<OpenRail>, FabricError> {
+/// Opens this rank's rails, on the NICs that were named or the first. None where the fabric can do without: `local`, and
+/// `auto` without a libfabric.
+pub(crate) fn open(config: &SessionConfig, source: IpAddr) -> Result<Vec<OpenRail>, FabricError> {
     let fabric = config.fabric;
+    if config.nics.len() > RAILS_MAX {
+        return Err(FabricError::TooManyNics { nics: config.nics.len() });
+    }
     let providers: &[fn(&Library) -> Provider] = match fabric {
-        Fabric::Local => return Ok(None),
+        Fabric::Local => return Ok(Vec::new()),
         Fabric::Auto => &[|_| Provider::Efa, |_| Provider::Verbs, Library::tcp_provider],
         Fabric::Tcp => &[Library::tcp_provider],
         Fabric::Shm => &[|_| Provider::Shm],
@@ -162,7 +173,7 @@ pub(crate) fn open(config: &SessionConfig, source: IpAddr) -> Result<Option<Open
         Err(error) if fabric == Fabric::Auto => {
             refuse_idle_nics("no libfabric")?;
             tracing::info!(%error, "no libfabric: only peers on this host can be reached");
-            return Ok(None);
+            return Ok(Vec::new());
         }
         Err(error) => {
             return Err(FabricError::NoLibrary { fabric, source: Box::new(error) });
@@ -174,24 +185,52 @@ pub(crate) fn open(config: &SessionConfig, source: IpAddr) -> Result<Option<Open
         if fabric == Fabric::Auto && !matches!(provider, Provider::Efa | Provider::Verbs) {
             refuse_idle_nics(&format!("libfabric {} at {}", library.version(), library.path().display()))?;
         }
-        let mut hints = Hints::new(provider);
-        if matches!(provider, Provider::Tcp | Provider::TcpRxm) {
-            hints = hints.source(source);
-        }
-        if let Some(nic) = &config.nic {
-            hints = hints.domain(nic.clone());
-        }
-        match library.infos(&hints) {
-            Ok(infos) => match infos.first() {
-                Some(info) => return open_rail(info).map(Some),
-                None => continue,
-            },
+        match find(&library, provider, config, source) {
+            Ok(infos) => return infos.iter().map(open_rail).collect(),
             Err(error) => missing = Some(error),
         }
     }
     match missing {
         Some(source) => Err(FabricError::NoProvider { fabric, source }),
         None => Err(FabricError::Rail(format!("libfabric has no {fabric} rail here"))),
+    }
+}
+
+/// What a provider has for each of the NICs that were named, in their order; or the first that it has.
+fn find(
+    library: &Library,
+    provider: Provider,
+    config: &SessionConfig,
+    source: IpAddr,
+) -> Result<Vec<Info>, InfoError> {
+    let has_ip = matches!(provider, Provider::Tcp | Provider::TcpRxm);
+    let first = |hints: &Hints| library.infos(hints).map(|infos| infos.into_iter().next());
+    if config.nics.is_empty() {
+        let hints = Hints::new(provider);
+        let hints = if has_ip { hints.source(config.bind.unwrap_or(source)) } else { hints };
+        return Ok(first(&hints)?.into_iter().collect());
+    }
+    let mut infos = Vec::with_capacity(config.nics.len());
+    for nic in &config.nics {
+        let hints = Hints::new(provider).domain(nic.clone());
+        let hints = match config.bind.filter(|_| has_ip) {
+            Some(address) => hints.source(address),
+            None => hints,
+        };
+        infos.extend(first(&hints)?);
+    }
+    Ok(infos)
+}
+
+/// The rails of a manifest: their bandwidth as given, the NIC's, or a memory copy's.
+pub(crate) fn declare(config: &SessionConfig, opened: &[OpenRail]) -> Vec<RailDecl> {
+    let declare = |link: Option<u64>| {
+        let bytes_per_second = config.rail_bytes_per_second.or(link).unwrap_or_else(copy_bytes_per_second);
+        RailDecl { bytes_per_second }
+    };
+    match opened {
+        [] => vec![declare(None)],
+        opened => opened.iter().map(|opened| declare(opened.link_bytes_per_second)).collect(),
     }
 }
 

@@ -11,16 +11,15 @@ use efa_core::{LeaseMut, Target};
 use rendezvous::{Client, Join, MemberManifest, PlannedPart, PushId, ToController, ToMember};
 use xfer_exec::local::{Doorman, LocalError, SharedFile};
 use xfer_exec::ofi::OfiTarget;
-use xfer_plan::{
-    DType, DestinationParam, ParamMap, RailDecl, Rank, ReceiverManifest, ReceiverRank, RegionIndex,
-};
+use xfer_plan::{DType, DestinationParam, ParamMap, Rank, ReceiverManifest, ReceiverRank, RegionIndex};
 
 use crate::config::SessionConfig;
+use crate::connect::decode_peers;
 use crate::endpoint::{Endpoint, LocalEndpoint, RailEndpoint};
 use crate::error::Error;
 use crate::fabric::{self, FabricError};
 use crate::report::{Stopwatch, VersionReport, gb_per_second};
-use crate::trainer::{decode_peers, rail_bytes_per_second, unexpected};
+use crate::trainer::unexpected;
 
 /// Bytes that anybody may overwrite, for warm-ups.
 const SCRATCH_BYTES: usize = 4096;
@@ -113,19 +112,23 @@ impl Inference {
             |error: LocalError| FabricError::Local { peer: rank.to_string(), reason: error.to_string() };
         let doorman = file.map(|file| Doorman::open(vec![file])).transpose().map_err(local_error)?;
         let host = fabric::host_identity();
-        let bytes_per_second = rail_bytes_per_second(&config, opened.as_ref());
-        let rail = opened.as_mut().map(|opened| expose(opened, &arena)).transpose()?;
+        let declared = fabric::declare(&config, &opened);
+        let rails = opened.iter_mut().map(|opened| expose(opened, &arena)).collect::<Result<_, _>>()?;
         let endpoint = Endpoint {
             host: host.clone(),
-            rail,
+            rails,
             local: doorman.as_ref().map(|doorman| LocalEndpoint::new(doorman.address(), vec![bytes])),
         };
-        let target = opened.map(|opened| OfiTarget::start(opened.rail)).transpose()?;
+        let rails: Vec<_> = opened.into_iter().map(|opened| opened.rail).collect();
+        let target = match rails.is_empty() {
+            true => None,
+            false => Some(OfiTarget::start(rails, config.cpus.clone())?),
+        };
 
         let manifest = ReceiverManifest {
             host: host.clone(),
             regions: vec![bytes],
-            rails: vec![RailDecl { bytes_per_second }],
+            rails: declared,
             params: params.clone(),
         };
         client.send(ToController::Join(Box::new(Join {
@@ -270,13 +273,18 @@ impl InferenceSession {
             };
             let message = message.inspect_err(|_| self.receive_bytes(false))?;
             match message {
-                ToMember::Prepare { push, version } => {
+                ToMember::Prepare { push, version, fence } => {
+                    self.close_rails(push, &fence)?;
                     self.receive_bytes(true);
                     // From here on a byte may change at any time.
                     self.served = Served::Torn(version);
                     let stage = Stopwatch::start("write");
                     self.push = Some(Push { id: push, version, whole: std::time::Instant::now(), stage });
                     self.client.send(ToController::Prepared { push })?;
+                }
+                ToMember::Fence { push, rails } => {
+                    self.close_rails(push, &rails)?;
+                    self.client.send(ToController::Fenced { push })?;
                 }
                 ToMember::Commit { push, version: committed } => {
                     let Some(ended) = self.push.take_if(|current| current.id == push) else {
@@ -303,6 +311,19 @@ impl InferenceSession {
                 other => return Err(unexpected("a version", &other)),
             }
         }
+    }
+
+    /// Closes rails over which bytes may still come that nobody waits for.
+    fn close_rails(&self, push: PushId, rails: &[u16]) -> Result<(), Error> {
+        let Some(target) = &self.target else { return Ok(()) };
+        for rail in rails {
+            if let Err(reason) = target.close_rail(usize::from(*rail)) {
+                let reason = format!("rail {rail}, which a trainer gave up on: {reason}");
+                self.client.send(ToController::Failed { push, reason: reason.clone() })?;
+                return Err(FabricError::Rail(reason).into());
+            }
+        }
+        Ok(())
     }
 
     /// Between the beginning of a push and its end the rail's thread has something to do.

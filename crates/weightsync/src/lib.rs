@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod connect;
 mod endpoint;
 mod error;
 mod fabric;
@@ -19,7 +20,7 @@ pub use rendezvous::{
     DEADLINE_DEFAULT, DEADLINE_RANGE, JOB_DEFAULT, PROTOCOL_VERSION, RendezvousError, Secret,
     Server as Controller, ServerConfig, ServerHandle, World,
 };
-pub use report::{PushReport, Span, VersionReport};
+pub use report::{PushReport, RailReport, Span, VersionReport};
 pub use trainer::{TensorId, TensorSpec, Trainer, TrainerSession};
 pub use xfer_plan::{DType, DeviceMesh, ParamMap, Placement, PlanOptions, Rank, TensorBox, shard_box};
 

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
+use xfer_exec::RailUse;
 
 /// What happened between two moments, for a timeline.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -69,8 +70,30 @@ pub struct PushReport {
     pub bound_seconds: f64,
     /// `bound_seconds` over `write_seconds`: 1 is as fast as the NICs allow.
     pub bound_fraction: f64,
+    /// What each rail did, those that were given up included.
+    pub rails: Vec<RailReport>,
     /// The stages, one after another.
     pub stages: Vec<Span>,
+}
+
+/// A rail's share of a push.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RailReport {
+    /// The rail in words: fabric, address, device.
+    pub name: String,
+    /// Bytes that it delivered.
+    pub bytes: u64,
+    /// WRITEs that carried them.
+    pub writes: u64,
+    /// Why it was given up, in this push or an earlier one. Other rails carry what was meant for it.
+    pub closed: Option<String>,
+}
+
+impl RailReport {
+    pub(crate) fn new(name: &str, used: RailUse) -> Self {
+        let RailUse { bytes, writes, closed } = used;
+        Self { name: name.to_owned(), bytes, writes, closed }
+    }
 }
 
 /// A committed version, as one inference rank saw it.

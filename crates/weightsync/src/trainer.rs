@@ -3,29 +3,24 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::{Duration, Instant};
 
 use efa_core::{Lease, LeaseMut, MemoryRef};
 use rendezvous::{
-    Client, GiveUp, Join, MemberManifest, Peer, Planned, PlannedPart, PushId, RendezvousError, ToController,
-    ToMember,
+    Client, Fence, GiveUp, Join, MemberManifest, PushId, RendezvousError, ToController, ToMember,
 };
 use tokio::sync::oneshot;
-use xfer_exec::driver::{HostRail, Outcome, Sender, SenderConfig};
-use xfer_exec::local::{Attached, LocalRail, fetch};
-use xfer_exec::ofi::{OfiPeer, OfiRail};
-use xfer_exec::program::Route;
-use xfer_exec::{Failure, Program, RailIndex};
+use xfer_exec::driver::{Outcome, Sender};
+use xfer_exec::{Failure, RailUse};
 use xfer_plan::{
-    DType, OpKind, RailDecl, Rank, ReceiverRank, RegionIndex, SourcePiece, TensorBox, TrainerManifest,
-    TrainerRank,
+    DType, Rank, ReceiverRank, RegionIndex, SourcePiece, TensorBox, TrainerManifest, TrainerRank,
 };
 
 use crate::config::SessionConfig;
+use crate::connect::{Connected, ConnectedRail, Connecting};
 use crate::endpoint::{Endpoint, RailEndpoint};
 use crate::error::Error;
-use crate::fabric::{self, FabricError, OpenRail};
-use crate::report::{PushReport, Stopwatch, gb_per_second};
+use crate::fabric;
+use crate::report::{PushReport, RailReport, Stopwatch, gb_per_second};
 
 /// A tensor, or a rank's box of it, as it is declared.
 #[derive(Debug, Clone, PartialEq)]
@@ -172,17 +167,12 @@ impl Trainer {
         let manifest = TrainerManifest {
             host: fabric::host_identity(),
             regions: regions.iter().map(|region| region.len() as u64).collect(),
-            rails: vec![RailDecl { bytes_per_second: rail_bytes_per_second(&config, opened.as_ref()) }],
+            rails: fabric::declare(&config, &opened),
             pieces,
         };
         let endpoint = Endpoint {
             host: manifest.host.clone(),
-            rail: opened.as_ref().map(|opened| RailEndpoint {
-                provider: opened.provider.to_string(),
-                address: opened.rail.address().clone(),
-                regions: Vec::new(),
-                scratch: None,
-            }),
+            rails: opened.iter().map(RailEndpoint::of_trainer).collect(),
             local: None,
         };
         client.send(ToController::Join(Box::new(Join {
@@ -204,13 +194,14 @@ impl Trainer {
         let connecting =
             Connecting { config: config.clone(), endpoint, opened, memories, region_bytes, progress };
         let connected = tokio::task::spawn_blocking(move || connecting.connect(rank, planned)).await;
-        let (sender, routes) = match connected.map_err(|error| std::io::Error::other(error.to_string()))? {
-            Ok(connected) => connected,
-            Err(error) => {
-                client.leave(Some(error.to_string())).await;
-                return Err(error);
-            }
-        };
+        let Connected { sender, rails, routes } =
+            match connected.map_err(|error| std::io::Error::other(error.to_string()))? {
+                Ok(connected) => connected,
+                Err(error) => {
+                    client.leave(Some(error.to_string())).await;
+                    return Err(error);
+                }
+            };
         client.send(ToController::Ready { digest })?;
         match client.receive("every rank to connect").await? {
             ToMember::Start => {}
@@ -221,6 +212,8 @@ impl Trainer {
             sender,
             weights: Weights::Here(regions),
             tensors,
+            rails,
+            fences: Vec::new(),
             routes,
             bound_seconds,
             pushing: false,
@@ -228,162 +221,8 @@ impl Trainer {
     }
 }
 
-/// The bandwidth that goes into the lower bound: as given, the NIC's, or a memory copy's.
-pub(crate) fn rail_bytes_per_second(config: &SessionConfig, opened: Option<&OpenRail>) -> u64 {
-    let link = opened.and_then(|opened| opened.link_bytes_per_second);
-    config.rail_bytes_per_second.or(link).unwrap_or_else(fabric::copy_bytes_per_second)
-}
-
-/// What the plan's peers say of themselves.
-pub(crate) fn decode_peers(peers: &[Peer]) -> Result<Vec<Endpoint>, FabricError> {
-    peers.iter().map(|Peer { member, endpoint }| Endpoint::decode(&member.to_string(), endpoint)).collect()
-}
-
 pub(crate) fn unexpected(expected: &'static str, found: &ToMember) -> Error {
     Error::Rendezvous(RendezvousError::Unexpected { expected, found: found.name().into() })
-}
-
-/// Everything that is needed to get from a plan to rails.
-struct Connecting {
-    config: SessionConfig,
-    endpoint: Endpoint,
-    opened: Option<OpenRail>,
-    memories: Vec<MemoryRef>,
-    region_bytes: Vec<u64>,
-    progress: Arc<AtomicU64>,
-}
-
-impl Connecting {
-    /// Blocks while it attaches, connects and warms up.
-    fn connect(
-        self,
-        rank: TrainerRank,
-        planned: Planned,
-    ) -> Result<(Sender, BTreeMap<ReceiverRank, String>), Error> {
-        let PlannedPart::Trainer { plan, names } = planned.part else {
-            return Err(Error::Rendezvous(RendezvousError::Unexpected {
-                expected: "a trainer's part of the plan",
-                found: "an inference rank's".into(),
-            }));
-        };
-        let until = Instant::now() + self.config.deadline;
-        let mut by_fabric = BTreeMap::new();
-        let mut by_memory = BTreeMap::new();
-        let peers = decode_peers(&planned.peers)?;
-        let busy_poll = fabric::a_core_each(&self.endpoint.host, &peers);
-        for (member, peer) in planned.peers.iter().map(|peer| peer.member).zip(peers) {
-            let Rank::Receiver(to) = member else { continue };
-            match self.choose(to, peer, until)? {
-                Way::Local(attached, bytes) => drop(by_memory.insert(to, (attached, bytes))),
-                Way::Fabric(peer) => drop(by_fabric.insert(to, peer)),
-            }
-        }
-        let mut rails: Vec<HostRail> = Vec::new();
-        let mut routes = BTreeMap::new();
-        let mut described = BTreeMap::new();
-        // A staging slot holds the longest gather, and all slots together the watermark; without gathers there is none.
-        let gathers = plan.ops.iter().filter(|op| op.kind() == OpKind::Gather);
-        let slot_bytes = gathers.map(|op| op.bytes()).max().unwrap_or(0);
-        let watermark_bytes = self.config.watermark_bytes;
-        if slot_bytes > watermark_bytes && !by_fabric.is_empty() {
-            let reason = format!(
-                "the plan gathers {slot_bytes} bytes at once, more than the watermark of {watermark_bytes}; raise it or shorten \
-                 the chunks"
-            );
-            return Err(Error::Memory { what: "staging", reason });
-        }
-        let staging_bytes = if slot_bytes == 0 || by_fabric.is_empty() { 0 } else { watermark_bytes };
-        let staging_bytes = usize::try_from(staging_bytes).unwrap_or(usize::MAX);
-        let staging = LeaseMut::zeroed(staging_bytes)
-            .map_err(|error| Error::Memory { what: "staging", reason: error.to_string() })?;
-        if !by_memory.is_empty() {
-            let rail = RailIndex(rails.len() as u16);
-            let mut peers = BTreeMap::new();
-            for (to, (attached, region_bytes)) in by_memory {
-                routes.insert(to, Route { rail, region_bytes });
-                peers.insert(to, attached);
-            }
-            let local = LocalRail::new(peers);
-            described.extend(routes.keys().map(|to| (*to, xfer_exec::Rail::name(&local))));
-            rails.push(Box::new(local));
-        }
-        if let Some(opened) = self.opened.filter(|_| !by_fabric.is_empty()) {
-            let rail = RailIndex(rails.len() as u16);
-            for (to, peer) in &by_fabric {
-                let region_bytes = peer.regions.iter().map(|region| region.len).collect();
-                routes.insert(*to, Route { rail, region_bytes });
-                described.insert(*to, opened.rail.name().to_owned());
-            }
-            let mut memories = self.memories;
-            memories.push(staging.memory().clone());
-            let ofi = OfiRail::connect(
-                opened.rail,
-                &memories,
-                by_fabric,
-                until.saturating_duration_since(Instant::now()),
-            )
-            .map_err(|error| FabricError::Rail(error.to_string()))?;
-            rails.push(Box::new(ofi));
-        }
-        let program = Program::new(plan, names, &self.region_bytes, routes, slot_bytes)?;
-        let sender = Sender::start(SenderConfig {
-            name: rank.to_string(),
-            program,
-            rails,
-            staging,
-            slot_bytes,
-            // Half: it fails, drains and says which peer is to blame before the controller gives up on this trainer.
-            deadline: self.config.deadline / 2,
-            busy_poll,
-            progress: self.progress,
-        })?;
-        Ok((sender, described))
-    }
-
-    /// The way to one peer.
-    fn choose(&self, to: ReceiverRank, peer: Endpoint, until: Instant) -> Result<Way, FabricError> {
-        let name = || to.to_string();
-        let same_host = fabric::same_host(&peer.host, &self.endpoint.host);
-        let offers = peer.offers();
-        if self.config.fabric.allows_local()
-            && same_host
-            && let Some(local) = &peer.local
-        {
-            let failed = |error: xfer_exec::local::LocalError| FabricError::Local {
-                peer: name(),
-                reason: error.to_string(),
-            };
-            let attach = |(region, bytes): (u32, &u64)| {
-                // A socket takes no timeout of 0.
-                let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-                let file = fetch(&local.doorman(), region, left)?;
-                Attached::new(&file, region, *bytes)
-            };
-            let attached =
-                (0..).zip(&local.region_bytes).map(attach).collect::<Result<_, _>>().map_err(failed)?;
-            return Ok(Way::Local(attached, local.region_bytes.clone()));
-        }
-        if self.config.fabric == fabric::Fabric::Local && !same_host {
-            return Err(FabricError::NotLocal { peer: name() });
-        }
-        match (&self.opened, peer.rail) {
-            (Some(here), Some(RailEndpoint { provider, address, regions, scratch: Some(scratch) }))
-                if provider == here.provider.name() =>
-            {
-                Ok(Way::Fabric(OfiPeer { address, regions, scratch }))
-            }
-            _ => Err(FabricError::NothingInCommon {
-                peer: name(),
-                here: self.endpoint.offers(),
-                there: offers,
-            }),
-        }
-    }
-}
-
-enum Way {
-    Local(Vec<Attached>, Vec<u64>),
-    Fabric(OfiPeer),
 }
 
 /// Where the weights are.
@@ -402,6 +241,9 @@ pub struct TrainerSession {
     sender: Sender,
     weights: Weights,
     tensors: Vec<Tensor>,
+    rails: Vec<ConnectedRail>,
+    /// What inference ranks have to close before the next commit or push, because a rail was given up.
+    fences: Vec<Fence>,
     routes: BTreeMap<ReceiverRank, String>,
     bound_seconds: f64,
     /// A push is under way, or was dropped in the middle.
@@ -492,7 +334,7 @@ impl TrainerSession {
         let whole = std::time::Instant::now();
         let mut stages = Vec::new();
         let mut stage = Stopwatch::start("wait for trainers");
-        self.client.send(ToController::Begin { version })?;
+        self.client.send(ToController::Begin { version, fences: std::mem::take(&mut self.fences) })?;
         let push = match self.client.receive("the other trainers and the inference ranks").await? {
             ToMember::Write { push, version: told } if told == version => push,
             ToMember::Abort { reason, .. } => return Err(Error::Aborted { version, reason }),
@@ -506,7 +348,8 @@ impl TrainerSession {
         };
         stage.next("commit", &mut stages);
         let (bytes, writes) = (delivered.bytes, delivered.writes);
-        self.client.send(ToController::Written { push, bytes, writes })?;
+        let fences = std::mem::take(&mut self.fences);
+        self.client.send(ToController::Written { push, bytes, writes, fences })?;
         match self.client.receive("the commit").await? {
             ToMember::Done { unconfirmed, .. } if unconfirmed.is_empty() => {}
             ToMember::Done { unconfirmed, .. } => {
@@ -529,6 +372,12 @@ impl TrainerSession {
             gb_per_second: gb_per_second(bytes, write_seconds),
             bound_seconds: self.bound_seconds,
             bound_fraction: if write_seconds > 0.0 { self.bound_seconds / write_seconds } else { 0.0 },
+            rails: self
+                .rails
+                .iter()
+                .zip(outcome.rails)
+                .map(|(rail, used)| RailReport::new(&rail.name, used))
+                .collect(),
             stages,
         })
     }
@@ -564,6 +413,7 @@ impl TrainerSession {
             return Err(Error::Broken);
         };
         self.weights = thaw(std::mem::take(&mut outcome.regions));
+        self.fence(&outcome.rails);
         match (ended, &outcome.result) {
             (None, _) => Ok(outcome),
             // What failed here first says more than the abort that followed.
@@ -572,6 +422,12 @@ impl TrainerSession {
             }
             (Some(error), _) => Err(error),
         }
+    }
+
+    /// Remembers what has to be closed because of rails that were given up, once for each.
+    fn fence(&mut self, used: &[RailUse]) {
+        let closed = self.rails.iter_mut().zip(used).filter(|(_, used)| used.closed.is_some());
+        self.fences.extend(closed.flat_map(|(rail, _)| std::mem::take(&mut rail.fences)));
     }
 
     /// Tells the controller that this rank failed, and waits until it has told everybody.

@@ -1,37 +1,38 @@
-//! The thread that owns one rank's rails and runs the engine on them.
+//! Runs the engine on a rank's rails, over host memory.
 //!
-//! Everything that a push touches belongs to this thread: rails, queues, counters, staging slots. The weights come in
-//! by value with a push and go back by value with its outcome, so nobody can change them meanwhile. While a push runs
-//! the thread polls; where cores are short, it waits on a rail's wait object when nothing has moved for `SPIN_MAX`; between pushes it sleeps
-//! on its command queue.
+//! Everything that a push touches belongs to one [`Driver`], and a driver to one thread: rails, queues, counters, staging
+//! slots. Nothing on the way of a WRITE is shared with another thread or allocated. The weights come in by value with a
+//! push and go back by value with its outcome, so nobody can change them meanwhile.
+//!
+//! [`Sender`] gives a driver a thread of its own.
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender as ChannelSender, bounded};
+use crossbeam_channel::{Receiver, Sender as ChannelSender};
 use efa_core::{Lease, LeaseMut};
-use xfer_plan::Op;
 
-use crate::engine::{Action, Delivered, Engine, EngineConfig, Event, Failure, Post, Slot, Source};
+use crate::engine::{Action, Delivered, Engine, EngineConfig, Event, Failure, Post, RailUse, Slot, Source};
 use crate::program::Program;
-use crate::rail::{Done, Rail, RailIndex, RailWrite};
+use crate::rail::{Armed, Done, Rail, RailIndex, RailWrite};
 
-/// How long the thread polls without a result before it waits. On a host with fewer cores than busy threads a longer
-/// spin takes the core from the peer that it waits for.
-const SPIN_MAX: Duration = Duration::from_micros(100);
+mod gather;
+mod sender;
+
+use gather::{Gathered, Job};
+#[cfg(feature = "ofi")]
+pub(crate) use sender::pin;
+pub use sender::{Sender, ThreadConfig};
 
 /// The longest wait: an abort or a gather that ends meanwhile is seen after it.
 const WAIT_MAX: Duration = Duration::from_millis(1);
 
+/// How long to wait for a gather alone.
+const GATHER_WAIT: Duration = Duration::from_micros(50);
+
 /// How often the engine is told the time. Its deadlines are of seconds.
 const TICK: Duration = Duration::from_millis(5);
-
-/// Commands that may wait: a session pushes one version at a time, and aborts it once.
-const COMMANDS_MAX: usize = 4;
 
 /// Staging slots at most: far more than any rail has in flight, so that tiny gathers do not turn a large
 /// watermark into millions of slots.
@@ -40,10 +41,8 @@ const SLOTS_MAX: usize = 1024;
 /// A rail over host memory.
 pub type HostRail = Box<dyn Rail<Buffer = Lease>>;
 
-/// What a sender is made of.
-pub struct SenderConfig {
-    /// For thread names and logs.
-    pub name: String,
+/// What a driver is made of.
+pub struct DriverConfig {
     /// What it pushes.
     pub program: Program,
     /// Its rails, as the program's routes number them.
@@ -54,10 +53,8 @@ pub struct SenderConfig {
     pub slot_bytes: u64,
     /// See [`EngineConfig::deadline`].
     pub deadline: Duration,
-    /// Poll without ever sleeping while a push runs: for hosts with a core for every rank.
-    pub busy_poll: bool,
-    /// Bytes delivered in the present push, for whoever watches.
-    pub progress: Arc<AtomicU64>,
+    /// See [`EngineConfig::stall`].
+    pub stall: Duration,
 }
 
 /// Where the time of a push went.
@@ -79,77 +76,18 @@ pub struct Outcome {
     pub regions: Vec<Lease>,
     /// Where the time went.
     pub timings: Timings,
-    /// Whether the rails are still open: without them there is no further push.
-    pub usable: bool,
+    /// What each rail did, and which were closed.
+    pub rails: Vec<RailUse>,
 }
 
-type Reply = Box<dyn FnOnce(Outcome) + Send>;
-
-enum Command {
-    Push(Vec<Lease>, Reply),
-    Abort(String),
-}
-
-/// A handle on the thread. Dropping it ends the thread after the present push, without waiting for it.
-pub struct Sender {
-    commands: ChannelSender<Command>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Sender {
-    /// Starts the thread.
-    pub fn start(config: SenderConfig) -> io::Result<Self> {
-        let (commands, inbox) = bounded(COMMANDS_MAX);
-        let name = format!("rails {}", config.name);
-        let mut thread = Thread::new(config)?;
-        let thread = std::thread::Builder::new().name(name).spawn(move || thread.serve(&inbox))?;
-        Ok(Self { commands, thread: Some(thread) })
-    }
-
-    /// Begins a push of `regions`, which are this rank's regions in the order of its manifest. `reply` is called from
-    /// the thread when it is over; if the thread is gone, it is dropped.
-    pub fn push(&self, regions: Vec<Lease>, reply: impl FnOnce(Outcome) + Send + 'static) {
-        let _ = self.commands.try_send(Command::Push(regions, Box::new(reply)));
-    }
-
-    /// Ends the present push, if there is one.
-    pub fn abort(&self, reason: String) {
-        let _ = self.commands.try_send(Command::Abort(reason));
-    }
-
-    /// Ends the thread and waits until its rails are closed.
-    pub fn close(mut self) {
-        self.commands = bounded(0).0;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-struct GatherJob {
-    slot: Slot,
-    op: Op,
-    source: Lease,
-    into: LeaseMut,
-}
-
-struct Gathered {
-    slot: Slot,
-    lease: LeaseMut,
-    took: Duration,
-    ok: bool,
-}
-
-/// Copies the rows of `op` from the start of `source` on, one after another. `None` if they do not fit.
-fn gather(op: &Op, source: &[u8], into: &mut [u8]) -> Option<()> {
-    let row_bytes = op.row_bytes as usize;
-    let into = into.get_mut(..usize::try_from(op.bytes()).ok()?)?;
-    let mut at = 0_usize;
-    for row in into.chunks_exact_mut(row_bytes) {
-        row.copy_from_slice(source.get(at..at.checked_add(row_bytes)?)?);
-        at = at.checked_add(usize::try_from(op.source.stride).ok()?)?;
-    }
-    Some(())
+/// What a step did.
+pub enum Step {
+    /// Something was delivered, refused or gathered.
+    Moved,
+    /// Nothing.
+    Still,
+    /// The push is over.
+    Over(Outcome),
 }
 
 enum SlotMemory {
@@ -159,24 +97,38 @@ enum SlotMemory {
     Filled(Lease),
 }
 
-struct Thread {
+/// A rail and what is on its way to it.
+struct RailState {
+    /// `None` once it has been closed.
+    rail: Option<HostRail>,
+    outbox: VecDeque<RailWrite<Lease>>,
+    refused: bool,
+}
+
+/// The push that runs.
+struct Push {
+    regions: Vec<Lease>,
+    began: Instant,
+    ticked_at: Duration,
+    timings: Timings,
+}
+
+/// See the module.
+pub struct Driver {
     engine: Engine,
-    rails: Vec<HostRail>,
-    outboxes: Vec<VecDeque<RailWrite<Lease>>>,
-    refused: Vec<bool>,
+    rails: Vec<RailState>,
     slots: Vec<SlotMemory>,
-    to_gather: ChannelSender<GatherJob>,
+    to_gather: ChannelSender<Job>,
     from_gather: Receiver<Gathered>,
-    busy_poll: bool,
-    progress: Arc<AtomicU64>,
+    push: Option<Push>,
     done: Vec<Done<Lease>>,
     actions: VecDeque<Action>,
 }
 
-impl Thread {
-    fn new(config: SenderConfig) -> io::Result<Self> {
-        let SenderConfig { program, rails, mut staging, slot_bytes, deadline, busy_poll, progress, name } =
-            config;
+impl Driver {
+    /// A driver that has not pushed yet. Starts the thread that gathers.
+    pub fn new(config: DriverConfig) -> io::Result<Self> {
+        let DriverConfig { program, rails, mut staging, slot_bytes, deadline, stall } = config;
         let slot_bytes = usize::try_from(slot_bytes).unwrap_or(usize::MAX);
         let mut slots = Vec::new();
         while slots.len() < SLOTS_MAX
@@ -188,119 +140,103 @@ impl Thread {
             rails: rails.iter().map(|rail| rail.limits()).collect(),
             slots: slots.len() as u32,
             deadline,
+            stall,
             // What was posted either completes about as fast as before the failure, or not at all.
             drain: (deadline / 10).max(TICK),
         };
-        let (to_gather, jobs) = bounded::<GatherJob>(slots.len().max(1));
-        let (results, from_gather) = bounded(slots.len().max(1));
-        std::thread::Builder::new().name(format!("gather {name}")).spawn(move || {
-            for GatherJob { slot, op, source, mut into } in jobs {
-                let began = Instant::now();
-                let ok = gather(&op, source.bytes(), into.bytes_mut()).is_some();
-                drop(source);
-                if results.send(Gathered { slot, lease: into, took: began.elapsed(), ok }).is_err() {
-                    return;
-                }
-            }
-        })?;
-        let outboxes =
-            rails.iter().map(|rail| VecDeque::with_capacity(rail.limits().depth as usize)).collect();
+        let depth: usize = engine_config.rails.iter().map(|limits| limits.depth as usize).sum();
+        let (to_gather, from_gather) = gather::start("rows", slots.len())?;
+        let state = |rail: HostRail| {
+            let outbox = VecDeque::with_capacity(rail.limits().depth as usize);
+            RailState { rail: Some(rail), outbox, refused: false }
+        };
         Ok(Self {
             engine: Engine::new(program, engine_config),
-            refused: vec![false; rails.len()],
-            rails,
-            outboxes,
+            rails: rails.into_iter().map(state).collect(),
             slots,
             to_gather,
             from_gather,
-            busy_poll,
-            progress,
-            done: Vec::new(),
-            actions: VecDeque::new(),
+            push: None,
+            done: Vec::with_capacity(depth),
+            actions: VecDeque::with_capacity(depth),
         })
     }
 
-    fn serve(&mut self, inbox: &Receiver<Command>) {
-        while let Ok(command) = inbox.recv() {
-            if let Command::Push(regions, reply) = command {
-                reply(self.push(regions, inbox));
-            }
-        }
-        self.close_rails();
+    /// Begins a push of `regions`. Then call [`Driver::step`] until it is over.
+    pub fn begin(&mut self, regions: Vec<Lease>) {
+        let timings = Timings::default();
+        self.push = Some(Push { regions, began: Instant::now(), ticked_at: Duration::ZERO, timings });
+        self.engine.handle(Event::Start, Duration::ZERO, &mut self.actions);
     }
 
-    fn push(&mut self, regions: Vec<Lease>, inbox: &Receiver<Command>) -> Outcome {
-        let began = Instant::now();
-        let mut timings = Timings::default();
-        let (mut moved_at, mut ticked_at) = (Duration::ZERO, Duration::ZERO);
-        self.progress.store(0, Ordering::Relaxed);
-        self.engine.handle(Event::Start, Duration::ZERO, &mut self.actions);
-        let result = loop {
-            let now = began.elapsed();
-            let mut moved = false;
-            if let Some(result) = self.carry_out(&regions, now) {
-                break result;
-            }
-            for rail in 0..self.rails.len() {
-                moved |= self.turn(rail, now);
-            }
-            while let Ok(gathered) = self.from_gather.try_recv() {
-                timings.gather += gathered.took;
-                moved = true;
-                self.gathered(gathered, now);
-            }
-            if now >= ticked_at + TICK {
-                ticked_at = now;
-                self.progress.store(self.engine.delivered().bytes, Ordering::Relaxed);
-                self.engine.handle(Event::Tick, now, &mut self.actions);
-                while let Ok(command) = inbox.try_recv() {
-                    match command {
-                        Command::Abort(reason) => {
-                            self.engine.handle(Event::Abort(reason), now, &mut self.actions)
-                        }
-                        // A session pushes one version at a time; dropping the reply tells a second caller.
-                        Command::Push(..) => {}
-                    }
-                }
-            }
-            if moved {
-                moved_at = now;
-            } else if !self.busy_poll && now > moved_at + SPIN_MAX {
-                self.wait();
-            }
-        };
-        timings.total = began.elapsed();
-        self.progress.store(self.engine.delivered().bytes, Ordering::Relaxed);
-        Outcome { result, regions, timings, usable: !self.rails.is_empty() }
+    /// Ends the present push, if there is one.
+    pub fn abort(&mut self, reason: String) {
+        if let Some(push) = &self.push {
+            self.engine.handle(Event::Abort(reason), push.began.elapsed(), &mut self.actions);
+        }
+    }
+
+    /// Bytes that the present push, or the last, has delivered.
+    pub fn delivered_bytes(&self) -> u64 {
+        self.engine.delivered().bytes
+    }
+
+    /// Posts what is due, polls every rail once and carries out what follows. Never blocks.
+    pub fn step(&mut self) -> Step {
+        let Some(mut push) = self.push.take() else { return Step::Still };
+        let now = push.began.elapsed();
+        if let Some(result) = self.carry_out(&push.regions, now) {
+            let Push { regions, began, mut timings, .. } = push;
+            timings.total = began.elapsed();
+            return Step::Over(Outcome { result, regions, timings, rails: self.engine.rails().collect() });
+        }
+        let mut moved = false;
+        for rail in 0..self.rails.len() {
+            moved |= self.turn(rail, now);
+        }
+        while let Ok(gathered) = self.from_gather.try_recv() {
+            push.timings.gather += gathered.took;
+            moved = true;
+            self.gathered(gathered, now);
+        }
+        if now >= push.ticked_at + TICK {
+            push.ticked_at = now;
+            self.engine.handle(Event::Tick, now, &mut self.actions);
+        }
+        self.push = Some(push);
+        if moved || !self.actions.is_empty() { Step::Moved } else { Step::Still }
     }
 
     /// Carries out what the engine asked for; the push's result once it is over.
     fn carry_out(&mut self, regions: &[Lease], now: Duration) -> Option<Result<Delivered, Failure>> {
         while let Some(action) = self.actions.pop_front() {
             match action {
-                Action::Post(post) => match self.buffer(&post, regions) {
-                    Some(from) => self.outboxes[post.rail.index()].push_back(RailWrite {
-                        id: post.id,
-                        from,
-                        rows: post.rows,
-                        to: post.to,
-                        region: post.region,
-                        offset: post.offset,
-                    }),
-                    None => {
-                        let reason = "the plan reads outside this rank's memory".into();
-                        self.engine.handle(Event::Failed(post.id, reason), now, &mut self.actions);
-                    }
-                },
+                Action::Post(post) => self.post(&post, regions, now),
                 Action::Gather { slot, op } => self.gather(slot, op, regions, now),
-                Action::CloseRails => {
-                    self.close_rails();
-                    self.engine.handle(Event::RailsClosed, now, &mut self.actions);
-                }
+                Action::CloseRail(rail) => self.close(rail, now),
                 Action::Finish(result) => return Some(result),
             }
         }
         None
+    }
+
+    fn post(&mut self, post: &Post, regions: &[Lease], now: Duration) {
+        let from = self.buffer(post, regions);
+        let state = self.rails.get_mut(post.rail.index());
+        match from.zip(state.filter(|state| state.rail.is_some())) {
+            Some((from, state)) => state.outbox.push_back(RailWrite {
+                id: post.id,
+                from,
+                rows: post.rows,
+                to: post.to,
+                region: post.region,
+                offset: post.offset,
+            }),
+            None => {
+                let reason = "the plan reads outside this rank's memory".into();
+                self.engine.handle(Event::Failed(post.rail, post.id, reason), now, &mut self.actions);
+            }
+        }
     }
 
     fn buffer(&self, post: &Post, regions: &[Lease]) -> Option<Lease> {
@@ -329,14 +265,11 @@ impl Thread {
         match (job, memory) {
             (Some((op, source)), Some(SlotMemory::Free(into))) => {
                 // The queue has room for every slot.
-                let _ = self.to_gather.send(GatherJob { slot, op, source, into });
+                let _ = self.to_gather.send(Job { slot, op, source, into });
             }
             _ => {
-                self.engine.handle(
-                    Event::Abort("defect: a gather without memory".into()),
-                    now,
-                    &mut self.actions,
-                );
+                let reason = "defect: a gather without memory".into();
+                self.engine.handle(Event::Abort(reason), now, &mut self.actions);
                 self.engine.handle(Event::Gathered(slot), now, &mut self.actions);
             }
         }
@@ -344,7 +277,9 @@ impl Thread {
 
     fn gathered(&mut self, gathered: Gathered, now: Duration) {
         let Gathered { slot, lease, ok, .. } = gathered;
-        self.slots[slot.0 as usize] = SlotMemory::Filled(lease.freeze());
+        if let Some(memory) = self.slots.get_mut(slot.0 as usize) {
+            *memory = SlotMemory::Filled(lease.freeze());
+        }
         if !ok {
             let reason = "the plan gathers outside this rank's memory".into();
             self.engine.handle(Event::Abort(reason), now, &mut self.actions);
@@ -367,28 +302,25 @@ impl Thread {
 
     /// Posts to a rail and polls it; whether anything moved.
     fn turn(&mut self, index: usize, now: Duration) -> bool {
-        let (Some(rail), Some(outbox)) = (self.rails.get_mut(index), self.outboxes.get_mut(index)) else {
+        let Some(RailState { rail: Some(rail), outbox, refused }) = self.rails.get_mut(index) else {
             return false;
         };
-        let rail_index = RailIndex(index as u16);
-        let offered = outbox.len();
-        if offered > 0 {
+        let number = RailIndex(index as u16);
+        if !outbox.is_empty() {
             let posted = rail.post(outbox);
-            let accepted = offered - outbox.len();
             if let Err(error) = posted
                 && let Some(write) = outbox.pop_front()
             {
-                self.engine.handle(Event::Failed(write.id, error.reason), now, &mut self.actions);
+                self.engine.handle(Event::Failed(number, write.id, error.reason), now, &mut self.actions);
             }
+            *refused = !outbox.is_empty();
             // Each goes to the front of the engine's queue: the last first, so that their order stays.
-            while let Some(write) = outbox.pop_back() {
-                self.refused[index] = true;
-                let id = write.id;
-                let event = if outbox.is_empty() { Event::Refused(id) } else { Event::Unoffered(id) };
+            while let Some(RailWrite { id, .. }) = outbox.pop_back() {
+                let event = match outbox.is_empty() {
+                    true => Event::Refused(number, id),
+                    false => Event::Unoffered(number, id),
+                };
                 self.engine.handle(event, now, &mut self.actions);
-            }
-            if accepted == offered {
-                self.refused[index] = false;
             }
         }
         let polled = rail.poll(&mut self.done);
@@ -397,30 +329,59 @@ impl Thread {
             // Before the engine can give its slot out again.
             drop(from);
             let event = match result {
-                Ok(()) => Event::Delivered(id),
-                Err(reason) => Event::Failed(id, reason),
+                Ok(()) => Event::Delivered(number, id),
+                Err(reason) => Event::Failed(number, id, reason),
             };
             self.engine.handle(event, now, &mut self.actions);
         }
         if let Err(error) = polled {
-            self.engine.handle(Event::RailFailed(rail_index, error.reason), now, &mut self.actions);
-        } else if std::mem::take(&mut self.refused[index]) {
-            self.engine.handle(Event::Polled(rail_index), now, &mut self.actions);
+            self.engine.handle(Event::RailFailed(number, error.reason), now, &mut self.actions);
+        } else if std::mem::take(refused) {
+            self.engine.handle(Event::Polled(number), now, &mut self.actions);
         }
         moved
     }
 
-    fn wait(&mut self) {
-        match self.rails.as_mut_slice() {
-            [rail] if self.engine.in_flight() > 0 => rail.wait(WAIT_MAX),
-            // Several rails, or only a gather: the wait objects cannot be waited for together.
-            _ => std::thread::sleep(Duration::from_micros(50)),
+    /// Closes a rail and tells the engine what it had in flight.
+    fn close(&mut self, number: RailIndex, now: Duration) {
+        let Some(state) = self.rails.get_mut(number.index()) else { return };
+        let mut unfinished: Vec<_> = state.outbox.drain(..).map(|write| write.id).collect();
+        let closed = match state.rail.take() {
+            Some(rail) => {
+                tracing::warn!(rail = rail.name(), "closing after a failure");
+                rail.close(&mut unfinished).map_err(|error| error.to_string())
+            }
+            None => Ok(()),
+        };
+        for id in unfinished {
+            self.engine.handle(Event::Returned(number, id), now, &mut self.actions);
         }
+        self.engine.handle(Event::RailClosed(number, closed), now, &mut self.actions);
     }
 
-    fn close_rails(&mut self) {
-        for rail in self.rails.drain(..) {
-            if let Err(error) = rail.close() {
+    /// Waits until a rail or the gather thread may have something, for a moment at most.
+    pub fn wait(&mut self) {
+        if self.engine.in_flight() == 0 {
+            // Only a gather.
+            return std::thread::sleep(GATHER_WAIT);
+        }
+        let armed =
+            self.rails.iter_mut().filter_map(|state| state.rail.as_mut()).map(|rail| match rail.arm() {
+                Armed::Ready => efa_core::Armed::Ready,
+                Armed::On(queue) => efa_core::Armed::On(queue),
+                Armed::Blind => efa_core::Armed::Blind,
+            });
+        if let Err(error) = efa_core::wait_any(armed, None, WAIT_MAX) {
+            // Polling finds what there is; only the sleep is lost.
+            tracing::debug!(%error, "wait");
+        }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        for rail in self.rails.iter_mut().filter_map(|state| state.rail.take()) {
+            if let Err(error) = rail.close(&mut Vec::new()) {
                 tracing::error!(%error, "a rail could not be closed: its buffers are leaked");
             }
         }

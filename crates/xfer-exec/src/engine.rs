@@ -1,30 +1,43 @@
 //! The sender's engine: given a [`Program`], what to gather, post, retry and give up, and when a push is over.
 //!
 //! It is a state machine. [`Engine::handle`] takes an event and the time and appends actions; it does nothing else, so
-//! it runs alike on real rails and in a simulator. Time is a [`Duration`] since any fixed moment.
+//! it runs alike on real rails and in a simulator. Time is a [`Duration`] since the push began.
 //!
-//! Stages are joined by bounded queues: operations -> (staging slots) gather -> per-rail queue -> in flight. A stage
-//! that is full stops the one before it; staging never exceeds its slots, a rail never holds
-//! more than its limits.
+//! A receiver is reached over one rail or several. Each pair is a *path* with a credit that follows the rate it delivers
+//! at; the operations that wait are kept per receiver. A rail takes turns among the receivers whose paths have credit, so
+//! neither a slow rail nor a slow receiver stalls the others.
 //!
-//! A push that fails stops posting at once, but ends only when every buffer that is in flight or being gathered has
-//! come back, or the rails are closed.
+//! Stages are joined by bounds: operations -> (staging slots) gather -> credit -> in flight. A stage that is full stops
+//! the one before it; staging never exceeds its slots, a rail never holds more than its limits.
+//!
+//! A WRITE that fails ends its path; a rail that stalls while others reach the same receivers is closed. Both times the
+//! rest goes over the other rails. Where none is left the push fails: it stops posting at once, but ends only when every
+//! buffer that is in flight or being gathered has come back.
 
 use core::time::Duration;
 use std::collections::VecDeque;
 
-use xfer_plan::{OpKind, ReceiverRank, RegionIndex};
+use xfer_plan::{OpKind, ReceiverRank};
 
 use crate::program::{Program, WriteId};
 use crate::rail::{RailIndex, RailLimits, Rows};
 
-/// WRITEs that wait in front of a rail, as a multiple of its depth: enough that a rail whose completions come in a
-/// burst finds its next WRITEs ready, small enough that the order of the plan is kept.
-const READY_PER_DEPTH: usize = 2;
+mod backlog;
+mod failure;
+mod message;
+mod path;
 
-/// A piece of staging memory, as long as the longest gathered operation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Slot(pub u32);
+use backlog::{Backlog, Found};
+pub use failure::Failure;
+pub use message::{Action, Delivered, Event, Post, RailUse, Slot, Source};
+use path::Path;
+
+/// WRITEs that a rail posts to one receiver before it turns to the next: they share doorbells, and no other waits long.
+const TURN: u32 = 4;
+
+/// A path below this part of the fastest one to the same receiver is slow: near the end it takes no WRITE that would arrive
+/// after everything else.
+const SLOW: f64 = 0.75;
 
 /// Bounds of an engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,182 +48,60 @@ pub struct EngineConfig {
     pub slots: u32,
     /// A peer that owes a completion for longer fails the push.
     pub deadline: Duration,
-    /// How long a failed push waits for what is in flight before the rails are closed.
+    /// A rail that owes a completion for longer, while other rails reach the same receiver, is closed.
+    pub stall: Duration,
+    /// How long a failed push waits for what is in flight before the rails that hold it are closed.
     pub drain: Duration,
 }
 
-/// What happened.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
-    /// Begin a push. The weights do not change until [`Action::Finish`].
-    Start,
-    /// A gather is done.
-    Gathered(Slot),
-    /// A rail had no room for a WRITE.
-    Refused(WriteId),
-    /// A WRITE was not offered to its rail, which had refused another: it waits its turn.
-    Unoffered(WriteId),
-    /// A rail has been polled: it may have room again.
-    Polled(RailIndex),
-    /// A WRITE is in the peer's memory.
-    Delivered(WriteId),
-    /// A WRITE failed; its buffer is free.
-    Failed(WriteId, String),
-    /// A rail is broken.
-    RailFailed(RailIndex, String),
-    /// Somebody else ended this push.
-    Abort(String),
-    /// The rails have been closed, as asked: nothing is in flight.
-    RailsClosed,
-    /// Time has passed.
-    Tick,
+enum RailPhase {
+    Open,
+    Closing(String),
+    Closed(String),
 }
 
-/// Where a WRITE's bytes are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
-    /// In a region of this rank: no copy is made.
-    Region(RegionIndex, u64),
-    /// In a staging slot, from its start.
-    Slot(Slot),
-}
-
-/// One WRITE to post.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Post {
-    /// Names it in later events.
-    pub id: WriteId,
-    /// Over which rail.
-    pub rail: RailIndex,
-    /// From where.
-    pub source: Source,
-    /// How its bytes lie there.
-    pub rows: Rows,
-    /// To whom.
-    pub to: ReceiverRank,
-    /// To which of its regions.
-    pub region: RegionIndex,
-    /// Where in it.
-    pub offset: u64,
-}
-
-/// What to do.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Action {
-    /// Copy the rows of operation `op` into a slot, one after another.
-    Gather {
-        /// The slot.
-        slot: Slot,
-        /// Index of the operation.
-        op: u32,
-    },
-    /// Post a WRITE.
-    Post(Post),
-    /// Close every rail, then report [`Event::RailsClosed`].
-    CloseRails,
-    /// The push is over and no buffer of it is in use.
-    Finish(Result<Delivered, Failure>),
-}
-
-/// What a finished push did.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Delivered {
-    /// Bytes in the peers' memory.
-    pub bytes: u64,
-    /// WRITEs.
-    pub writes: u64,
-    /// Of the bytes, those that went through staging.
-    pub bytes_gathered: u64,
-    /// How often a rail had no room.
-    pub refusals: u64,
-}
-
-/// Why a push failed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Failure {
-    /// A WRITE completed in error.
-    #[error("writing {param} to {to} over {rail} failed: {reason}")]
-    Write {
-        /// The parameter.
-        param: String,
-        /// The receiver.
-        to: ReceiverRank,
-        /// The rail.
-        rail: RailIndex,
-        /// The rail's reason.
-        reason: String,
-    },
-    /// A peer owes completions for too long.
-    #[error("{to} took no write for {waited:?} ({in_flight} in flight): is it stopped, dead or cut off?")]
-    Deadline {
-        /// The receiver.
-        to: ReceiverRank,
-        /// How long.
-        waited: Duration,
-        /// WRITEs in flight to it.
-        in_flight: u32,
-    },
-    /// Nothing moves, and no peer is to blame.
-    #[error(
-        "nothing has moved for {waited:?} ({gathering} gathers in progress): is this process starved of its cores?"
-    )]
-    Stalled {
-        /// How long.
-        waited: Duration,
-        /// Gathers that have not ended.
-        gathering: u32,
-    },
-    /// A rail broke.
-    #[error("{rail} failed: {reason}")]
-    Rail {
-        /// The rail.
-        rail: RailIndex,
-        /// Its reason.
-        reason: String,
-    },
-    /// An earlier push ended by closing the rails.
-    #[error("the rails of this rank were closed by an earlier failure; leave and join again")]
-    Closed,
-    /// Ended from outside.
-    #[error("{0}")]
-    Aborted(String),
-    /// All WRITEs are over, but they are not what was planned: a defect of this program.
-    #[error(
-        "defect: delivered {bytes} bytes in {writes} writes where the plan has {bytes_planned} in {writes_planned}"
-    )]
-    Accounting {
-        /// Bytes delivered.
-        bytes: u64,
-        /// WRITEs delivered.
-        writes: u64,
-        /// Bytes planned.
-        bytes_planned: u64,
-        /// WRITEs planned.
-        writes_planned: u64,
-    },
-    /// An event that is not possible now: a defect of the driver.
-    #[error("defect: {0}")]
-    Protocol(String),
-}
-
-struct RailState {
+struct Rail {
     limits: RailLimits,
+    phase: RailPhase,
     in_flight: u32,
     in_flight_bytes: u64,
     /// It refused a WRITE and has not been polled since.
     full: bool,
-    ready: VecDeque<Post>,
+    /// Receivers that may have something for it, in the order of their turns.
+    ring: VecDeque<u32>,
+    bytes: u64,
+    writes: u64,
 }
 
-/// What is owed by a receiver.
-#[derive(Clone, Default)]
-struct PeerState {
+struct Peer {
+    backlog: Backlog,
+    /// Whether what is gathered for it goes through staging memory.
+    stages: bool,
+    slots: u32,
     in_flight: u32,
-    /// A WRITE to it was refused and has not been accepted since.
+    in_flight_bytes: u64,
+    /// A WRITE to it was refused and none has been delivered since.
     refused: bool,
     /// Since when it owes something.
     since: Duration,
+    /// Of its fastest path and of all together, in bytes per second.
+    rate_max: f64,
+    rate_sum: f64,
+}
+
+/// What a slot was last used for.
+#[derive(Clone, Copy)]
+struct SlotUse {
+    op: u32,
+    gather: Gather,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Gather {
+    Over,
+    Begun,
+    /// Its push has ended without it.
+    GivenUp,
 }
 
 enum Phase {
@@ -218,8 +109,6 @@ enum Phase {
     Writing,
     /// Failed at this time; waiting for buffers.
     Draining(Failure, Duration),
-    /// As above, and the rails are being closed.
-    Closing(Failure),
 }
 
 /// See the module.
@@ -227,19 +116,26 @@ pub struct Engine {
     program: Program,
     config: EngineConfig,
     phase: Phase,
-    rails: Vec<RailState>,
-    peers: Vec<PeerState>,
+    rails: Vec<Rail>,
+    peers: Vec<Peer>,
+    /// By receiver, then by rail.
+    paths: Vec<Path>,
+    /// Receivers in the order in which the program first writes to them.
+    order: Vec<u32>,
     free: Vec<Slot>,
-    /// The operation that each slot was last given to.
-    slots: Vec<u32>,
+    slots: Vec<SlotUse>,
+    /// Slots that one receiver may hold, so that a slow one does not hold all.
+    slots_per_peer: u32,
+    /// Receivers that wait for a slot.
+    gather_ring: VecDeque<u32>,
     gathering: u32,
-    next_op: usize,
-    next_row: u32,
+    in_flight: u32,
+    /// Rails that are being closed.
+    closing: u32,
     delivered: Delivered,
     /// When anything last moved.
     moved_at: Duration,
-    /// The rails have been closed: there is no further push.
-    closed: bool,
+    ticked_at: Duration,
 }
 
 type Actions = VecDeque<Action>;
@@ -247,33 +143,73 @@ type Actions = VecDeque<Action>;
 impl Engine {
     /// An engine for pushes of `program`.
     pub fn new(program: Program, config: EngineConfig) -> Self {
-        let rail = |limits: &RailLimits| RailState {
+        let peers = program.ranks();
+        let rail = |limits: &RailLimits| Rail {
             limits: *limits,
+            phase: RailPhase::Open,
             in_flight: 0,
             in_flight_bytes: 0,
             full: false,
-            ready: VecDeque::new(),
+            ring: VecDeque::with_capacity(peers),
+            bytes: 0,
+            writes: 0,
         };
-        let rails = config.rails.iter().map(rail).collect();
-        let peers = vec![PeerState::default(); program.ranks()];
-        // Popped from the end: low slots are used first, so memory that is never needed is never touched.
-        let free = (0..config.slots).rev().map(Slot).collect();
-        let slots = config.slots as usize;
-        Self {
-            program,
-            config,
+        let rails: Vec<Rail> = config.rails.iter().map(rail).collect();
+        let mut engine = Self {
             phase: Phase::Idle,
+            peers: Vec::with_capacity(peers),
+            paths: Vec::with_capacity(peers * rails.len()),
+            order: Vec::new(),
             rails,
-            peers,
-            free,
-            slots: vec![0; slots],
+            // Popped from the end: low slots are used first, so memory that is never needed is never touched.
+            free: (0..config.slots).rev().map(Slot).collect(),
+            slots: vec![SlotUse { op: 0, gather: Gather::Over }; config.slots as usize],
+            slots_per_peer: 1,
+            gather_ring: VecDeque::with_capacity(peers),
             gathering: 0,
-            next_op: 0,
-            next_row: 0,
+            in_flight: 0,
+            closing: 0,
             delivered: Delivered::default(),
             moved_at: Duration::ZERO,
-            closed: false,
+            ticked_at: Duration::ZERO,
+            program,
+            config,
+        };
+        engine.lay_out();
+        engine
+    }
+
+    /// Deals the program's operations to receivers and rails.
+    fn lay_out(&mut self) {
+        for rank in 0..self.program.ranks() {
+            let route = self.program.route(ReceiverRank(rank as u32));
+            let ways: &[RailIndex] = route.map_or(&[], |route| &route.rails);
+            let takes_rows =
+                |rail: &RailIndex| self.rails.get(rail.index()).is_some_and(|rail| rail.limits.takes_rows);
+            self.peers.push(Peer {
+                backlog: Backlog::new(ways.len()),
+                stages: !ways.iter().all(takes_rows),
+                slots: 0,
+                in_flight: 0,
+                in_flight_bytes: 0,
+                refused: false,
+                since: Duration::ZERO,
+                rate_max: 0.0,
+                rate_sum: 0.0,
+            });
+            let rails = (0..self.rails.len()).map(|rail| RailIndex(rail as u16));
+            self.paths.extend(rails.map(|rail| Path::new(ways.contains(&rail))));
         }
+        let mut seen = vec![false; self.peers.len()];
+        for (index, op) in (0..).zip(self.program.ops()) {
+            let Some(peer) = self.peers.get_mut(op.to.index()) else { continue };
+            peer.backlog.add(index, op, op.kind() == OpKind::Gather && peer.stages);
+            if !std::mem::replace(&mut seen[op.to.index()], true) {
+                self.order.push(op.to.0);
+            }
+        }
+        let gatherers = self.peers.iter().filter(|peer| peer.backlog.has_gathers()).count() as u32;
+        self.slots_per_peer = (self.config.slots / gatherers.max(1)).max(1);
     }
 
     /// The program that it pushes.
@@ -286,83 +222,137 @@ impl Engine {
         self.delivered
     }
 
+    /// What each rail did in the present push, or the last.
+    pub fn rails(&self) -> impl Iterator<Item = RailUse> {
+        self.rails.iter().map(|rail| RailUse {
+            bytes: rail.bytes,
+            writes: rail.writes,
+            closed: match &rail.phase {
+                RailPhase::Open => None,
+                RailPhase::Closing(reason) | RailPhase::Closed(reason) => Some(reason.clone()),
+            },
+        })
+    }
+
     /// WRITEs in flight, over all rails.
     pub fn in_flight(&self) -> u32 {
-        self.rails.iter().map(|rail| rail.in_flight).sum()
+        self.in_flight
+    }
+
+    /// WRITEs in flight on one rail.
+    pub fn in_flight_on(&self, rail: usize) -> u32 {
+        self.rails.get(rail).map_or(0, |rail| rail.in_flight)
     }
 
     /// Takes one event and appends what is to be done.
     pub fn handle(&mut self, event: Event, now: Duration, actions: &mut Actions) {
         match event {
-            Event::Start => self.start(now),
-            Event::Gathered(slot) => self.gathered(slot, now),
-            Event::Refused(id) => self.put_back(id, true, now),
-            Event::Unoffered(id) => self.put_back(id, false, now),
+            Event::Start => self.start(now, actions),
+            Event::Gathered(slot) => self.gathered(slot, now, actions),
+            Event::Refused(rail, id) => self.put_back(rail, id, true, now),
+            Event::Unoffered(rail, id) => self.put_back(rail, id, false, now),
             Event::Polled(rail) => {
-                if let Some(rail) = self.rails.get_mut(rail.index()) {
-                    rail.full = false;
+                if let Some(state) = self.rails.get_mut(rail.index()) {
+                    state.full = false;
                 }
+                self.pump(rail, now, actions);
             }
-            Event::Delivered(id) => self.delivered_one(id, now),
-            Event::Failed(id, reason) => self.failed_one(id, reason, now),
-            Event::RailFailed(rail, reason) => self.fail(Failure::Rail { rail, reason }, now),
+            Event::Delivered(rail, id) => self.delivered_one(rail, id, now, actions),
+            Event::Failed(rail, id, reason) => self.failed_one(rail, id, reason, now, actions),
+            Event::RailFailed(rail, reason) => self.close_rail(rail, reason, now, actions),
+            Event::Returned(rail, id) => self.returned(rail, id, now, actions),
+            Event::RailClosed(rail, result) => self.rail_closed(rail, result, now),
             Event::Abort(reason) => self.fail(Failure::Aborted(reason), now),
-            Event::RailsClosed => self.rails_closed(now),
             Event::Tick => self.tick(now, actions),
         }
-        self.advance(now, actions);
+        self.finish(actions);
     }
 
-    fn start(&mut self, now: Duration) {
+    fn start(&mut self, now: Duration, actions: &mut Actions) {
         if !matches!(self.phase, Phase::Idle) {
             return self.fail(Failure::Protocol("a push was started while another runs".into()), now);
         }
         self.phase = Phase::Writing;
-        (self.next_op, self.next_row) = (0, 0);
         self.delivered = Delivered::default();
+        (self.moved_at, self.ticked_at) = (now, now);
+        for rail in &mut self.rails {
+            (rail.bytes, rail.writes, rail.full) = (0, 0, false);
+            rail.ring.clear();
+        }
+        self.paths.iter_mut().for_each(|path| path.start(now));
+        self.gather_ring.clear();
+        let ops = self.program.ops();
+        let op = |index: u32| ops.get(index as usize);
         for peer in &mut self.peers {
-            *peer = PeerState::default();
+            peer.backlog.start(
+                |index| op(index).map_or(0, |op| op.writes()),
+                |index| op(index).map_or(0, |op| op.bytes()),
+            );
+            (peer.slots, peer.in_flight, peer.in_flight_bytes) = (0, 0, 0);
+            (peer.refused, peer.since) = (false, now);
         }
-        self.moved_at = now;
-        if self.closed {
-            self.fail(Failure::Closed, now);
-        } else if let Some(defect) = self.cannot_run() {
-            self.fail(Failure::Protocol(defect.into()), now);
+        if let Some(failure) = self.cannot_run() {
+            return self.fail(failure, now);
         }
+        for at in 0..self.order.len() {
+            let peer = self.order[at];
+            if self.peers[peer as usize].backlog.has_gathers() {
+                self.gather_ring.push_back(peer);
+            }
+            for rail in 0..self.rails.len() {
+                self.offer(peer, RailIndex(rail as u16));
+            }
+        }
+        self.begin_gathers(actions);
+        self.pump_all(now, actions);
     }
 
-    /// Why the program could never end on these rails and slots.
-    fn cannot_run(&self) -> Option<&'static str> {
-        for op in self.program.ops() {
-            let rail = self.program.route(op.to).and_then(|route| self.rails.get(route.rail.index()));
-            match rail.map(|rail| rail.limits) {
-                None => return Some("an operation's rail does not exist"),
-                Some(limits) if limits.depth == 0 => return Some("a rail has no depth"),
-                Some(limits)
-                    if op.kind() == OpKind::Gather && !limits.takes_rows && self.slots.is_empty() =>
-                {
-                    return Some("a gather has no staging memory; raise the watermark");
-                }
-                Some(_) => {}
+    /// Why the program can never end on these rails and slots.
+    fn cannot_run(&self) -> Option<Failure> {
+        let defect = |reason: &str| Some(Failure::Protocol(reason.into()));
+        for &rank in &self.order {
+            let to = ReceiverRank(rank);
+            let peer = &self.peers[to.index()];
+            let ways: &[RailIndex] = self.program.route(to).map_or(&[], |route| &route.rails);
+            if ways.is_empty() || ways.iter().any(|rail| rail.index() >= self.rails.len()) {
+                return defect("an operation's rail does not exist");
+            }
+            if ways.iter().any(|rail| self.rails[rail.index()].limits.depth == 0) {
+                return defect("a rail has no depth");
+            }
+            let comes_back = |slot: &SlotUse| slot.gather == Gather::GivenUp;
+            if peer.backlog.has_gathers() && self.free.is_empty() && !self.slots.iter().any(comes_back) {
+                return defect("a gather has no staging memory; raise the watermark");
+            }
+            if !ways.iter().any(|rail| self.path(to.0, *rail).live) {
+                return Some(Failure::Closed { to });
             }
         }
         None
     }
 
-    /// Moves work on as far as the bounds allow, and ends the push when nothing is left.
-    fn advance(&mut self, now: Duration, actions: &mut Actions) {
-        if let Phase::Writing = self.phase {
-            self.begin_ops(actions);
-            for rail in 0..self.rails.len() {
-                self.post_ready(rail, now, actions);
-            }
+    fn path(&self, peer: u32, rail: RailIndex) -> &Path {
+        &self.paths[peer as usize * self.rails.len() + rail.index()]
+    }
+
+    fn path_mut(&mut self, peer: u32, rail: RailIndex) -> &mut Path {
+        &mut self.paths[peer as usize * self.rails.len() + rail.index()]
+    }
+
+    /// The paths to a receiver, by rail.
+    fn paths(&self, peer: u32) -> &[Path] {
+        let rails = self.rails.len();
+        &self.paths[peer as usize * rails..][..rails]
+    }
+
+    /// Ends the push when nothing is left to do or to wait for.
+    fn finish(&mut self, actions: &mut Actions) {
+        if self.gathering > 0 || self.in_flight > 0 || self.closing > 0 {
+            return;
         }
-        let quiet = self.gathering == 0 && self.in_flight() == 0;
-        let done =
-            self.next_op == self.program.ops().len() && self.rails.iter().all(|rail| rail.ready.is_empty());
         let result = match &self.phase {
-            Phase::Writing if quiet && done => self.account(),
-            Phase::Draining(failure, _) if quiet => Err(failure.clone()),
+            Phase::Writing if self.peers.iter().all(|peer| peer.backlog.bytes == 0) => self.account(),
+            Phase::Draining(failure, _) => Err(failure.clone()),
             _ => return,
         };
         self.phase = Phase::Idle;
@@ -380,76 +370,164 @@ impl Engine {
         }
     }
 
-    /// Hands operations to the rails' queues, in the plan's order, until a queue or the staging memory is full.
-    fn begin_ops(&mut self, actions: &mut Actions) {
-        while let Some(op) = self.program.ops().get(self.next_op) {
-            let Some(rail) =
-                self.program.route(op.to).and_then(|route| self.rails.get_mut(route.rail.index()))
-            else {
-                return;
-            };
-            if rail.ready.len() >= READY_PER_DEPTH * rail.limits.depth as usize {
-                return;
+    // --- gathering and posting -----------------------------------------------------------------------------------
+
+    /// Begins gathers while there are slots, for one receiver after another.
+    fn begin_gathers(&mut self, actions: &mut Actions) {
+        let Phase::Writing = self.phase else { return };
+        while !self.free.is_empty()
+            && let Some(rank) = self.gather_ring.pop_front()
+        {
+            let peer = &mut self.peers[rank as usize];
+            if peer.slots >= self.slots_per_peer {
+                // It asks again when it gives one back.
+                continue;
             }
-            let index = self.next_op as u32;
-            if op.kind() == OpKind::Gather && rail.limits.takes_rows {
-                self.queue(WriteId { op: index, row: 0 }, End::Back);
-            } else if op.kind() == OpKind::Gather {
-                let Some(slot) = self.free.pop() else { return };
-                self.slots[slot.0 as usize] = index;
-                self.gathering += 1;
-                actions.push_back(Action::Gather { slot, op: index });
-            } else {
-                let id = WriteId { op: index, row: self.next_row };
-                let rows = op.rows;
-                self.queue(id, End::Back);
-                self.next_row += 1;
-                if self.next_row < rows {
-                    continue;
-                }
+            let Some(op) = peer.backlog.take_gather() else { continue };
+            let Some(slot) = self.free.pop() else { return };
+            peer.slots += 1;
+            self.slots[slot.0 as usize] = SlotUse { op, gather: Gather::Begun };
+            self.gathering += 1;
+            if peer.backlog.has_gathers() {
+                self.gather_ring.push_back(rank);
             }
-            (self.next_op, self.next_row) = (self.next_op + 1, 0);
+            actions.push_back(Action::Gather { slot, op });
         }
     }
 
-    fn post_ready(&mut self, rail: usize, now: Duration, actions: &mut Actions) {
-        let rail = &mut self.rails[rail];
-        while !rail.full && rail.in_flight < rail.limits.depth {
-            let Some(&post) = rail.ready.front() else {
-                return;
-            };
-            let bytes = rail.in_flight_bytes.saturating_add(post.rows.total_bytes());
-            if rail.in_flight > 0 && bytes > rail.limits.in_flight_bytes_max {
-                return;
+    /// Puts a receiver into the ring of a rail, if there may be something to post.
+    fn offer(&mut self, peer: u32, rail: RailIndex) {
+        let ready = self.peers[peer as usize].backlog.has_ready();
+        let path = self.path_mut(peer, rail);
+        if ready && !path.queued && path.has_credit() {
+            path.queued = true;
+            self.rails[rail.index()].ring.push_back(peer);
+        }
+    }
+
+    /// There is something new for a receiver: whichever rail has room may take it.
+    fn offer_to_all(&mut self, peer: u32, now: Duration, actions: &mut Actions) {
+        for rail in 0..self.rails.len() {
+            let rail = RailIndex(rail as u16);
+            if self.peers[peer as usize].backlog.has_ready() {
+                self.offer(peer, rail);
+                self.pump(rail, now, actions);
             }
-            rail.ready.pop_front();
-            rail.in_flight += 1;
-            rail.in_flight_bytes = bytes;
-            let peer = &mut self.peers[post.to.index()];
-            if peer.in_flight == 0 && !peer.refused {
-                peer.since = now;
+        }
+    }
+
+    /// Fills all rails evenly: one turn each, until none can take more.
+    fn pump_all(&mut self, now: Duration, actions: &mut Actions) {
+        let mut moved = true;
+        while std::mem::take(&mut moved) {
+            for rail in 0..self.rails.len() {
+                moved |= self.turn(RailIndex(rail as u16), now, actions);
             }
-            peer.in_flight += 1;
+        }
+    }
+
+    /// Posts to a rail until it can take no more.
+    fn pump(&mut self, rail: RailIndex, now: Duration, actions: &mut Actions) {
+        while self.turn(rail, now, actions) {}
+    }
+
+    /// Gives the rail's next receiver its turn; `false` when the rail is full, or nobody waits.
+    fn turn(&mut self, rail: RailIndex, now: Duration, actions: &mut Actions) -> bool {
+        let Some(state) = self.rails.get_mut(rail.index()) else { return false };
+        let Phase::Writing = self.phase else { return false };
+        if state.full || state.in_flight >= state.limits.depth || !matches!(state.phase, RailPhase::Open) {
+            return false;
+        }
+        let Some(peer) = state.ring.pop_front() else { return false };
+        self.path_mut(peer, rail).queued = false;
+        for _ in 0..TURN {
+            if !self.path(peer, rail).has_credit() {
+                return true;
+            }
+            let Some((found, post)) = self.next(peer, rail) else { return true };
+            let bytes = post.rows.total_bytes();
+            let state = &self.rails[rail.index()];
+            let over = state.in_flight_bytes.saturating_add(bytes) > state.limits.in_flight_bytes_max;
+            if state.in_flight >= state.limits.depth || state.in_flight > 0 && over {
+                self.path_mut(peer, rail).queued = true;
+                self.rails[rail.index()].ring.push_front(peer);
+                return false;
+            }
+            if self.is_late(peer, rail, bytes) {
+                return true;
+            }
+            self.take(found, &post, now);
             actions.push_back(Action::Post(post));
         }
+        self.offer(peer, rail);
+        true
     }
 
-    /// The WRITE that `id` names; `None` for an id that names none.
-    fn post(&self, id: WriteId) -> Option<Post> {
+    /// What a rail would post next to a receiver.
+    fn next(&self, peer: u32, rail: RailIndex) -> Option<(Found, Post)> {
+        let ways = &self.program.route(ReceiverRank(peer))?.rails;
+        let home = ways.iter().position(|way| *way == rail)?;
+        let cannot = |home: usize, op: u32| {
+            let bytes = self.program.ops().get(op as usize).map_or(0, |op| op.bytes() / op.writes().max(1));
+            ways.get(home).is_none_or(|way| !self.can_take(peer, *way, bytes))
+        };
+        let found = self.peers[peer as usize].backlog.find(home, cannot)?;
+        Some((found, self.post(found.id, rail)?))
+    }
+
+    /// Whether a rail can take so many bytes more for a receiver right now.
+    fn can_take(&self, peer: u32, rail: RailIndex, bytes: u64) -> bool {
+        let state = &self.rails[rail.index()];
+        let has_room = !state.full
+            && state.in_flight < state.limits.depth
+            && state.in_flight_bytes < state.limits.in_flight_bytes_max;
+        has_room && self.path(peer, rail).has_credit() && !self.is_late(peer, rail, bytes)
+    }
+
+    /// Whether a WRITE over a slow path would arrive after all that is left has arrived over the others.
+    fn is_late(&self, peer: u32, rail: RailIndex, bytes: u64) -> bool {
+        let Peer { backlog, in_flight_bytes, rate_max, rate_sum, .. } = &self.peers[peer as usize];
+        let path = self.path(peer, rail);
+        if path.rate >= SLOW * rate_max {
+            return false;
+        }
+        let rest = (backlog.bytes + in_flight_bytes) as f64 / rate_sum;
+        path.seconds_until(bytes).is_some_and(|seconds| seconds > rest)
+    }
+
+    /// Counts a WRITE as in flight.
+    fn take(&mut self, found: Found, post: &Post, now: Duration) {
+        let bytes = post.rows.total_bytes();
+        let writes = self.program.ops().get(found.id.op as usize).map_or(1, |op| op.writes());
+        let peer = &mut self.peers[post.to.index()];
+        peer.backlog.take(found, writes, bytes);
+        if peer.in_flight == 0 && !peer.refused {
+            peer.since = now;
+        }
+        peer.in_flight += 1;
+        peer.in_flight_bytes += bytes;
+        let state = &mut self.rails[post.rail.index()];
+        state.in_flight += 1;
+        state.in_flight_bytes += bytes;
+        self.in_flight += 1;
+        self.path_mut(post.to.0, post.rail).posted(bytes, now);
+    }
+
+    /// The WRITE that `id` names, over `rail`; `None` for an id that names none.
+    fn post(&self, id: WriteId, rail: RailIndex) -> Option<Post> {
         let op = self.program.ops().get(id.op as usize)?;
-        let route = self.program.route(op.to)?;
+        let stages = self.peers.get(op.to.index())?.stages;
         let row = u64::from(id.row);
         let region = |row: u64| Source::Region(op.source.region, op.source.offset + row * op.source.stride);
         let whole = Rows { count: op.rows, bytes: op.row_bytes, stride: op.source.stride };
-        let takes_rows = self.rails.get(route.rail.index())?.limits.takes_rows;
         let (source, rows, row) = match op.kind() {
-            OpKind::Gather if takes_rows => (region(0), whole, 0),
-            OpKind::Gather => (Source::Slot(Slot(id.row)), Rows::one(op.bytes() as u32), 0),
+            OpKind::Gather if stages => (Source::Slot(Slot(id.row)), Rows::one(op.bytes() as u32), 0),
+            OpKind::Gather => (region(0), whole, 0),
             _ => (region(row), Rows::one(op.row_bytes), row),
         };
         Some(Post {
             id,
-            rail: route.rail,
+            rail,
             source,
             rows,
             to: op.to,
@@ -458,147 +536,306 @@ impl Engine {
         })
     }
 
-    fn queue(&mut self, id: WriteId, end: End) {
-        let Some(post) = self.post(id) else { return };
-        if let Some(rail) = self.rails.get_mut(post.rail.index()) {
-            match end {
-                End::Front => rail.ready.push_front(post),
-                End::Back => rail.ready.push_back(post),
-            }
-        }
-    }
+    // --- what came back ------------------------------------------------------------------------------------------
 
-    fn gathered(&mut self, slot: Slot, now: Duration) {
-        let Some(&op) = self.slots.get(slot.0 as usize).filter(|_| self.gathering > 0) else {
-            return self.fail(Failure::Protocol("a gather ended that was not begun".into()), now);
+    fn gathered(&mut self, slot: Slot, now: Duration, actions: &mut Actions) {
+        let was = self.slots.get_mut(slot.0 as usize);
+        let was = was.map(|slot| (slot.op, std::mem::replace(&mut slot.gather, Gather::Over)));
+        let op = match was {
+            Some((op, Gather::Begun)) => op,
+            Some((_, Gather::GivenUp)) => {
+                self.free.push(slot);
+                return self.begin_gathers(actions);
+            }
+            _ => return self.fail(Failure::Protocol("a gather ended that was not begun".into()), now),
         };
         self.gathering -= 1;
         self.moved_at = now;
+        let peer = self.program.ops().get(op as usize).map_or(0, |op| op.to.0);
         match self.phase {
-            Phase::Writing => self.queue(WriteId { op, row: slot.0 }, End::Back),
+            Phase::Writing => {
+                self.peers[peer as usize].backlog.stage(op, slot);
+                self.offer_to_all(peer, now, actions);
+            }
             _ => self.free.push(slot),
         }
     }
 
     /// Takes a WRITE out of what is in flight.
-    fn take(&mut self, id: WriteId, now: Duration) -> Option<Post> {
-        let post = self.post(id);
-        let posted = post.filter(|post| {
-            self.rails.get(post.rail.index()).is_some_and(|rail| rail.in_flight > 0)
-                && self.peers.get(post.to.index()).is_some_and(|peer| peer.in_flight > 0)
-        });
+    fn end(&mut self, rail: RailIndex, id: WriteId, now: Duration) -> Option<Post> {
+        let posted = self
+            .post(id, rail)
+            .filter(|post| rail.index() < self.rails.len() && self.path(post.to.0, rail).in_flight > 0);
         let Some(post) = posted else {
-            self.fail(Failure::Protocol(format!("{id:?} is not in flight")), now);
+            self.fail(Failure::Protocol(format!("{id:?} is not in flight on {rail}")), now);
             return None;
         };
-        let rail = &mut self.rails[post.rail.index()];
-        rail.in_flight -= 1;
-        rail.in_flight_bytes = rail.in_flight_bytes.saturating_sub(post.rows.total_bytes());
-        self.peers[post.to.index()].in_flight -= 1;
+        let bytes = post.rows.total_bytes();
+        let state = &mut self.rails[rail.index()];
+        state.in_flight -= 1;
+        state.in_flight_bytes -= bytes;
+        let peer = &mut self.peers[post.to.index()];
+        peer.in_flight -= 1;
+        peer.in_flight_bytes -= bytes;
+        self.in_flight -= 1;
         Some(post)
     }
 
     /// Frees the staging slot of a WRITE, if it has one.
-    fn release(&mut self, post: &Post) {
-        if let Source::Slot(slot) = post.source {
-            self.free.push(slot);
+    fn release(&mut self, post: &Post, actions: &mut Actions) {
+        let Source::Slot(slot) = post.source else { return };
+        self.free.push(slot);
+        let peer = &mut self.peers[post.to.index()];
+        let was_full = peer.slots >= self.slots_per_peer;
+        peer.slots = peer.slots.saturating_sub(1);
+        if was_full && peer.backlog.has_gathers() {
+            self.gather_ring.push_back(post.to.0);
         }
+        self.begin_gathers(actions);
     }
 
     /// A WRITE comes back unposted; `refused` by its rail or not even offered.
-    fn put_back(&mut self, id: WriteId, refused: bool, now: Duration) {
-        let Some(post) = self.take(id, now) else { return };
+    fn put_back(&mut self, rail: RailIndex, id: WriteId, refused: bool, now: Duration) {
+        let Some(post) = self.end(rail, id, now) else { return };
+        let bytes = post.rows.total_bytes();
+        self.path_mut(post.to.0, rail).ended(bytes);
         self.delivered.refusals += u64::from(refused);
         match self.phase {
             Phase::Writing => {
-                self.rails[post.rail.index()].full = true;
-                self.peers[post.to.index()].refused |= refused;
-                self.queue(id, End::Front);
+                self.rails[rail.index()].full = true;
+                let peer = &mut self.peers[post.to.index()];
+                peer.refused |= refused;
+                peer.backlog.give_back(id, bytes, true);
+                let path = self.path_mut(post.to.0, rail);
+                if path.live && !std::mem::replace(&mut path.queued, true) {
+                    self.rails[rail.index()].ring.push_front(post.to.0);
+                }
             }
-            _ => self.release(&post),
+            _ => self.release(&post, &mut Actions::new()),
         }
     }
 
-    fn delivered_one(&mut self, id: WriteId, now: Duration) {
-        let Some(post) = self.take(id, now) else { return };
+    fn delivered_one(&mut self, rail: RailIndex, id: WriteId, now: Duration, actions: &mut Actions) {
+        let Some(post) = self.end(rail, id, now) else { return };
         let bytes = post.rows.total_bytes();
         self.delivered.bytes += bytes;
         self.delivered.writes += 1;
         if let Source::Slot(_) = post.source {
             self.delivered.bytes_gathered += bytes;
         }
+        let state = &mut self.rails[rail.index()];
+        state.bytes += bytes;
+        state.writes += 1;
+        self.moved_at = now;
+        if self.path_mut(post.to.0, rail).delivered(bytes, now) {
+            self.sum_rates(post.to.0);
+        }
         let peer = &mut self.peers[post.to.index()];
         (peer.since, peer.refused) = (now, false);
-        self.moved_at = now;
-        self.release(&post);
+        self.release(&post, actions);
+        self.offer(post.to.0, rail);
+        self.pump(rail, now, actions);
     }
 
-    fn failed_one(&mut self, id: WriteId, reason: String, now: Duration) {
-        let Some(post) = self.take(id, now) else { return };
-        self.release(&post);
+    fn sum_rates(&mut self, peer: u32) {
+        let (mut max, mut sum) = (0.0_f64, 0.0);
+        for path in self.paths(peer).iter().filter(|path| path.live) {
+            max = max.max(path.rate);
+            sum += path.rate;
+        }
+        let peer = &mut self.peers[peer as usize];
+        (peer.rate_max, peer.rate_sum) = (max, sum);
+    }
+
+    fn failed_one(
+        &mut self,
+        rail: RailIndex,
+        id: WriteId,
+        reason: String,
+        now: Duration,
+        actions: &mut Actions,
+    ) {
+        let Some(post) = self.end(rail, id, now) else { return };
+        let bytes = post.rows.total_bytes();
+        let path = self.path_mut(post.to.0, rail);
+        path.ended(bytes);
+        path.live = false;
+        self.sum_rates(post.to.0);
+        if matches!(self.phase, Phase::Writing) && self.paths(post.to.0).iter().any(|path| path.live) {
+            self.again(&post, now, actions);
+            return;
+        }
+        self.release(&post, actions);
         let op = self.program.ops().get(id.op as usize);
         let param = op.map_or("?", |op| self.program.name(op.param)).to_owned();
-        self.fail(Failure::Write { param, to: post.to, rail: post.rail, reason }, now);
+        self.fail(Failure::Write { param, to: post.to, rail, reason }, now);
     }
 
-    fn rails_closed(&mut self, now: Duration) {
-        self.closed = true;
-        for rail in &mut self.rails {
-            (rail.in_flight, rail.in_flight_bytes) = (0, 0);
+    /// A WRITE that did not arrive over one rail goes over another.
+    fn again(&mut self, post: &Post, now: Duration, actions: &mut Actions) {
+        self.peers[post.to.index()].backlog.give_back(post.id, post.rows.total_bytes(), false);
+        self.offer_to_all(post.to.0, now, actions);
+    }
+
+    // --- rails that fail -----------------------------------------------------------------------------------------
+
+    fn close_rail(&mut self, rail: RailIndex, reason: String, now: Duration, actions: &mut Actions) {
+        let Some(state) = self.rails.get_mut(rail.index()) else { return };
+        let RailPhase::Open = state.phase else { return };
+        state.phase = RailPhase::Closing(reason.clone());
+        self.closing += 1;
+        actions.push_back(Action::CloseRail(rail));
+        for peer in 0..self.peers.len() as u32 {
+            if std::mem::take(&mut self.path_mut(peer, rail).live) {
+                self.sum_rates(peer);
+            }
+            let needed = self.peers[peer as usize].backlog.bytes > 0 || self.path(peer, rail).in_flight > 0;
+            if needed && !self.paths(peer).iter().any(|path| path.live) {
+                self.fail(Failure::Rail { rail, reason: reason.clone() }, now);
+            }
         }
-        // A gather that has not ended by now never will; what it holds is its own.
-        self.gathering = 0;
-        if let Phase::Closing(failure) = &self.phase {
-            self.phase = Phase::Draining(failure.clone(), now);
+    }
+
+    fn returned(&mut self, rail: RailIndex, id: WriteId, now: Duration, actions: &mut Actions) {
+        let Some(post) = self.end(rail, id, now) else { return };
+        self.path_mut(post.to.0, rail).ended(post.rows.total_bytes());
+        match self.phase {
+            Phase::Writing => self.again(&post, now, actions),
+            _ => self.release(&post, actions),
+        }
+    }
+
+    fn rail_closed(&mut self, rail: RailIndex, result: Result<(), String>, now: Duration) {
+        let Some(state) = self.rails.get_mut(rail.index()) else { return };
+        let RailPhase::Closing(reason) = &mut state.phase else {
+            return self.fail(Failure::Protocol(format!("{rail} was closed unasked")), now);
+        };
+        state.phase = RailPhase::Closed(std::mem::take(reason));
+        self.closing -= 1;
+        // What it still holds it holds for ever, staging slots included: nothing of it comes back.
+        let leaked = std::mem::take(&mut state.in_flight);
+        state.in_flight_bytes = 0;
+        self.in_flight -= leaked;
+        for peer in 0..self.peers.len() as u32 {
+            let path = self.path_mut(peer, rail);
+            let (writes, bytes) =
+                (std::mem::take(&mut path.in_flight), std::mem::take(&mut path.in_flight_bytes));
+            let peer = &mut self.peers[peer as usize];
+            (peer.in_flight, peer.in_flight_bytes) = (peer.in_flight - writes, peer.in_flight_bytes - bytes);
+        }
+        if let Err(reason) = result {
+            // It may still write; nobody can say when.
+            self.fail(Failure::Rail { rail, reason }, now);
+        } else if leaked > 0 {
+            self.fail(Failure::Protocol(format!("{rail} was closed and kept {leaked} writes")), now);
         }
     }
 
     fn tick(&mut self, now: Duration, actions: &mut Actions) {
+        let missed = now.saturating_sub(std::mem::replace(&mut self.ticked_at, now));
+        if missed > self.config.stall / 2 {
+            // This process itself did not run: nobody else is late for that.
+            self.moved_at = now;
+            self.peers.iter_mut().for_each(|peer| peer.since = now);
+            self.paths.iter_mut().for_each(|path| path.since = now);
+        }
         match &self.phase {
             Phase::Writing => {
+                self.close_stalled(now, actions);
                 let deadline = self.config.deadline;
-                let owes = |peer: &PeerState| peer.in_flight > 0 || peer.refused;
-                let waited = |peer: &PeerState| now.saturating_sub(peer.since);
-                let late = |peer: &PeerState| owes(peer) && waited(peer) > deadline;
+                let owes = |peer: &Peer| peer.in_flight > 0 || peer.refused;
+                let waited = |peer: &Peer| now.saturating_sub(peer.since);
+                // Who was refused may be waiting for room that somebody else fills.
+                let silent = |after: Duration| move |peer: &Peer| peer.in_flight > 0 && waited(peer) > after;
+                let holds_room = self.peers.iter().any(silent(deadline / 2));
+                let cut_off = |peer: &Peer| peer.refused && !holds_room && waited(peer) > deadline;
+                let late = |peer: &Peer| silent(deadline)(peer) || cut_off(peer);
                 let found = self.peers.iter().position(late).map(|rank| (rank, &self.peers[rank]));
                 let stalled = now.saturating_sub(self.moved_at) > deadline && !self.peers.iter().any(owes);
                 if let Some((rank, peer)) = found {
                     let to = ReceiverRank(rank as u32);
                     let failure = Failure::Deadline { to, waited: waited(peer), in_flight: peer.in_flight };
-                    self.fail(failure, now);
-                } else if stalled {
-                    self.fail(Failure::Stalled { waited: deadline, gathering: self.gathering }, now);
+                    return self.fail(failure, now);
                 }
+                if stalled {
+                    return self.fail(Failure::Stalled { waited: deadline, gathering: self.gathering }, now);
+                }
+                // Who could take nothing a while ago may now take from those who cannot keep up.
+                for at in 0..self.order.len() {
+                    for rail in 0..self.rails.len() {
+                        self.offer(self.order[at], RailIndex(rail as u16));
+                    }
+                }
+                self.pump_all(now, actions);
             }
             Phase::Draining(failure, since) if now.saturating_sub(*since) > self.config.drain => {
-                self.phase = Phase::Closing(failure.clone());
-                actions.push_back(Action::CloseRails);
+                let reason = failure.to_string();
+                let held = (0..self.rails.len()).filter(|rail| self.rails[*rail].in_flight > 0);
+                for rail in held.collect::<Vec<_>>() {
+                    self.close_rail(RailIndex(rail as u16), reason.clone(), now, actions);
+                }
+                // A gather that has not ended by now holds its slot for as long as it likes.
+                self.gathering = 0;
+                for slot in self.slots.iter_mut().filter(|slot| slot.gather == Gather::Begun) {
+                    slot.gather = Gather::GivenUp;
+                }
             }
             _ => {}
         }
     }
 
-    /// The first failure of a push decides; what has not been posted never will be.
-    fn fail(&mut self, failure: Failure, now: Duration) {
-        if !matches!(self.phase, Phase::Writing) {
-            return;
-        }
-        self.phase = Phase::Draining(failure, now);
-        for rail in &mut self.rails {
-            for post in rail.ready.drain(..) {
-                if let Source::Slot(slot) = post.source {
-                    self.free.push(slot);
-                }
-            }
+    /// Closes a rail on which a receiver owes completions for long, where another rail vouches for the receiver: it has
+    /// delivered something to it meanwhile, or, when half of the deadline is gone, is free to try. Not a rail that somebody
+    /// else has no other than: there the deadline decides.
+    fn close_stalled(&mut self, now: Duration, actions: &mut Actions) {
+        let EngineConfig { stall, deadline, .. } = self.config;
+        let waited = |path: &Path| now.saturating_sub(path.since);
+        let suspect = |peer: u32| {
+            let paths = self.paths(peer);
+            let is_stalled = |path: &Path| path.live && path.in_flight > 0 && waited(path) > stall;
+            let suspect = paths.iter().position(is_stalled)?;
+            let stalled = &paths[suspect];
+            let may_try = waited(stalled) > deadline / 2;
+            let vouches =
+                |path: &Path| path.delivered_at > stalled.since + stall / 2 || may_try && path.in_flight == 0;
+            let rail = RailIndex(suspect as u16);
+            let vouched = paths.iter().any(|path| path.live && vouches(path));
+            (vouched && !self.is_last_way(rail)).then_some((peer, rail))
+        };
+        let suspects: Vec<_> = self.order.iter().filter_map(|peer| suspect(*peer)).collect();
+        for (peer, rail) in suspects {
+            let to = ReceiverRank(peer);
+            let in_flight = self.path(peer, rail).in_flight;
+            let reason = format!(
+                "{to} took none of {in_flight} writes over it for {stall:?}, and other rails reach {to}"
+            );
+            self.close_rail(rail, reason, now, actions);
         }
     }
-}
 
-/// Where a WRITE joins a rail's queue: again at its front, or for the first time at its back.
-#[derive(Clone, Copy)]
-enum End {
-    Front,
-    Back,
+    /// Whether a receiver that is not done has no other rail.
+    fn is_last_way(&self, rail: RailIndex) -> bool {
+        self.order.iter().any(|&peer| {
+            let Peer { backlog, in_flight, .. } = &self.peers[peer as usize];
+            let mut others = self.paths(peer).iter().enumerate().filter(|(at, _)| *at != rail.index());
+            (backlog.bytes > 0 || *in_flight > 0) && !others.any(|(_, path)| path.live)
+        })
+    }
+
+    /// The first failure of a push decides; what has not been posted never will be.
+    fn fail(&mut self, failure: Failure, now: Duration) {
+        let Phase::Writing = self.phase else { return };
+        self.phase = Phase::Draining(failure, now);
+        let ops = self.program.ops();
+        for peer in &mut self.peers {
+            let stages = peer.stages;
+            let slot_of = |id: WriteId| {
+                let op = ops.get(id.op as usize)?;
+                (stages && op.kind() == OpKind::Gather).then_some(Slot(id.row))
+            };
+            peer.backlog.give_up(&mut self.free, slot_of);
+        }
+    }
 }
 
 #[cfg(test)]

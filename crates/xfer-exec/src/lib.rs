@@ -6,11 +6,13 @@ pub mod driver;
 pub mod engine;
 #[cfg(feature = "local")]
 pub mod local;
+#[cfg(feature = "driver")]
+pub mod null;
 #[cfg(feature = "ofi")]
 pub mod ofi;
 pub mod program;
 pub mod rail;
 
-pub use engine::{Action, Delivered, Engine, EngineConfig, Event, Failure, Post, Source};
+pub use engine::{Action, Delivered, Engine, EngineConfig, Event, Failure, Post, RailUse, Source};
 pub use program::{Program, ProgramError, WriteId};
-pub use rail::{Done, Rail, RailError, RailIndex, RailLimits, RailWrite, Rows};
+pub use rail::{Armed, Done, Rail, RailError, RailIndex, RailLimits, RailWrite, Rows};

@@ -34,8 +34,8 @@ impl WriteId {
 /// A receiver as this rank reaches it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
-    /// The rail that leads to it.
-    pub rail: RailIndex,
+    /// The rails that lead to it. The plan deals its operations to them by number, modulo how many there are.
+    pub rails: Vec<RailIndex>,
     /// Bytes of each of its regions, by region index.
     pub region_bytes: Vec<u64>,
 }
@@ -178,7 +178,7 @@ impl Program {
             let region = op.source.region;
             return Err(ProgramError::Source { param: param(), region, region_bytes: source });
         }
-        let Some(route) = self.route(op.to) else {
+        let Some(route) = self.route(op.to).filter(|route| !route.rails.is_empty()) else {
             return Err(ProgramError::NoRoute { param: param(), to: op.to });
         };
         let target = route.region_bytes.get(op.destination.region.index()).copied();

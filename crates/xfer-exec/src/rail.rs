@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::time::Duration;
+use std::os::fd::BorrowedFd;
 
 use xfer_plan::{ReceiverRank, RegionIndex};
 
@@ -124,9 +124,25 @@ pub trait Rail: Send {
     /// Appends the WRITEs that are over. Never blocks.
     fn poll(&mut self, done: &mut Vec<Done<Self::Buffer>>) -> Result<(), RailError>;
 
-    /// Waits until [`Rail::poll`] may find something, or the time is up.
-    fn wait(&mut self, at_most: Duration);
+    /// What to wait for until [`Rail::poll`] may find something.
+    fn arm(&mut self) -> Armed<'_>;
 
-    /// Ends every WRITE in flight and drops its buffer, once nobody can read it any more.
-    fn close(self: Box<Self>) -> Result<(), RailError>;
+    /// Ends every WRITE in flight, drops its buffer once nobody can read it any more, and appends its id to `unfinished`:
+    /// whether it took place is unknown.
+    ///
+    /// # Errors
+    ///
+    /// When the rail does not close: its buffers are in use for ever.
+    fn close(self: Box<Self>, unfinished: &mut Vec<WriteId>) -> Result<(), RailError>;
+}
+
+/// What a rail has to be waited for.
+#[derive(Debug)]
+pub enum Armed<'a> {
+    /// Nothing: poll it now.
+    Ready,
+    /// Until this is readable.
+    On(BorrowedFd<'a>),
+    /// It cannot say: poll it every now and then.
+    Blind,
 }

@@ -2,14 +2,12 @@
 //! that gathers wait for it. The oracle copies rows one at a time.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::sync::mpsc;
 use std::time::Duration;
 
 use efa_core::{Hints, Lease, LeaseMut, Library, Rail as OfiEndpoint, RailConfig, Target};
 use proptest::prelude::*;
-use xfer_exec::driver::{HostRail, Outcome, Sender, SenderConfig};
+use xfer_exec::driver::{DriverConfig, HostRail, Outcome, Sender, ThreadConfig};
 use xfer_exec::local::{Attached, Doorman, LocalRail, SharedFile, fetch};
 use xfer_exec::ofi::{OfiPeer, OfiRail, OfiTarget};
 use xfer_exec::program::Route;
@@ -61,7 +59,7 @@ impl Case {
                 destination: Strided { region, offset: *end, stride: destination_stride },
                 gather,
                 transform: Transform::Copy,
-                rail: 0,
+                rail: ops.len() as u8,
                 wave: 0,
             });
             source += extent / 2;
@@ -94,14 +92,17 @@ fn oracle(plan: &RankPlan, source: &[u8], bytes: &[u64]) -> Vec<Vec<u8>> {
     arenas
 }
 
+/// The rails of the sender, and what they lead to.
+type Ends = (Vec<HostRail>, Receivers);
+
 /// The receivers' side: their memory, and what keeps it reachable.
 struct Receivers {
     arenas: Vec<Target>,
     _doormen: Vec<Doorman>,
-    _targets: Vec<OfiTarget>,
+    targets: Vec<OfiTarget>,
 }
 
-fn local(bytes: &[u64]) -> (HostRail, Receivers) {
+fn local(bytes: &[u64]) -> Ends {
     let (mut peers, mut arenas, mut doormen) = (BTreeMap::new(), Vec::new(), Vec::new());
     for (rank, bytes) in (0..).map(ReceiverRank).zip(bytes) {
         let (arena, file) = SharedFile::create(*bytes).unwrap();
@@ -111,7 +112,7 @@ fn local(bytes: &[u64]) -> (HostRail, Receivers) {
         arenas.push(arena);
         doormen.push(doorman);
     }
-    (Box::new(LocalRail::new(peers)), Receivers { arenas, _doormen: doormen, _targets: Vec::new() })
+    (vec![Box::new(LocalRail::new(peers))], Receivers { arenas, _doormen: doormen, targets: Vec::new() })
 }
 
 fn open(library: &Library) -> OfiEndpoint {
@@ -120,39 +121,40 @@ fn open(library: &Library) -> OfiEndpoint {
     OfiEndpoint::open(&info, &RailConfig::for_info(&info)).unwrap()
 }
 
-fn ofi(library: &Library, bytes: &[u64], memories: &[efa_core::MemoryRef]) -> (HostRail, Receivers) {
-    let (mut peers, mut arenas, mut targets) = (BTreeMap::new(), Vec::new(), Vec::new());
+/// So many rails, each to a rail of its own at every receiver.
+fn ofi(library: &Library, bytes: &[u64], memories: &[efa_core::MemoryRef], rails: usize) -> Ends {
+    let mut peers = vec![BTreeMap::new(); rails];
+    let (mut arenas, mut targets) = (Vec::new(), Vec::new());
     for (rank, bytes) in (0..).map(ReceiverRank).zip(bytes) {
-        let mut rail = open(library);
         let arena = LeaseMut::zeroed(*bytes as usize).unwrap().expose();
         let scratch = LeaseMut::zeroed(64).unwrap().expose();
-        let (_, region) = rail.expose(&arena).unwrap();
-        let (_, scratch) = rail.expose(&scratch).unwrap();
-        peers.insert(rank, OfiPeer { address: rail.address().clone(), regions: vec![region], scratch });
+        let mut opened = Vec::new();
+        for peers in &mut peers {
+            let mut rail = open(library);
+            let (_, region) = rail.expose(&arena).unwrap();
+            let (_, scratch) = rail.expose(&scratch).unwrap();
+            peers.insert(rank, OfiPeer { address: rail.address().clone(), regions: vec![region], scratch });
+            opened.push(rail);
+        }
         arenas.push(arena);
-        targets.push(OfiTarget::start(rail).unwrap());
+        targets.push(OfiTarget::start(opened, Vec::new()).unwrap());
     }
-    let rail = OfiRail::connect(open(library), memories, peers, DEADLINE).unwrap();
-    (Box::new(rail), Receivers { arenas, _doormen: Vec::new(), _targets: targets })
+    let connect =
+        |peers| -> HostRail { Box::new(OfiRail::connect(open(library), memories, peers, DEADLINE).unwrap()) };
+    let rails = peers.into_iter().map(connect).collect();
+    (rails, Receivers { arenas, _doormen: Vec::new(), targets })
 }
 
-fn sender(plan: RankPlan, rail: HostRail, bytes: &[u64], staging: LeaseMut) -> Sender {
+fn sender(plan: RankPlan, rails: Vec<HostRail>, bytes: &[u64], staging: LeaseMut) -> Sender {
+    let all: Vec<RailIndex> = (0..rails.len() as u16).map(RailIndex).collect();
     let route = |(rank, bytes): (ReceiverRank, &u64)| {
-        (rank, Route { rail: RailIndex(0), region_bytes: vec![*bytes] })
+        (rank, Route { rails: all.clone(), region_bytes: vec![*bytes] })
     };
     let routes = (0..).map(ReceiverRank).zip(bytes).map(route).collect();
     let program = Program::new(plan, BTreeMap::new(), &[SOURCE_BYTES as u64], routes, SLOT_BYTES).unwrap();
-    Sender::start(SenderConfig {
-        name: "test".into(),
-        program,
-        rails: vec![rail],
-        staging,
-        slot_bytes: SLOT_BYTES,
-        deadline: DEADLINE,
-        busy_poll: false,
-        progress: Arc::new(AtomicU64::new(0)),
-    })
-    .unwrap()
+    let stall = DEADLINE / 5;
+    let driver = DriverConfig { program, rails, staging, slot_bytes: SLOT_BYTES, deadline: DEADLINE, stall };
+    Sender::start(driver, ThreadConfig { name: "test".into(), ..ThreadConfig::default() }).unwrap()
 }
 
 fn push(sender: &Sender, weights: LeaseMut) -> (Outcome, LeaseMut) {
@@ -164,14 +166,14 @@ fn push(sender: &Sender, weights: LeaseMut) -> (Outcome, LeaseMut) {
 }
 
 /// Two pushes with the weights changed in between.
-fn check(case: &Case, make: impl FnOnce(&[u64], &[efa_core::MemoryRef]) -> (HostRail, Receivers)) {
+fn check(case: &Case, make: impl FnOnce(&[u64], &[efa_core::MemoryRef]) -> Ends) {
     let (plan, bytes) = case.plan();
     // Two slots: gathers have to wait for each other.
     let staging = LeaseMut::zeroed(2 * SLOT_BYTES as usize).unwrap();
     let mut weights = LeaseMut::zeroed(SOURCE_BYTES).unwrap();
     let memories = [weights.memory().clone(), staging.memory().clone()];
-    let (rail, receivers) = make(&bytes, &memories);
-    let sender = sender(plan.clone(), rail, &bytes, staging);
+    let (rails, receivers) = make(&bytes, &memories);
+    let sender = sender(plan.clone(), rails, &bytes, staging);
     for step in 1..=2 {
         weights.bytes_mut().copy_from_slice(&case.weights(step));
         let (outcome, back) = push(&sender, weights);
@@ -209,12 +211,12 @@ proptest! {
 }
 
 proptest! {
-    // Each case opens three rails.
+    // Each case opens up to nine rails.
     #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
     #[test]
-    fn libfabric_pushes_are_bit_exact(case in cases()) {
+    fn libfabric_pushes_are_bit_exact(case in cases(), rails in 1usize..4) {
         if let Some(library) = libfabric() {
-            check(&case, |bytes, memories| ofi(&library, bytes, memories));
+            check(&case, |bytes, memories| ofi(&library, bytes, memories, rails));
         }
     }
 }
@@ -233,7 +235,7 @@ fn a_plan_without_gathers_needs_no_staging() {
 fn libfabric_gathers_what_is_short_and_shared_memory_copies_it_once() {
     let case = Case { ops: vec![(0, 4, 100, 7, 0, true)], seed: 3 };
     let (plan, bytes) = case.plan();
-    let gathered = |make: &dyn Fn(&[efa_core::MemoryRef]) -> (HostRail, Receivers)| {
+    let gathered = |make: &dyn Fn(&[efa_core::MemoryRef]) -> Ends| {
         let staging = LeaseMut::zeroed(SLOT_BYTES as usize).unwrap();
         let weights = LeaseMut::zeroed(SOURCE_BYTES).unwrap();
         let (rail, _receivers) = make(&[weights.memory().clone(), staging.memory().clone()]);
@@ -242,7 +244,7 @@ fn libfabric_gathers_what_is_short_and_shared_memory_copies_it_once() {
     };
     assert_eq!(gathered(&|_| local(&bytes)), 0);
     if let Some(library) = libfabric() {
-        assert_eq!(gathered(&|memories| ofi(&library, &bytes, memories)), 400);
+        assert_eq!(gathered(&|memories| ofi(&library, &bytes, memories, 1)), 400);
     }
 }
 
@@ -255,7 +257,7 @@ fn an_aborted_push_gives_the_weights_back() {
     let staging = LeaseMut::zeroed(0).unwrap();
     let weights = LeaseMut::zeroed(SOURCE_BYTES).unwrap();
     let memories = [weights.memory().clone()];
-    let (rail, _receivers) = ofi(&library, &bytes, &memories);
+    let (rail, _receivers) = ofi(&library, &bytes, &memories, 1);
     let sender = sender(plan, rail, &bytes, staging);
     let (reply, outcome) = mpsc::channel();
     sender.push(vec![weights.freeze()], move |outcome| reply.send(outcome).unwrap());
@@ -266,7 +268,38 @@ fn an_aborted_push_gives_the_weights_back() {
         Err(Failure::Aborted(reason)) => assert_eq!(reason, "the test says so"),
         Err(other) => panic!("{other}"),
     }
-    assert!(outcome.usable);
+    assert!(outcome.rails.iter().all(|rail| rail.closed.is_none()));
     let weights: Vec<_> = outcome.regions.into_iter().map(Lease::thaw).collect();
     assert!(weights.iter().all(Result::is_ok));
+}
+
+#[test]
+fn a_rail_that_a_receiver_closes_is_replaced_by_the_others() {
+    let Some(library) = libfabric() else { return };
+    let case = Case { ops: (0..400).map(|op| (op % RECEIVERS, 1, 60_000, 0, 0, false)).collect(), seed: 3 };
+    let (plan, bytes) = case.plan();
+    let mut weights = LeaseMut::zeroed(SOURCE_BYTES).unwrap();
+    let (rails, receivers) = ofi(&library, &bytes, &[weights.memory().clone()], 3);
+    let sender = sender(plan.clone(), rails, &bytes, LeaseMut::zeroed(0).unwrap());
+    for step in 1..=3 {
+        weights.bytes_mut().copy_from_slice(&case.weights(step));
+        let (reply, outcome) = mpsc::channel();
+        sender.push(vec![weights.freeze()], move |outcome| reply.send(outcome).unwrap());
+        if step == 2 {
+            // In the middle of a push or after it, as it happens; later ones must do without.
+            receivers.targets[0].close_rail(1).unwrap();
+        }
+        let mut outcome = outcome.recv_timeout(2 * DEADLINE).unwrap();
+        weights = outcome.regions.pop().map(Lease::thaw).unwrap().unwrap();
+        let delivered = outcome.result.unwrap();
+        assert_eq!((delivered.bytes, delivered.writes), (plan.bytes, plan.writes));
+        assert_eq!(outcome.rails.iter().map(|rail| rail.bytes).sum::<u64>(), plan.bytes);
+        for (arena, expected) in receivers.arenas.iter().zip(oracle(&plan, weights.bytes(), &bytes)) {
+            let mut found = vec![0; expected.len()];
+            arena.read(0, &mut found).unwrap();
+            assert!(found == expected, "step {step}: bytes differ");
+        }
+    }
+    receivers.targets[0].close_rail(1).unwrap();
+    assert!(receivers.targets[0].close_rail(3).is_err());
 }

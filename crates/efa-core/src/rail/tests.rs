@@ -240,7 +240,7 @@ fn a_close_gives_back_what_was_in_flight() {
     it.write(1).unwrap();
     it.write(2).unwrap();
     let held = it.rail.close().unwrap();
-    assert_eq!(held.len(), 2);
+    assert_eq!(held.iter().map(|one| one.token).collect::<Vec<_>>(), [1, 2]);
     drop(it.from);
     assert!(!(it.freed)());
     drop(held);

@@ -162,15 +162,26 @@ impl Demo {
     async fn play(&mut self, args: &DemoArgs, checkpoint: &Path) -> anyhow::Result<()> {
         let secret = Secret::random_text()?;
         let (reports_in, mut reports) = mpsc::unbounded_channel();
-        let mut server = ServerConfig { secret: Secret::new(&secret), ..ServerConfig::loopback(self.world)? };
+        let mut server = ServerConfig {
+            secret: Secret::new(&secret),
+            listen: args.launch.listen.clone(),
+            ..ServerConfig::loopback(self.world)?
+        };
         server.controller.deadline = args.rail.deadline;
         server.controller.options = args.plan.options();
         let controller = Controller::bind(server).await?.spawn(move |report| drop(reports_in.send(report)));
-        let address = controller.local_addr().to_string();
+        let address = controller.local_addr();
+        if address.ip().is_unspecified() {
+            bail!(
+                "--listen {}: ranks cannot connect to {address}; name an address of this host",
+                args.launch.listen
+            );
+        }
 
         let mut children = Children::new(secret);
         for number in 0..self.ranks.len() {
-            children.start(self.child_args(number, args, checkpoint, &address))?;
+            let (launcher, line) = self.child_command(number, args, checkpoint, &address.to_string());
+            children.start(launcher, line)?;
         }
         self.bar.set_message("loading and connecting");
         let mut failures = Vec::new();
@@ -224,9 +235,21 @@ impl Demo {
         }
     }
 
-    fn child_args(&self, number: usize, args: &DemoArgs, checkpoint: &Path, address: &str) -> Vec<OsString> {
+    /// The launcher and the arguments of a rank.
+    fn child_command<'a>(
+        &self,
+        number: usize,
+        args: &'a DemoArgs,
+        checkpoint: &Path,
+        address: &str,
+    ) -> (&'a str, Vec<OsString>) {
         let trainers = self.world.trainers as usize;
-        let (command, rank) = if number < trainers { ("push", number) } else { ("serve", number - trainers) };
+        let (launcher, command, rank, ranks) = if number < trainers {
+            (&args.launch.launch_trainers, "push", number, trainers)
+        } else {
+            let ranks = self.world.inference as usize;
+            (&args.launch.launch_inference, "serve", number - trainers, ranks)
+        };
         let mut line: Vec<OsString> = [
             command,
             "--controller",
@@ -248,8 +271,9 @@ impl Demo {
             line.extend(["--nic-gbps".into(), gbps.to_string().into()]);
         }
         line.extend(["--checkpoint".into(), checkpoint.into()]);
-        if let Some(nic) = &args.rail.nic {
-            line.extend(["--nic".into(), nic.into()]);
+        let nics = share(&args.rail.nic, rank, ranks);
+        if !nics.is_empty() {
+            line.extend(["--nic".into(), nics.join(",").into()]);
         }
         match command {
             "push" => line.extend(
@@ -263,7 +287,7 @@ impl Demo {
             ),
             _ => line.push("--verify".into()),
         }
-        line
+        (launcher, line)
     }
 
     fn hear(&mut self, report: Report, failures: &mut Vec<Ending>) {
@@ -451,4 +475,12 @@ impl Demo {
 enum Ending {
     Failed(String),
     Differs(String),
+}
+
+/// The NICs of one of `ranks` ranks: as many as every other one has, neighbours; where there are fewer than ranks, one that
+/// it shares.
+fn share(nics: &[String], rank: usize, ranks: usize) -> &[String] {
+    let each = (nics.len() / ranks.max(1)).max(1);
+    let first = (rank * each).checked_rem(nics.len()).unwrap_or(0);
+    nics.get(first..first + each).unwrap_or_default()
 }

@@ -6,4 +6,5 @@ pub(crate) mod info;
 pub(crate) mod plan;
 pub(crate) mod push;
 pub(crate) mod serve;
+pub(crate) mod topo;
 pub(crate) mod traffic;

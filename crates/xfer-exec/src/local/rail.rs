@@ -1,13 +1,13 @@
 //! WRITEs as copies into attached memory.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::time::Duration;
 
 use efa_core::Lease;
 use xfer_plan::ReceiverRank;
 
 use super::shared::Attached;
-use crate::rail::{Done, Rail, RailError, RailLimits, RailWrite, Rows};
+use crate::program::WriteId;
+use crate::rail::{Armed, Done, Rail, RailError, RailLimits, RailWrite, Rows};
 
 /// WRITEs taken at once. Each is copied when it is posted, so a deeper rail would only delay the other rails of the
 /// thread.
@@ -52,9 +52,12 @@ impl Rail for LocalRail {
         Ok(())
     }
 
-    fn wait(&mut self, _at_most: Duration) {}
+    fn arm(&mut self) -> Armed<'_> {
+        Armed::Ready
+    }
 
-    fn close(self: Box<Self>) -> Result<(), RailError> {
+    fn close(self: Box<Self>, unfinished: &mut Vec<WriteId>) -> Result<(), RailError> {
+        unfinished.extend(self.done.iter().map(|done| done.id));
         Ok(())
     }
 }

@@ -1,0 +1,135 @@
+//! The thread that a rank's rails live on.
+//!
+//! While a push runs it polls; where cores are short, it waits on the rails' wait objects when nothing has moved for
+//! `SPIN_MAX`. Between pushes it sleeps on its command queue.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender as ChannelSender, bounded};
+use efa_core::Lease;
+
+use super::{Driver, DriverConfig, Outcome, Step};
+
+/// How long the thread polls without a result before it waits. On a host with fewer cores than busy threads a longer
+/// spin takes the core from the peer that it waits for.
+const SPIN_MAX: Duration = Duration::from_micros(100);
+
+/// How often the thread looks at its commands and tells its progress while a push runs.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Commands that may wait: a session pushes one version at a time, and aborts it once.
+const COMMANDS_MAX: usize = 4;
+
+/// How the thread runs.
+#[derive(Debug, Clone, Default)]
+pub struct ThreadConfig {
+    /// For its name and logs.
+    pub name: String,
+    /// Poll without ever sleeping while a push runs: for hosts with a core for every rank.
+    pub busy_poll: bool,
+    /// The CPUs that it may run on, by the system's numbers; empty for all that the process may.
+    pub cpus: Vec<usize>,
+    /// Bytes delivered in the present push, for whoever watches.
+    pub progress: Arc<AtomicU64>,
+}
+
+type Reply = Box<dyn FnOnce(Outcome) + Send>;
+
+enum Command {
+    Push(Vec<Lease>, Reply),
+    Abort(String),
+}
+
+/// A handle on the thread. Dropping it ends the thread after the present push, without waiting for it.
+pub struct Sender {
+    commands: ChannelSender<Command>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Sender {
+    /// Starts the thread.
+    pub fn start(driver: DriverConfig, thread: ThreadConfig) -> io::Result<Self> {
+        let (commands, inbox) = bounded(COMMANDS_MAX);
+        let mut driver = Driver::new(driver)?;
+        let handle = std::thread::Builder::new().name(format!("rails {}", thread.name)).spawn(move || {
+            pin(&thread.name, &thread.cpus);
+            serve(&mut driver, &thread, &inbox);
+        })?;
+        Ok(Self { commands, thread: Some(handle) })
+    }
+
+    /// Begins a push of `regions`, which are this rank's regions in the order of its manifest. `reply` is called from
+    /// the thread when it is over; if the thread is gone, it is dropped.
+    pub fn push(&self, regions: Vec<Lease>, reply: impl FnOnce(Outcome) + Send + 'static) {
+        let _ = self.commands.try_send(Command::Push(regions, Box::new(reply)));
+    }
+
+    /// Ends the present push, if there is one.
+    pub fn abort(&self, reason: String) {
+        let _ = self.commands.try_send(Command::Abort(reason));
+    }
+
+    /// Ends the thread and waits until its rails are closed.
+    pub fn close(mut self) {
+        self.commands = bounded(0).0;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Keeps the calling thread on these CPUs, if there are any. A thread that cannot be pinned still works, only slower.
+pub(crate) fn pin(name: &str, cpus: &[usize]) {
+    if cpus.is_empty() {
+        return;
+    }
+    let mut set = rustix::thread::CpuSet::new();
+    for &cpu in cpus.iter().filter(|cpu| **cpu < rustix::thread::CpuSet::MAX_CPU) {
+        set.set(cpu);
+    }
+    match rustix::thread::sched_setaffinity(None, &set) {
+        Ok(()) => tracing::debug!(name, ?cpus, "pinned"),
+        Err(error) => tracing::warn!(name, ?cpus, %error, "the thread of the rails could not be pinned"),
+    }
+}
+
+fn serve(driver: &mut Driver, thread: &ThreadConfig, inbox: &Receiver<Command>) {
+    while let Ok(command) = inbox.recv() {
+        if let Command::Push(regions, reply) = command {
+            thread.progress.store(0, Ordering::Relaxed);
+            driver.begin(regions);
+            let outcome = push(driver, thread, inbox);
+            thread.progress.store(driver.delivered_bytes(), Ordering::Relaxed);
+            reply(outcome);
+        }
+    }
+}
+
+fn push(driver: &mut Driver, thread: &ThreadConfig, inbox: &Receiver<Command>) -> Outcome {
+    let (mut moved_at, mut looked_at) = (Instant::now(), Instant::now());
+    loop {
+        let step = driver.step();
+        let now = Instant::now();
+        if now >= looked_at + LOOK {
+            looked_at = now;
+            thread.progress.store(driver.delivered_bytes(), Ordering::Relaxed);
+            while let Ok(command) = inbox.try_recv() {
+                match command {
+                    Command::Abort(reason) => driver.abort(reason),
+                    // A session pushes one version at a time; dropping the reply tells a second caller.
+                    Command::Push(..) => {}
+                }
+            }
+        }
+        match step {
+            Step::Over(outcome) => return outcome,
+            Step::Moved => moved_at = now,
+            Step::Still if !thread.busy_poll && now > moved_at + SPIN_MAX => driver.wait(),
+            Step::Still => {}
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! What the engine is told, and what it asks for.
+
+use xfer_plan::{ReceiverRank, RegionIndex};
+
+use super::Failure;
+use crate::program::WriteId;
+use crate::rail::{RailIndex, Rows};
+
+/// A piece of staging memory, as long as the longest gathered operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Slot(pub u32);
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// Begin a push. The weights do not change until [`Action::Finish`].
+    Start,
+    /// A gather is done.
+    Gathered(Slot),
+    /// A rail had no room for a WRITE.
+    Refused(RailIndex, WriteId),
+    /// A WRITE was not offered to its rail, which had refused another: it waits its turn.
+    Unoffered(RailIndex, WriteId),
+    /// A rail has been polled: it may have room again.
+    Polled(RailIndex),
+    /// A WRITE is in the peer's memory.
+    Delivered(RailIndex, WriteId),
+    /// A WRITE failed; its buffer is free.
+    Failed(RailIndex, WriteId, String),
+    /// A rail is broken.
+    RailFailed(RailIndex, String),
+    /// A WRITE was in flight on a rail that has been closed; its buffer is free, whether it took place is unknown.
+    Returned(RailIndex, WriteId),
+    /// A rail has been closed, as asked, and all that it had in flight was returned; or why it could not be, and its buffers
+    /// are in use for ever.
+    RailClosed(RailIndex, Result<(), String>),
+    /// Somebody else ended this push.
+    Abort(String),
+    /// Time has passed.
+    Tick,
+}
+
+/// Where a WRITE's bytes are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// In a region of this rank: no copy is made.
+    Region(RegionIndex, u64),
+    /// In a staging slot, from its start.
+    Slot(Slot),
+}
+
+/// One WRITE to post.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Post {
+    /// Names it in later events.
+    pub id: WriteId,
+    /// Over which rail.
+    pub rail: RailIndex,
+    /// From where.
+    pub source: Source,
+    /// How its bytes lie there.
+    pub rows: Rows,
+    /// To whom.
+    pub to: ReceiverRank,
+    /// To which of its regions.
+    pub region: RegionIndex,
+    /// Where in it.
+    pub offset: u64,
+}
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Copy the rows of operation `op` into a slot, one after another.
+    Gather {
+        /// The slot.
+        slot: Slot,
+        /// Index of the operation.
+        op: u32,
+    },
+    /// Post a WRITE.
+    Post(Post),
+    /// Close a rail, report each WRITE that it had in flight as [`Event::Returned`], then [`Event::RailClosed`].
+    CloseRail(RailIndex),
+    /// The push is over and no buffer of it is in use.
+    Finish(Result<Delivered, Failure>),
+}
+
+/// What a push has done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Delivered {
+    /// Bytes in the peers' memory.
+    pub bytes: u64,
+    /// WRITEs.
+    pub writes: u64,
+    /// Of the bytes, those that went through staging.
+    pub bytes_gathered: u64,
+    /// How often a rail had no room.
+    pub refusals: u64,
+}
+
+/// What one rail did in the present push, or the last.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RailUse {
+    /// Bytes that it delivered.
+    pub bytes: u64,
+    /// WRITEs.
+    pub writes: u64,
+    /// Why it was closed, in this push or an earlier one.
+    pub closed: Option<String>,
+}

@@ -1,0 +1,149 @@
+//! The receiver's side: a thread that lets the providers make progress, without which writes to this rank stall.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use efa_core::{Armed, Completion, Waker, wait_any};
+
+use crate::driver::pin;
+
+/// How long the thread sleeps when nothing arrives: short enough to end promptly even where a provider has no
+/// wait object to wake.
+const IDLE_MAX: Duration = Duration::from_millis(250);
+
+/// How long the thread polls after it was woken, before it sleeps again: long enough for the next segment of a
+/// stream to arrive, short enough to leave the core to others soon.
+const SPIN_MAX: Duration = Duration::from_micros(100);
+
+/// Close the rail of this number, and answer whether it did.
+type Close = (usize, Sender<Result<(), String>>);
+
+/// A handle on the thread, which owns the rails. Their regions stay exposed until it is dropped.
+///
+/// The thread sleeps on the rails' wait objects while nothing arrives, unless it is told to poll.
+pub struct OfiTarget {
+    stop: Arc<AtomicBool>,
+    busy: Arc<AtomicBool>,
+    waker: Waker,
+    closes: Sender<Close>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl OfiTarget {
+    /// Starts the thread, on these CPUs if there are any.
+    pub fn start(rails: Vec<efa_core::Rail>, cpus: Vec<usize>) -> std::io::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let busy = Arc::new(AtomicBool::new(false));
+        let waker = Waker::new()?;
+        let (closes, to_close) = unbounded();
+        let mut rails = Rails {
+            rails: rails.into_iter().map(Some).collect(),
+            stop: stop.clone(),
+            busy: busy.clone(),
+            waker: waker.clone(),
+            to_close,
+            completions: Vec::new(),
+        };
+        let thread = std::thread::Builder::new().name("target".into()).spawn(move || {
+            pin("target", &cpus);
+            rails.serve();
+        })?;
+        Ok(Self { stop, busy, waker, closes, thread: Some(thread) })
+    }
+
+    /// Polls without ever sleeping, while a version is in flight and there is a core for it: over loopback TCP on two free
+    /// cores a receiver that sleeps between segments takes in little more than half of one that does not.
+    pub fn busy_poll(&self, on: bool) {
+        self.busy.store(on, Ordering::Relaxed);
+        self.waker.wake();
+    }
+
+    /// Closes one of the rails, by its number: once this returns, nobody can write over it any more. Blocks for as long as
+    /// the thread takes to hear of it. A rail that is closed already is no error.
+    ///
+    /// # Errors
+    ///
+    /// When the rail does not close, or the thread is gone: peers may still write over it.
+    pub fn close_rail(&self, rail: usize) -> Result<(), String> {
+        let (reply, closed) = bounded(1);
+        let gone = || "the thread of the rails has ended".to_owned();
+        self.closes.send((rail, reply)).map_err(|_| gone())?;
+        self.waker.wake();
+        closed.recv().map_err(|_| gone())?
+    }
+}
+
+impl Drop for OfiTarget {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.waker.wake();
+        if let Some(thread) = self.thread.take() {
+            // It ends within `IDLE_MAX`; its rails close the endpoints before the regions.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What the thread has.
+struct Rails {
+    /// `None` for what was closed.
+    rails: Vec<Option<efa_core::Rail>>,
+    stop: Arc<AtomicBool>,
+    busy: Arc<AtomicBool>,
+    waker: Waker,
+    to_close: Receiver<Close>,
+    completions: Vec<Completion>,
+}
+
+impl Rails {
+    fn serve(&mut self) {
+        let mut spin_until = Instant::now();
+        while !self.stop.load(Ordering::Relaxed) {
+            while let Ok((rail, reply)) = self.to_close.try_recv() {
+                let _ = reply.send(self.close(rail));
+            }
+            if self.poll() || self.busy.load(Ordering::Relaxed) || Instant::now() < spin_until {
+                continue;
+            }
+            let waker = self.waker.clone();
+            let armed = self.rails.iter_mut().flatten().map(|rail| rail.arm().unwrap_or(Armed::Blind));
+            match wait_any(armed, Some(&waker), IDLE_MAX) {
+                Ok(true) => spin_until = Instant::now() + SPIN_MAX,
+                Ok(false) => {}
+                Err(error) => tracing::debug!(%error, "wait"),
+            }
+        }
+    }
+
+    /// Polls every rail once; whether anything came.
+    fn poll(&mut self) -> bool {
+        let mut moved = false;
+        for slot in &mut self.rails {
+            let Some(rail) = slot else { continue };
+            match rail.poll(&mut self.completions) {
+                Ok(count) => moved |= count > 0,
+                Err(error) => {
+                    // The senders see their writes fail and say so; this end can only tell why.
+                    tracing::error!(rail = rail.name(), %error, "poll");
+                    *slot = None;
+                    continue;
+                }
+            }
+            for completion in self.completions.drain(..) {
+                tracing::debug!(rail = rail.name(), ?completion);
+            }
+        }
+        moved
+    }
+
+    fn close(&mut self, rail: usize) -> Result<(), String> {
+        match self.rails.get_mut(rail).map(Option::take) {
+            Some(Some(rail)) => rail.close().map(drop).map_err(|error| error.to_string()),
+            Some(None) => Ok(()),
+            None => Err(format!("there is no rail {rail}")),
+        }
+    }
+}

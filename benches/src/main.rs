@@ -7,6 +7,7 @@
 
 mod cluster;
 mod compare;
+mod lab;
 mod ladder;
 mod loopback;
 mod machine;
@@ -26,6 +27,8 @@ use clap::Parser as _;
 const USAGE: &str = "usage: weightsync-bench loopback [--gib N] [--rounds N] [--plain-loop PATH] [--json]
        weightsync-bench plan [--json]
        weightsync-bench weight-ops [--mib N] [--rounds N] [--json]
+       weightsync-bench lab [--links N] [--gib N] [--rounds N] [--plain-loop PATH] [--json]
+       weightsync-bench ladder [--rounds N] [--json]
        weightsync-bench cluster --help
        weightsync-bench compare --help";
 
@@ -36,6 +39,7 @@ fn main() -> anyhow::Result<ExitCode> {
         ["compare", ..] => return compare::run(&compare::Options::parse_from(&words)),
         ["cluster", ..] => cluster::run(&cluster::Options::parse_from(&words)),
         ["loopback", options @ ..] => loopback::run(&loopback::Options::parse(options)?),
+        ["lab", options @ ..] => lab::run(&lab::Options::parse(options)?),
         ["ladder", options @ ..] => ladder::run(&ladder::Options::parse(options)?),
         ["plan", options @ ..] => plan::run(&plan::Options::parse(options)?),
         ["weight-ops", options @ ..] => weight_ops::run(&weight_ops::Options::parse(options)?),
@@ -43,6 +47,13 @@ fn main() -> anyhow::Result<ExitCode> {
         [cluster::RANK_COMMAND, place @ ..] => cluster::rank(place),
         ["trainer", address, bytes, fabric] => roles::trainer(address, bytes.parse()?, fabric.parse()?),
         ["inference", address, bytes, fabric] => roles::inference(address, bytes.parse()?, fabric.parse()?),
+        ["lab-controller", chunk_bytes] => lab::controller(chunk_bytes.parse()?),
+        ["lab-trainer", controller, rank, links, bytes] => {
+            lab::trainer(controller, rank.parse()?, links.parse()?, bytes.parse()?)
+        }
+        ["lab-inference", controller, rank, links, bytes] => {
+            lab::inference(controller, rank.parse()?, links.parse()?, bytes.parse()?)
+        }
         ["ladder-target", gpus, links, bytes] => {
             ladder::target(gpus.parse()?, links.parse()?, bytes.parse()?)
         }

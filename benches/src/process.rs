@@ -55,13 +55,25 @@ impl Process {
 
     /// The next answer.
     pub(crate) fn answer<T: DeserializeOwned>(&mut self) -> anyhow::Result<T> {
+        let line = self.line()?;
+        serde_json::from_str(&line).with_context(|| format!("{} answered '{line}'", self.name))
+    }
+
+    /// The next line of its standard output.
+    pub(crate) fn line(&mut self) -> anyhow::Result<String> {
         match self.lines.next() {
-            Some(line) => {
-                let line = line?;
-                serde_json::from_str(&line).with_context(|| format!("{} answered '{line}'", self.name))
-            }
+            Some(line) => Ok(line?),
             None => bail!("{} ended without an answer: {}", self.name, self.child.wait()?),
         }
+    }
+
+    /// Seconds of CPU time that it has used so far; `None` where the kernel does not say.
+    pub(crate) fn cpu_seconds(&self) -> Option<f64> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).ok()?;
+        // Behind the name, which may have spaces: utime and stime are the 12th and 13th.
+        let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+        let ticks: u64 = fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?;
+        Some(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
     }
 
     /// Closes its standard input and waits for its end.

@@ -7,7 +7,7 @@ use crate::libfabric::{self, Profile};
 use crate::{Failure, step, workspace};
 
 /// What can be measured.
-const BENCHMARKS: [&str; 5] = ["loopback", "plan", "weight-ops", "cluster", "compare"];
+const BENCHMARKS: [&str; 7] = ["loopback", "plan", "weight-ops", "lab", "ladder", "cluster", "compare"];
 
 /// Tells the build which commit it is of; results carry it.
 const COMMIT_VARIABLE: &str = "WEIGHTSYNC_COMMIT";
@@ -28,7 +28,8 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     let mut bench = Command::new(&program);
     bench.arg(name);
     match name.as_str() {
-        "loopback" => add_plain_loop(&mut bench)?,
+        "loopback" | "lab" => add_plain_loop(&mut bench)?,
+        "ladder" => drop(add_libfabric(&mut bench)?),
         // A cluster has its own libfabric, which knows its NICs.
         "cluster" if options.iter().any(|option| option.starts_with("--local")) => {
             add_libfabric(&mut bench)?;

@@ -1,0 +1,254 @@
+//! A push over 32 shaped links: a p5 host's NICs at 1:1000, from two trainers to two inference ranks.
+//!
+//! Beside it, a plain libfabric loop over one of the links, times as many as there are. Both are shares of what the links can
+//! carry as TCP payload. Nothing here says anything about a real network's latency.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use serde::Serialize;
+use weightsync::PushReport;
+use weightsync_lab::{Lab, LabOptions, Side};
+
+use crate::machine::Machine;
+use crate::process::Process;
+use crate::roles::Transfer;
+use crate::series::{Better, Series};
+
+mod role;
+
+pub(crate) use role::{controller, inference, trainer};
+
+/// The link that is slow where one is, and the divisor of its rate.
+const SLOW_LINK: u16 = 3;
+const SLOW_DIVISOR: u64 = 4;
+
+/// What the plain loop moves over one link.
+const PLAIN_BYTES: u64 = 64 << 20;
+
+/// For how long the idle ranks are watched.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// What an idle rank may take of a core, in percent.
+const IDLE_TARGET: f64 = 1.0;
+
+/// Payload shares that are asked for: with even links, and with one slow link of the new sum.
+const TARGETS: [f64; 2] = [97.0, 95.0];
+
+/// What was asked for.
+pub(crate) struct Options {
+    links: u16,
+    bytes: u64,
+    rounds: usize,
+    plain_loop: Option<PathBuf>,
+    json: bool,
+}
+
+impl Options {
+    pub(crate) fn parse(words: &[&str]) -> anyhow::Result<Self> {
+        let mut options = Self { links: 32, bytes: 2 << 30, rounds: 3, plain_loop: None, json: false };
+        let mut words = words.iter();
+        while let Some(word) = words.next() {
+            let mut value = || words.next().with_context(|| format!("{word} needs a value"));
+            match *word {
+                "--links" => options.links = value()?.parse::<u16>()?.clamp(8, weightsync_lab::LINKS_MAX),
+                "--gib" => options.bytes = value()?.parse::<u64>()?.clamp(1, 64) << 30,
+                "--rounds" => options.rounds = value()?.parse::<usize>()?.clamp(1, 1000),
+                "--plain-loop" => options.plain_loop = Some(value()?.into()),
+                "--json" => options.json = true,
+                other => bail!("unknown option {other}"),
+            }
+        }
+        Ok(options)
+    }
+}
+
+#[derive(Serialize)]
+struct Results {
+    benchmark: &'static str,
+    machine: Machine,
+    settings: Settings,
+    series: Vec<Series>,
+    /// What each rail of the trainers carried in the last round, by series and trainer.
+    rails: Vec<(String, Vec<Vec<u64>>)>,
+}
+
+/// What the figures are of.
+#[derive(Serialize)]
+struct Settings {
+    links: u16,
+    rate_bits: u64,
+    mtu: u32,
+    bytes: u64,
+    trainers: u32,
+    inference: u32,
+}
+
+pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+    let even = LabOptions { links: options.links, ..LabOptions::default() };
+    let slow = LabOptions { slow: vec![(SLOW_LINK, even.rate_bits / SLOW_DIVISOR)], ..even.clone() };
+    let (mut series, mut rails) = (Vec::new(), Vec::new());
+    for (links, named) in [(&even, "even links"), (&slow, "one link at a quarter")] {
+        let lab = Lab::up("bench", links)?;
+        for chunk_bytes in [64 << 10, 1 << 20] {
+            let name = format!("{named}, WRITEs of {} KiB", chunk_bytes >> 10);
+            eprintln!("{name}");
+            if let (Some(plain_loop), true) = (&options.plain_loop, links.slow.is_empty()) {
+                let rounds = plain(&lab, plain_loop, chunk_bytes, options.rounds)?;
+                series.push(Series::new(
+                    format!("{name}: plain loop"),
+                    "% of payload",
+                    Better::Higher,
+                    rounds,
+                ));
+            }
+            let pushed = push(&lab, chunk_bytes, options)?;
+            series.push(Series::new(
+                format!("{name}: weightsync"),
+                "% of payload",
+                Better::Higher,
+                pushed.shares,
+            ));
+            if links.slow.is_empty() {
+                series.push(Series::new(
+                    format!("{name}: idle ranks"),
+                    "% of a core",
+                    Better::Lower,
+                    pushed.idle,
+                ));
+            }
+            rails.push((name, pushed.by_rail));
+        }
+    }
+    let (trainers, inference) = (role::RANKS, role::RANKS);
+    let settings = Settings {
+        links: even.links,
+        rate_bits: even.rate_bits,
+        mtu: even.mtu,
+        bytes: options.bytes,
+        trainers,
+        inference,
+    };
+    let results = Results { benchmark: "lab", machine: Machine::read()?, settings, series, rails };
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&results)?);
+    } else {
+        print(&results);
+    }
+    Ok(())
+}
+
+fn print(results: &Results) {
+    let Settings { links, rate_bits, mtu, bytes, trainers, inference } = &results.settings;
+    println!("machine  {}", results.machine);
+    println!(
+        "lab      {links} links of {} Mb/s, MTU {mtu}: at most {:.1} % of it TCP payload (headers of Ethernet, IP and TCP counted)",
+        rate_bits / 1_000_000,
+        Lab::payload_share(*mtu) * 100.0
+    );
+    println!(
+        "push     {} GiB from {trainers} trainers to {inference} inference ranks, {} links each",
+        bytes >> 30,
+        u32::from(*links) / trainers
+    );
+    println!(
+        "{:52}  {:>7}  {:>15}  {:>7}",
+        "% of the payload that the links can carry", "median", "min - max", "target"
+    );
+    for series in &results.series {
+        let spread = series.spread();
+        let slow = usize::from(series.name.contains("quarter"));
+        let target = match series.name.rsplit_once(": ") {
+            Some((_, "weightsync")) => format!("> {:.0}", TARGETS[slow]),
+            Some((_, "idle ranks")) => format!("< {IDLE_TARGET:.0}"),
+            _ => String::new(),
+        };
+        let range = format!("{:.1} - {:.1}", spread.min, spread.max);
+        println!("{:52}  {:>7.1}  {range:>15}  {target:>7}", series.name, spread.median);
+    }
+    println!("(idle ranks: % of a core that each rank takes between pushes, connected and waiting)");
+    println!("(bursts that a shaper lets through after a pause can take a short round over 100)");
+}
+
+/// Bytes per second that the links carry as payload, all together.
+fn capacity(options: &LabOptions) -> f64 {
+    let bits: u64 = (0..options.links).map(|link| options.rate_of(link)).sum();
+    bits as f64 / 8.0 * Lab::payload_share(options.mtu)
+}
+
+/// What pushes between ranks in both namespaces gave.
+#[derive(Default)]
+struct Pushed {
+    /// Of the payload that the links can carry, in percent, by round.
+    shares: Vec<f64>,
+    /// Of the last round, by trainer and rail.
+    by_rail: Vec<Vec<u64>>,
+    /// What each rank takes of a core while it waits, in percent.
+    idle: Vec<f64>,
+}
+
+fn push(lab: &Lab, chunk_bytes: u64, options: &Options) -> anyhow::Result<Pushed> {
+    let here = std::env::current_exe()?;
+    let start = |side, words: &[&str]| Process::launch(lab.command(side, &here), words);
+    let mut controller = start(Side::A, &["lab-controller", &chunk_bytes.to_string()])?;
+    let address: String = controller.answer()?;
+    let (links, bytes) = (lab.options().links.to_string(), options.bytes.to_string());
+    let ranks = |side, role: &str| -> anyhow::Result<Vec<Process>> {
+        let rank = |rank: u32| start(side, &[role, &address, &rank.to_string(), &links, &bytes]);
+        (0..role::RANKS).map(rank).collect()
+    };
+    let inference = ranks(Side::B, "lab-inference")?;
+    let mut trainers = ranks(Side::A, "lab-trainer")?;
+    let mut pushed = Pushed::default();
+    for round in 0..=options.rounds {
+        for trainer in &mut trainers {
+            trainer.ask("push")?;
+        }
+        let reports =
+            trainers.iter_mut().map(Process::answer::<PushReport>).collect::<anyhow::Result<Vec<_>>>()?;
+        let bytes: u64 = reports.iter().map(|report| report.bytes).sum();
+        let seconds = reports.iter().map(|report| report.write_seconds).fold(0.0, f64::max);
+        let share = bytes as f64 / seconds / capacity(lab.options()) * 100.0;
+        eprintln!("  {share:.1} %{}", if round == 0 { " (warm-up, not counted)" } else { "" });
+        if round > 0 {
+            pushed.shares.push(share);
+        }
+        pushed.by_rail =
+            reports.iter().map(|report| report.rails.iter().map(|rail| rail.bytes).collect()).collect();
+    }
+    let ranks = || trainers.iter().chain(&inference);
+    let before: Vec<_> = ranks().map(Process::cpu_seconds).collect();
+    std::thread::sleep(IDLE);
+    let used =
+        ranks().map(Process::cpu_seconds).zip(before).filter_map(|(after, before)| Some(after? - before?));
+    pushed.idle = used.map(|seconds| seconds / IDLE.as_secs_f64() * 100.0).collect();
+    for process in trainers.into_iter().chain(inference).chain([controller]) {
+        process.finish()?;
+    }
+    Ok(pushed)
+}
+
+/// The plain loop over the first link, as a share of what that link can carry.
+fn plain(lab: &Lab, program: &PathBuf, chunk_bytes: u64, rounds: usize) -> anyhow::Result<Vec<f64>> {
+    let (bytes, chunk) = (PLAIN_BYTES.to_string(), chunk_bytes.to_string());
+    let sizes = ["--region-bytes", &bytes, "--total-bytes", &bytes, "--chunk-bytes", &chunk];
+    let mut shares = Vec::new();
+    for _ in 0..rounds {
+        let at = |side| ["--source".to_owned(), Lab::address(side, 0).to_string()];
+        let command = |side, role: &str| -> Command {
+            let mut command = lab.command(side, program);
+            command.arg(role).args(at(side));
+            command
+        };
+        let mut server = Process::launch(command(Side::B, "server"), &sizes)?;
+        let mut client = command(Side::A, "client");
+        client.arg(server.line()?);
+        let transfer: Transfer = Process::launch(client, &sizes)?.answer()?;
+        let link = lab.options().rate_of(0) as f64 / 8.0 * Lab::payload_share(lab.options().mtu);
+        shares.push(transfer.bytes as f64 / transfer.seconds / link * 100.0);
+        server.finish()?;
+    }
+    Ok(shares)
+}

@@ -4,6 +4,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+#[path = "../../crates/topology/tests/common/dumps.rs"]
+mod dumps;
 #[allow(dead_code)] // a part of it is enough here
 #[path = "../../crates/xfer-plan/tests/hostile/mod.rs"]
 mod hostile;
@@ -26,6 +28,9 @@ fn main() -> io::Result<()> {
     }
     for (seed, description) in (0..).zip(hostile::DESCRIPTIONS) {
         write(&folder.join("model_spec"), seed, description.as_bytes())?;
+    }
+    for (seed, dump) in (0..).zip([dumps::hwloc_p5(1), dumps::nccl_p4d()]) {
+        write(&folder.join("topology"), seed, dump.as_bytes())?;
     }
     Ok(())
 }

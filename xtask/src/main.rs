@@ -58,11 +58,17 @@ const COMMANDS: &[Command] = &[
     },
     Command {
         name: "bench",
-        arguments: "loopback [--gib N] [--rounds N] [--json] | plan [--json] | weight-ops [--mib N] [--rounds N] [--json]",
-        about: "Measure beside a reference in the same run. loopback: one trainer to one inference rank on this machine,
-            tcp beside a plain libfabric loop and local beside a memcpy. plan: the schedules of Kimi-K2, DeepSeek-V3 and
-            Qwen3-235B, their time, memory and balance beside targets. weight-ops: casts and FP8 quantisation beside a
-            copy of as many bytes by as many threads.",
+        arguments: "loopback|plan|weight-ops|lab|ladder|cluster|compare [OPTIONS]",
+        about: "Measure beside a reference in the same run; all but compare take --json or write JSON.
+            loopback [--gib N] [--rounds N]: one trainer to one inference rank on this machine, tcp beside a plain libfabric
+            loop and local beside a memcpy.
+            plan: the schedules of Kimi-K2, DeepSeek-V3 and Qwen3-235B, their time, memory and balance beside targets.
+            weight-ops [--mib N] [--rounds N]: casts and FP8 quantisation beside a copy of as many bytes by as many threads.
+            lab [--links N] [--gib N] [--rounds N]: two trainers to two inference ranks over shaped links, beside a plain
+            libfabric loop; needs what `lab` needs.
+            ladder [--rounds N]: what each technique is worth, switched on one by one.
+            cluster [--help]: pushes on your own hosts, started by Slurm, MPI, torchrun or ssh (--hosts FILE, --local T:I).
+            compare BEFORE.json AFTER.json [--margin PERCENT] [--force]: ends with 1 if something got slower beyond noise.",
         run: bench::run,
     },
     Command {

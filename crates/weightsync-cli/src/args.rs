@@ -1,6 +1,5 @@
 //! The command line.
 
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -10,6 +9,11 @@ use weightsync::{Fabric, PlanOptions, Secret, SessionConfig, World};
 
 use crate::commands::plan::args::PlanCommand;
 use crate::commands::topo::TopoArgs;
+
+mod local_rank;
+mod rank;
+
+pub(crate) use rank::RankArgs;
 
 /// The secret's environment variable; a command line is visible to every user of the host.
 pub(crate) const SECRET_VARIABLE: &str = "WEIGHTSYNC_SECRET";
@@ -26,6 +30,7 @@ pub(crate) const SECRET_VARIABLE: &str = "WEIGHTSYNC_SECRET";
                        to do\n  2  the command line is wrong\n  3  weights arrived, but not as they must be\n\n\
                        Environment:\n  LIBFABRIC_SO       the libfabric.so.1 to open, before the system's\n  \
                        WEIGHTSYNC_SECRET  the job's secret, where --secret-file is not given\n  \
+                       LOCAL_RANK, LOCAL_WORLD_SIZE and those of Open MPI and Slurm: see push --local-rank\n  \
                        RUST_LOG           what to log to standard error, for example info or rendezvous=debug"
 )]
 pub(crate) struct Cli {
@@ -119,7 +124,8 @@ pub(crate) struct RailArgs {
     #[arg(long, default_value = "30", value_name = "SECONDS", value_parser = seconds)]
     pub(crate) deadline: Duration,
     /// The NICs of this rank, a rail each, as `weightsync info` lists libfabric's domains; `demo` deals them to the ranks of
-    /// each side, one after another [default: the first]
+    /// each side, one after another [default: RDMA NICs by the topology of the host, see `weightsync topo` and --local-rank;
+    /// with tcp the interface that reaches the controller]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     pub(crate) nic: Vec<String>,
     /// Bandwidth of each NIC in Gb/s, for the lower bound [default: the NIC's line rate; over loopback what one
@@ -177,33 +183,6 @@ pub(crate) struct JobArgs {
     /// A file with the job's secret [default: the environment variable WEIGHTSYNC_SECRET]
     #[arg(long, value_name = "FILE")]
     pub(crate) secret_file: Option<PathBuf>,
-}
-
-/// Which rank of it.
-#[derive(Args, Clone)]
-pub(crate) struct RankArgs {
-    /// The controller's HOST:PORT
-    #[arg(long, value_name = "ADDR")]
-    pub(crate) controller: String,
-    /// This rank, counted from 0 on its side
-    #[arg(long, value_name = "R")]
-    pub(crate) rank: u32,
-    #[command(flatten)]
-    pub(crate) job: JobArgs,
-    #[command(flatten)]
-    pub(crate) rail: RailArgs,
-    /// The address that this rank's rail binds to [default: the one that reaches the controller]
-    #[arg(long, value_name = "IP")]
-    pub(crate) bind: Option<IpAddr>,
-    /// The checkpoint: trainers load their shard of it, inference ranks read its shapes
-    #[arg(long, value_name = "PATH")]
-    pub(crate) checkpoint: PathBuf,
-    /// Print one JSON object per line, each with an "event"
-    #[arg(long)]
-    pub(crate) json: bool,
-    /// End when standard input is closed: a parent process that dies takes this one along
-    #[arg(long, hide = true)]
-    pub(crate) until_stdin_closes: bool,
 }
 
 #[derive(Args)]
@@ -364,25 +343,6 @@ impl RailArgs {
         config.deadline = self.deadline;
         config.nics.clone_from(&self.nic);
         config.rail_bytes_per_second = self.nic_gbps.map(|gbps| ((gbps * 1e9 / 8.0) as u64).max(1));
-    }
-}
-
-impl RankArgs {
-    /// Refuses a rank that its side does not have, before anything is loaded for it.
-    pub(crate) fn check(&self, side: &str, ranks: u32) -> anyhow::Result<()> {
-        if self.rank >= ranks {
-            bail!("there is no {side} {}: the job has {ranks}, and ranks count from 0", self.rank);
-        }
-        Ok(())
-    }
-
-    pub(crate) fn config(&self) -> anyhow::Result<SessionConfig> {
-        let mut config = SessionConfig::new(self.controller.clone(), self.job.world(), self.rank);
-        config.job = self.job.job.clone();
-        config.secret = self.job.secret()?;
-        config.bind = self.bind;
-        self.rail.apply(&mut config);
-        Ok(config)
     }
 }
 

@@ -6,6 +6,7 @@ mod args;
 mod children;
 mod commands;
 mod events;
+mod losses;
 mod say;
 mod table;
 mod trace;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rendezvous::{ClientConfig, DEADLINE_DEFAULT, JOB_DEFAULT, Secret, World};
 
-use crate::fabric::Fabric;
+use crate::fabric::{self, Fabric, FabricError};
 
 /// Staging memory of a trainer, unless told otherwise: twice the chunks of 1 MiB that a rail has in flight.
 pub const WATERMARK_BYTES_DEFAULT: u64 = 256 << 20;
@@ -32,12 +32,13 @@ pub struct SessionConfig {
     /// The address that this rank's rail binds to; `None` takes those of the NICs that were named, else the one that reaches
     /// the controller.
     pub bind: Option<IpAddr>,
-    /// The NICs of this rank, a rail each, as libfabric names their domains (`rdmap79s0-rdm`, `mlx5_0`, `eth0`); empty
-    /// takes the first that libfabric offers. Ranks of one host that should use different NICs name them. Rail `i` of a
-    /// trainer writes to rail `i` of an inference rank, modulo how many that has.
+    /// The NICs of this rank, a rail each, as libfabric names their domains (`rdmap79s0-rdm`, `mlx5_0`, `eth0`).
+    /// [`SessionConfig::place`] names them by the topology of the host. Empty takes the only RDMA NIC, and is an error where
+    /// there are several; on `tcp` it takes the interface that reaches the controller. Rail `i` of a trainer writes to rail
+    /// `i` of an inference rank, modulo how many that has.
     pub nics: Vec<String>,
-    /// The CPUs that the thread of the rails runs on, by the system's numbers: best of the NICs' NUMA node. Empty takes
-    /// all that the process may use.
+    /// The CPUs that the thread of the rails runs on, by the system's numbers: best of the NICs' NUMA node, as
+    /// [`SessionConfig::place`] chooses. Empty takes all that the process may use.
     pub cpus: Vec<usize>,
     /// Each rail's bandwidth for the lower bound; `None` takes the NIC's line rate, or over loopback and shared memory
     /// what one thread copies here.
@@ -61,6 +62,23 @@ impl SessionConfig {
             cpus: Vec::new(),
             rail_bytes_per_second: None,
         }
+    }
+
+    /// Fills in `nics` and `cpus` by the topology of this host, for rank `local_rank` of the `local_ranks` that run on it,
+    /// trainers and inference ranks together: what torchrun calls `LOCAL_RANK` and `LOCAL_WORLD_SIZE`. Every rank of a
+    /// host must say the same `local_ranks` and the same fabric.
+    ///
+    /// With as many ranks as GPUs, a rank takes the NICs nearest to the GPU of its number, in the order of PCI addresses;
+    /// otherwise ranks take even shares of the host's NICs. The thread of the rails is pinned to a core near them that no
+    /// other rank of the host has, while there are enough. What was named before stays as it is, so set `fabric`, `nics`
+    /// and `cpus` first. Without RDMA NICs, and on other fabrics, nothing changes.
+    ///
+    /// # Errors
+    ///
+    /// A local rank that the host does not have; RDMA NICs none of which has a link; and a NIC of this rank that libfabric
+    /// does not offer.
+    pub fn place(&mut self, local_rank: u32, local_ranks: u32) -> Result<(), FabricError> {
+        fabric::place(self, local_rank, local_ranks)
     }
 
     pub(crate) fn client(&self) -> ClientConfig {

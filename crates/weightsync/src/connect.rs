@@ -6,13 +6,13 @@ use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use efa_core::{LeaseMut, MemoryRef};
-use rendezvous::{Fence, Peer, Planned, PlannedPart, RendezvousError};
+use rendezvous::{Peer, Planned, PlannedPart, RendezvousError};
 use xfer_exec::driver::{DriverConfig, HostRail, Sender, ThreadConfig};
 use xfer_exec::local::{Attached, LocalRail, fetch};
 use xfer_exec::ofi::{OfiPeer, OfiRail};
 use xfer_exec::program::Route;
 use xfer_exec::{Program, RailIndex};
-use xfer_plan::{OpKind, Rank, ReceiverRank, TrainerRank};
+use xfer_plan::{OpKind, Rank, ReceiverRank, TrainerRank, paired_rail};
 
 use crate::config::SessionConfig;
 use crate::endpoint::{Endpoint, RailEndpoint};
@@ -36,9 +36,8 @@ pub(crate) struct Connecting {
 #[derive(Debug, Clone)]
 pub(crate) struct ConnectedRail {
     pub(crate) name: String,
-    /// What inference ranks have to close after this rail was closed with writes in flight. Empty where closing this end is
-    /// enough: a NIC stops with its queue pair, but a kernel goes on sending what a TCP socket has taken.
-    pub(crate) fences: Vec<Fence>,
+    /// The rail of each inference rank that it leads to.
+    pub(crate) theirs: BTreeMap<ReceiverRank, u16>,
 }
 
 /// A sender, and where it leads.
@@ -76,7 +75,8 @@ impl Connecting {
                 found: "an inference rank's".into(),
             }));
         };
-        let until = Instant::now() + self.config.deadline;
+        // Not all of it: the rail and the peer are named before the controller gives up on this rank.
+        let until = Instant::now() + self.config.deadline * 3 / 4;
         let peers = decode_peers(&planned.peers)?;
         let busy_poll = fabric::a_core_each(&self.endpoint.host, &peers);
         let (mut by_fabric, mut by_memory) = (BTreeMap::new(), BTreeMap::new());
@@ -95,7 +95,7 @@ impl Connecting {
             (self.config.clone(), self.region_bytes.clone(), self.progress.clone());
         let mut rails = Rails::default();
         rails.add_local(by_memory);
-        self.add_fabric(by_fabric, &staging, until, &mut rails)?;
+        self.add_fabric(rank, by_fabric, &staging, until, &mut rails)?;
         let Rails { rails, connected, routes } = rails;
         let described = routes.iter().map(|(to, route)| (*to, in_words(route, &connected))).collect();
         // Half: it fails, drains and says which peer is to blame before the controller gives up on this trainer.
@@ -122,9 +122,10 @@ impl Connecting {
             .map_err(|error| Error::Memory { what: "staging", reason: error.to_string() })
     }
 
-    /// Connects every rail of this rank, all at once: rail `i` to the rail `i` of each peer, modulo how many that has.
+    /// Connects every rail of this rank, all at once, each to its pair at every peer.
     fn add_fabric(
         self,
+        trainer: TrainerRank,
         peers: BTreeMap<ReceiverRank, Vec<RailEndpoint>>,
         staging: &LeaseMut,
         until: Instant,
@@ -146,17 +147,20 @@ impl Connecting {
         }
         let left = until.saturating_duration_since(Instant::now());
         let connect = |number: usize, opened: OpenRail| {
-            let (name, offloaded) = (opened.rail.name().to_owned(), opened.rail.is_offloaded());
-            let paired = || peers.iter().map(|(to, theirs)| (*to, number % theirs.len().max(1), theirs));
+            let name = opened.rail.name().to_owned();
+            let paired = || {
+                peers
+                    .iter()
+                    .map(|(to, theirs)| (*to, paired_rail(trainer, count, number, theirs.len()), theirs))
+            };
             let peer = |(to, at, theirs): (ReceiverRank, usize, &Vec<RailEndpoint>)| {
                 let RailEndpoint { address, regions, scratch, .. } = theirs.get(at)?.clone();
                 Some((to, OfiPeer { address, regions, scratch: scratch? }))
             };
-            let fence = |(at, rail, _)| Fence { at, rail: rail as u16 };
-            let fences = if offloaded { Vec::new() } else { paired().map(fence).collect() };
+            let theirs = paired().map(|(to, at, _)| (to, at as u16)).collect();
             let connected =
                 OfiRail::connect(opened.rail, &memories, paired().filter_map(peer).collect(), left);
-            connected.map(|rail| (rail, ConnectedRail { name, fences }))
+            connected.map(|rail| (rail, ConnectedRail { name, theirs }))
         };
         let connected = std::thread::scope(|scope| {
             let connect = &connect;
@@ -220,7 +224,7 @@ impl Rails {
             attached.insert(to, memory);
         }
         let local = LocalRail::new(attached);
-        self.connected.push(ConnectedRail { name: xfer_exec::Rail::name(&local), fences: Vec::new() });
+        self.connected.push(ConnectedRail { name: xfer_exec::Rail::name(&local), theirs: BTreeMap::new() });
         self.rails.push(Box::new(local));
     }
 }

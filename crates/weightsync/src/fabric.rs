@@ -4,6 +4,7 @@
 //! libfabric provider here, which must be the peer's too. A host with RDMA NICs that libfabric cannot drive is an error
 //! and not a slow push over TCP.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
@@ -15,6 +16,10 @@ use xfer_plan::RailDecl;
 
 use crate::config::SessionConfig;
 use crate::endpoint::{Endpoint, RAILS_MAX};
+
+mod place;
+
+pub(crate) use place::place;
 
 /// How to reach peers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -107,6 +112,48 @@ pub enum FabricError {
         /// How many.
         nics: usize,
     },
+    /// Several RDMA NICs, and no word on which are this rank's.
+    #[error(
+        "libfabric offers {count} RDMA NICs here ({nics}), and nothing says which of them are this rank's: name them, or \
+         this rank's number among the ranks of its host and how many these are"
+    )]
+    NicsUndecided {
+        /// How many.
+        count: usize,
+        /// Their names.
+        nics: String,
+    },
+    /// Not a rank that a host can have.
+    #[error(
+        "there is no local rank {local_rank} of {local_ranks}: they count from 0, and a host has at most {max}"
+    )]
+    NoSuchLocalRank {
+        /// The rank.
+        local_rank: u32,
+        /// How many the host was said to have.
+        local_ranks: u32,
+        /// How many it may have.
+        max: u32,
+    },
+    /// RDMA NICs, none of which can be used.
+    #[error("no RDMA NIC of this host can be used: {notes}")]
+    NoUsableNic {
+        /// What is wrong with each.
+        notes: String,
+    },
+    /// A NIC that belongs to this rank by the topology of its host, but not by libfabric.
+    #[error(
+        "{nic} belongs to this rank, but libfabric's {provider} does not offer it (only {offered}): give this process \
+         its device (/dev/infiniband), with verbs an IP address too; or name the NICs to use"
+    )]
+    NicNotOffered {
+        /// The device.
+        nic: String,
+        /// The provider.
+        provider: Provider,
+        /// What it offers.
+        offered: String,
+    },
     /// A rail did not open or connect.
     #[error("{0}")]
     Rail(String),
@@ -153,8 +200,8 @@ pub(crate) struct OpenRail {
     pub(crate) link_bytes_per_second: Option<u64>,
 }
 
-/// Opens this rank's rails, on the NICs that were named or the first. None where the fabric can do without: `local`, and
-/// `auto` without a libfabric.
+/// Opens this rank's rails, on the NICs that were named or the only one. None where the fabric can do without: `local`,
+/// and `auto` without a libfabric.
 pub(crate) fn open(config: &SessionConfig, source: IpAddr) -> Result<Vec<OpenRail>, FabricError> {
     let fabric = config.fabric;
     if config.nics.len() > RAILS_MAX {
@@ -182,11 +229,11 @@ pub(crate) fn open(config: &SessionConfig, source: IpAddr) -> Result<Vec<OpenRai
     let mut missing = None;
     for provider in providers {
         let provider = provider(&library);
-        if fabric == Fabric::Auto && !matches!(provider, Provider::Efa | Provider::Verbs) {
+        if fabric == Fabric::Auto && !is_rdma(provider) {
             refuse_idle_nics(&format!("libfabric {} at {}", library.version(), library.path().display()))?;
         }
         match find(&library, provider, config, source) {
-            Ok(infos) => return infos.iter().map(open_rail).collect(),
+            Ok(infos) => return take(provider, config, infos)?.iter().map(open_rail).collect(),
             Err(error) => missing = Some(error),
         }
     }
@@ -196,7 +243,12 @@ pub(crate) fn open(config: &SessionConfig, source: IpAddr) -> Result<Vec<OpenRai
     }
 }
 
-/// What a provider has for each of the NICs that were named, in their order; or the first that it has.
+/// Whether a provider drives RDMA NICs.
+fn is_rdma(provider: Provider) -> bool {
+    matches!(provider, Provider::Efa | Provider::Verbs)
+}
+
+/// What a provider has for each of the NICs that were named, in their order; or all that it has.
 fn find(
     library: &Library,
     provider: Provider,
@@ -204,11 +256,10 @@ fn find(
     source: IpAddr,
 ) -> Result<Vec<Info>, InfoError> {
     let has_ip = matches!(provider, Provider::Tcp | Provider::TcpRxm);
-    let first = |hints: &Hints| library.infos(hints).map(|infos| infos.into_iter().next());
     if config.nics.is_empty() {
         let hints = Hints::new(provider);
         let hints = if has_ip { hints.source(config.bind.unwrap_or(source)) } else { hints };
-        return Ok(first(&hints)?.into_iter().collect());
+        return library.infos(&hints);
     }
     let mut infos = Vec::with_capacity(config.nics.len());
     for nic in &config.nics {
@@ -217,8 +268,23 @@ fn find(
             Some(address) => hints.source(address),
             None => hints,
         };
-        infos.extend(first(&hints)?);
+        infos.extend(library.infos(&hints)?.into_iter().next());
     }
+    Ok(infos)
+}
+
+/// What to open of what was found: a rail for each NIC that was named, or one. Which of several RDMA NICs that is, is not
+/// decided by the order in which libfabric lists them: every rank of the host would take the same.
+fn take(provider: Provider, config: &SessionConfig, mut infos: Vec<Info>) -> Result<Vec<Info>, FabricError> {
+    if !config.nics.is_empty() {
+        return Ok(infos);
+    }
+    let nics: BTreeSet<&str> = infos.iter().map(|info| info.facts().domain.as_str()).collect();
+    if is_rdma(provider) && nics.len() > 1 {
+        let (count, nics) = (nics.len(), Vec::from_iter(nics).join(", "));
+        return Err(FabricError::NicsUndecided { count, nics });
+    }
+    infos.truncate(1);
     Ok(infos)
 }
 

@@ -1,6 +1,7 @@
 //! What a push did, in figures.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
@@ -87,12 +88,15 @@ pub struct RailReport {
     pub writes: u64,
     /// Why it was given up, in this push or an earlier one. Other rails carry what was meant for it.
     pub closed: Option<String>,
+    /// Inference ranks that it does not lead to any more, because a WRITE failed in this push or an earlier one, and why.
+    pub lost: BTreeMap<String, String>,
 }
 
 impl RailReport {
     pub(crate) fn new(name: &str, used: RailUse) -> Self {
-        let RailUse { bytes, writes, closed } = used;
-        Self { name: name.to_owned(), bytes, writes, closed }
+        let RailUse { bytes, writes, closed, lost, .. } = used;
+        let lost = lost.into_iter().map(|(to, reason)| (to.to_string(), reason)).collect();
+        Self { name: name.to_owned(), bytes, writes, closed, lost }
     }
 }
 

@@ -424,10 +424,13 @@ impl TrainerSession {
         }
     }
 
-    /// Remembers what has to be closed because of rails that were given up, once for each.
+    /// Remembers which rails inference ranks have to close: those over which bytes may still come that were given up on. A
+    /// kernel goes on sending what a TCP socket has taken, and a network may hold what a NIC has sent.
     fn fence(&mut self, used: &[RailUse]) {
-        let closed = self.rails.iter_mut().zip(used).filter(|(_, used)| used.closed.is_some());
-        self.fences.extend(closed.flat_map(|(rail, _)| std::mem::take(&mut rail.fences)));
+        for (rail, used) in self.rails.iter().zip(used) {
+            let fence = |at: &ReceiverRank| Some(Fence { at: *at, rail: *rail.theirs.get(at)? });
+            self.fences.extend(used.unfinished.iter().filter_map(fence));
+        }
     }
 
     /// Tells the controller that this rank failed, and waits until it has told everybody.

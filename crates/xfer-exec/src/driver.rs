@@ -10,11 +10,11 @@ use std::collections::VecDeque;
 use std::io;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender as ChannelSender};
+use crossbeam_channel::{Receiver, Sender as ChannelSender, TryRecvError, bounded};
 use efa_core::{Lease, LeaseMut};
 
 use crate::engine::{Action, Delivered, Engine, EngineConfig, Event, Failure, Post, RailUse, Slot, Source};
-use crate::program::Program;
+use crate::program::{Program, WriteId};
 use crate::rail::{Armed, Done, Rail, RailIndex, RailWrite};
 
 mod gather;
@@ -105,6 +105,14 @@ struct RailState {
     refused: bool,
 }
 
+/// A rail that is being closed.
+struct Closing {
+    number: RailIndex,
+    since: Duration,
+    /// What it had in flight, and whether it closed.
+    result: Receiver<(Vec<WriteId>, Result<(), String>)>,
+}
+
 /// The push that runs.
 struct Push {
     regions: Vec<Lease>,
@@ -121,6 +129,9 @@ pub struct Driver {
     to_gather: ChannelSender<Job>,
     from_gather: Receiver<Gathered>,
     push: Option<Push>,
+    closing: Vec<Closing>,
+    /// How long a rail may take to close.
+    close_max: Duration,
     done: Vec<Done<Lease>>,
     actions: VecDeque<Action>,
 }
@@ -157,6 +168,8 @@ impl Driver {
             to_gather,
             from_gather,
             push: None,
+            closing: Vec::new(),
+            close_max: deadline,
             done: Vec::with_capacity(depth),
             actions: VecDeque::with_capacity(depth),
         })
@@ -194,6 +207,7 @@ impl Driver {
         for rail in 0..self.rails.len() {
             moved |= self.turn(rail, now);
         }
+        self.closed(now);
         while let Ok(gathered) = self.from_gather.try_recv() {
             push.timings.gather += gathered.took;
             moved = true;
@@ -342,21 +356,51 @@ impl Driver {
         moved
     }
 
-    /// Closes a rail and tells the engine what it had in flight.
+    /// Begins to close a rail, on a thread of its own: closing an endpoint of EFA waits for what is in flight, and the other
+    /// rails must not wait with it.
     fn close(&mut self, number: RailIndex, now: Duration) {
         let Some(state) = self.rails.get_mut(number.index()) else { return };
-        let mut unfinished: Vec<_> = state.outbox.drain(..).map(|write| write.id).collect();
-        let closed = match state.rail.take() {
-            Some(rail) => {
-                tracing::warn!(rail = rail.name(), "closing after a failure");
-                rail.close(&mut unfinished).map_err(|error| error.to_string())
-            }
-            None => Ok(()),
-        };
-        for id in unfinished {
+        let (unposted, rail) = (std::mem::take(&mut state.outbox), state.rail.take());
+        for RailWrite { id, .. } in unposted {
             self.engine.handle(Event::Returned(number, id), now, &mut self.actions);
         }
-        self.engine.handle(Event::RailClosed(number, closed), now, &mut self.actions);
+        let Some(rail) = rail else {
+            return self.engine.handle(Event::RailClosed(number, Ok(())), now, &mut self.actions);
+        };
+        tracing::warn!(rail = rail.name(), "closing after a failure");
+        let (closed, result) = bounded(1);
+        let close = move || {
+            let mut unfinished = Vec::new();
+            let result = rail.close(&mut unfinished).map_err(|error| error.to_string());
+            let _ = closed.send((unfinished, result));
+        };
+        match std::thread::Builder::new().name("close rail".into()).spawn(close) {
+            Ok(_) => self.closing.push(Closing { number, since: now, result }),
+            // The rail went with the closure, so it has been dropped and with it closed; what it held is not known.
+            Err(error) => {
+                let result = Err(format!("no thread to close it: {error}"));
+                self.engine.handle(Event::RailClosed(number, result), now, &mut self.actions);
+            }
+        }
+    }
+
+    /// Tells the engine of rails that have closed meanwhile, or have not in time.
+    fn closed(&mut self, now: Duration) {
+        for at in (0..self.closing.len()).rev() {
+            let Closing { number, since, result } = &self.closing[at];
+            let number = *number;
+            let (unfinished, result) = match result.try_recv() {
+                Ok(closed) => closed,
+                Err(TryRecvError::Empty) if now < *since + self.close_max => continue,
+                // Its thread keeps what it holds for as long as that takes.
+                Err(_) => (Vec::new(), Err(format!("it did not close within {:?}", self.close_max))),
+            };
+            self.closing.swap_remove(at);
+            for id in unfinished {
+                self.engine.handle(Event::Returned(number, id), now, &mut self.actions);
+            }
+            self.engine.handle(Event::RailClosed(number, result), now, &mut self.actions);
+        }
     }
 
     /// Waits until a rail or the gather thread may have something, for a moment at most.

@@ -39,6 +39,9 @@ const TURN: u32 = 4;
 /// after everything else.
 const SLOW: f64 = 0.75;
 
+/// A path is not stalled before it has taken so many times as long as its rate lets expect.
+const PATIENCE: f64 = 4.0;
+
 /// Bounds of an engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineConfig {
@@ -56,6 +59,8 @@ pub struct EngineConfig {
 
 enum RailPhase {
     Open,
+    /// It posts nothing more since then; what still moves on it may arrive.
+    Retiring(String, Duration),
     Closing(String),
     Closed(String),
 }
@@ -80,8 +85,8 @@ struct Peer {
     slots: u32,
     in_flight: u32,
     in_flight_bytes: u64,
-    /// A WRITE to it was refused and none has been delivered since.
-    refused: bool,
+    /// A WRITE to it was refused or came back, and none has been delivered since.
+    held_up: bool,
     /// Since when it owes something.
     since: Duration,
     /// Of its fastest path and of all together, in bytes per second.
@@ -192,7 +197,7 @@ impl Engine {
                 slots: 0,
                 in_flight: 0,
                 in_flight_bytes: 0,
-                refused: false,
+                held_up: false,
                 since: Duration::ZERO,
                 rate_max: 0.0,
                 rate_sum: 0.0,
@@ -224,13 +229,23 @@ impl Engine {
 
     /// What each rail did in the present push, or the last.
     pub fn rails(&self) -> impl Iterator<Item = RailUse> {
-        self.rails.iter().map(|rail| RailUse {
+        let paths =
+            |rail| (0..).map(ReceiverRank).zip(self.paths.iter().skip(rail).step_by(self.rails.len()));
+        let lost = |(to, path): (ReceiverRank, &Path)| Some((to, path.lost.clone()?));
+        self.rails.iter().enumerate().map(move |(at, rail)| RailUse {
             bytes: rail.bytes,
             writes: rail.writes,
             closed: match &rail.phase {
                 RailPhase::Open => None,
-                RailPhase::Closing(reason) | RailPhase::Closed(reason) => Some(reason.clone()),
+                RailPhase::Retiring(reason, _) | RailPhase::Closing(reason) | RailPhase::Closed(reason) => {
+                    Some(reason.clone())
+                }
             },
+            lost: paths(at).filter_map(lost).collect(),
+            unfinished: paths(at)
+                .filter(|(_, path)| path.unfinished && !path.live)
+                .map(|(to, _)| to)
+                .collect(),
         })
     }
 
@@ -249,8 +264,8 @@ impl Engine {
         match event {
             Event::Start => self.start(now, actions),
             Event::Gathered(slot) => self.gathered(slot, now, actions),
-            Event::Refused(rail, id) => self.put_back(rail, id, true, now),
-            Event::Unoffered(rail, id) => self.put_back(rail, id, false, now),
+            Event::Refused(rail, id) => self.put_back(rail, id, true, now, actions),
+            Event::Unoffered(rail, id) => self.put_back(rail, id, false, now, actions),
             Event::Polled(rail) => {
                 if let Some(state) = self.rails.get_mut(rail.index()) {
                     state.full = false;
@@ -280,6 +295,7 @@ impl Engine {
             rail.ring.clear();
         }
         self.paths.iter_mut().for_each(|path| path.start(now));
+        self.revive();
         self.gather_ring.clear();
         let ops = self.program.ops();
         let op = |index: u32| ops.get(index as usize);
@@ -289,7 +305,7 @@ impl Engine {
                 |index| op(index).map_or(0, |op| op.bytes()),
             );
             (peer.slots, peer.in_flight, peer.in_flight_bytes) = (0, 0, 0);
-            (peer.refused, peer.since) = (false, now);
+            (peer.held_up, peer.since) = (false, now);
         }
         if let Some(failure) = self.cannot_run() {
             return self.fail(failure, now);
@@ -305,6 +321,25 @@ impl Engine {
         }
         self.begin_gathers(actions);
         self.pump_all(now, actions);
+    }
+
+    /// Gives a receiver that no path leads to any more those whose rails are open: a WRITE that failed once may not fail again,
+    /// and there is nothing else to try.
+    fn revive(&mut self) {
+        for &peer in &self.order {
+            let ways = self.program.route(ReceiverRank(peer)).map_or(&[][..], |route| &route.rails);
+            let first = peer as usize * self.rails.len();
+            if ways.iter().any(|rail| self.paths.get(first + rail.index()).is_some_and(|path| path.live)) {
+                continue;
+            }
+            for rail in ways {
+                let is_open =
+                    self.rails.get(rail.index()).is_some_and(|rail| matches!(rail.phase, RailPhase::Open));
+                if let Some(path) = self.paths.get_mut(first + rail.index()).filter(|_| is_open) {
+                    (path.live, path.lost) = (true, None);
+                }
+            }
+        }
     }
 
     /// Why the program can never end on these rails and slots.
@@ -329,6 +364,16 @@ impl Engine {
             }
         }
         None
+    }
+
+    /// The rail to which the plan deals an operation.
+    fn home(&self, op: u32) -> usize {
+        let op = self.program.ops().get(op as usize);
+        let rail = op.and_then(|op| {
+            let ways = &self.program.route(op.to)?.rails;
+            ways.get(usize::from(op.rail).checked_rem(ways.len())?)
+        });
+        rail.map_or(0, |rail| rail.index())
     }
 
     fn path(&self, peer: u32, rail: RailIndex) -> &Path {
@@ -379,16 +424,13 @@ impl Engine {
             && let Some(rank) = self.gather_ring.pop_front()
         {
             let peer = &mut self.peers[rank as usize];
-            if peer.slots >= self.slots_per_peer {
-                // It asks again when it gives one back.
-                continue;
-            }
             let Some(op) = peer.backlog.take_gather() else { continue };
             let Some(slot) = self.free.pop() else { return };
             peer.slots += 1;
             self.slots[slot.0 as usize] = SlotUse { op, gather: Gather::Begun };
             self.gathering += 1;
-            if peer.backlog.has_gathers() {
+            // Who has all that it may have asks again when it gives one back.
+            if peer.slots < self.slots_per_peer && peer.backlog.has_gathers() {
                 self.gather_ring.push_back(rank);
             }
             actions.push_back(Action::Gather { slot, op });
@@ -405,9 +447,10 @@ impl Engine {
         }
     }
 
-    /// There is something new for a receiver: whichever rail has room may take it.
-    fn offer_to_all(&mut self, peer: u32, now: Duration, actions: &mut Actions) {
-        for rail in 0..self.rails.len() {
+    /// There is something new for a receiver: whichever rail has room may take it, from `first` on and around.
+    fn offer_to_all(&mut self, peer: u32, first: usize, now: Duration, actions: &mut Actions) {
+        let rails = self.rails.len();
+        for rail in (first..first + rails).map(|rail| rail % rails) {
             let rail = RailIndex(rail as u16);
             if self.peers[peer as usize].backlog.has_ready() {
                 self.offer(peer, rail);
@@ -486,9 +529,11 @@ impl Engine {
 
     /// Whether a WRITE over a slow path would arrive after all that is left has arrived over the others.
     fn is_late(&self, peer: u32, rail: RailIndex, bytes: u64) -> bool {
-        let Peer { backlog, in_flight_bytes, rate_max, rate_sum, .. } = &self.peers[peer as usize];
+        let Peer { backlog, in_flight, in_flight_bytes, rate_max, rate_sum, held_up, .. } =
+            &self.peers[peer as usize];
         let path = self.path(peer, rail);
-        if path.rate >= SLOW * rate_max {
+        // Where nothing moves, the rates of the other paths say nothing: they may not take a WRITE at all.
+        if path.rate >= SLOW * rate_max || *held_up && *in_flight == 0 {
             return false;
         }
         let rest = (backlog.bytes + in_flight_bytes) as f64 / rate_sum;
@@ -501,7 +546,7 @@ impl Engine {
         let writes = self.program.ops().get(found.id.op as usize).map_or(1, |op| op.writes());
         let peer = &mut self.peers[post.to.index()];
         peer.backlog.take(found, writes, bytes);
-        if peer.in_flight == 0 && !peer.refused {
+        if peer.in_flight == 0 && !peer.held_up {
             peer.since = now;
         }
         peer.in_flight += 1;
@@ -521,9 +566,12 @@ impl Engine {
         let region = |row: u64| Source::Region(op.source.region, op.source.offset + row * op.source.stride);
         let whole = Rows { count: op.rows, bytes: op.row_bytes, stride: op.source.stride };
         let (source, rows, row) = match op.kind() {
-            OpKind::Gather if stages => (Source::Slot(Slot(id.row)), Rows::one(op.bytes() as u32), 0),
-            OpKind::Gather => (region(0), whole, 0),
-            _ => (region(row), Rows::one(op.row_bytes), row),
+            OpKind::Gather if stages && row < self.slots.len() as u64 => {
+                (Source::Slot(Slot(id.row)), Rows::one(op.bytes() as u32), 0)
+            }
+            OpKind::Gather if !stages => (region(0), whole, 0),
+            OpKind::Direct | OpKind::Rows if row < op.writes() => (region(row), Rows::one(op.row_bytes), row),
+            _ => return None,
         };
         Some(Post {
             id,
@@ -555,7 +603,7 @@ impl Engine {
         match self.phase {
             Phase::Writing => {
                 self.peers[peer as usize].backlog.stage(op, slot);
-                self.offer_to_all(peer, now, actions);
+                self.offer_to_all(peer, self.home(op), now, actions);
             }
             _ => self.free.push(slot),
         }
@@ -563,10 +611,12 @@ impl Engine {
 
     /// Takes a WRITE out of what is in flight.
     fn end(&mut self, rail: RailIndex, id: WriteId, now: Duration) -> Option<Post> {
-        let posted = self
-            .post(id, rail)
-            .filter(|post| rail.index() < self.rails.len() && self.path(post.to.0, rail).in_flight > 0);
-        let Some(post) = posted else {
+        let in_flight = |post: &Post| {
+            let path = self.path(post.to.0, rail);
+            path.in_flight > 0 && path.in_flight_bytes >= post.rows.total_bytes()
+        };
+        let known = self.post(id, rail).filter(|_| rail.index() < self.rails.len());
+        let Some(post) = known.filter(in_flight) else {
             self.fail(Failure::Protocol(format!("{id:?} is not in flight on {rail}")), now);
             return None;
         };
@@ -595,23 +645,32 @@ impl Engine {
     }
 
     /// A WRITE comes back unposted; `refused` by its rail or not even offered.
-    fn put_back(&mut self, rail: RailIndex, id: WriteId, refused: bool, now: Duration) {
+    fn put_back(
+        &mut self,
+        rail: RailIndex,
+        id: WriteId,
+        refused: bool,
+        now: Duration,
+        actions: &mut Actions,
+    ) {
         let Some(post) = self.end(rail, id, now) else { return };
-        let bytes = post.rows.total_bytes();
-        self.path_mut(post.to.0, rail).ended(bytes);
+        let (peer, bytes) = (post.to.0, post.rows.total_bytes());
+        self.path_mut(peer, rail).ended(bytes);
         self.delivered.refusals += u64::from(refused);
-        match self.phase {
-            Phase::Writing => {
-                self.rails[rail.index()].full = true;
-                let peer = &mut self.peers[post.to.index()];
-                peer.refused |= refused;
-                peer.backlog.give_back(id, bytes, true);
-                let path = self.path_mut(post.to.0, rail);
-                if path.live && !std::mem::replace(&mut path.queued, true) {
-                    self.rails[rail.index()].ring.push_front(post.to.0);
-                }
-            }
-            _ => self.release(&post, &mut Actions::new()),
+        let Phase::Writing = self.phase else { return self.release(&post, actions) };
+        self.peers[peer as usize].held_up |= refused;
+        self.peers[peer as usize].backlog.give_back(id, bytes, true);
+        let path = self.path_mut(peer, rail);
+        let (live, queued) = (path.live, std::mem::replace(&mut path.queued, true));
+        let state = &mut self.rails[rail.index()];
+        state.full = true;
+        if refused {
+            // It may be the receiver and not the rail that has no room: the others come first, and other rails may try.
+            state.ring.retain(|other| *other != peer);
+            state.ring.extend(live.then_some(peer));
+            self.offer_to_all(peer, rail.index() + 1, now, actions);
+        } else if live && !queued {
+            state.ring.push_front(peer);
         }
     }
 
@@ -631,7 +690,13 @@ impl Engine {
             self.sum_rates(post.to.0);
         }
         let peer = &mut self.peers[post.to.index()];
-        (peer.since, peer.refused) = (now, false);
+        peer.held_up = false;
+        let silent = now.saturating_sub(std::mem::replace(&mut peer.since, now));
+        if silent > self.config.stall / 2 {
+            // The receiver itself did not run: its other rails are not late for that.
+            let rails = self.rails.len();
+            self.paths[post.to.index() * rails..][..rails].iter_mut().for_each(|path| path.since = now);
+        }
         self.release(&post, actions);
         self.offer(post.to.0, rail);
         self.pump(rail, now, actions);
@@ -660,6 +725,8 @@ impl Engine {
         let path = self.path_mut(post.to.0, rail);
         path.ended(bytes);
         path.live = false;
+        path.unfinished = true;
+        path.lost.get_or_insert_with(|| reason.clone());
         self.sum_rates(post.to.0);
         if matches!(self.phase, Phase::Writing) && self.paths(post.to.0).iter().any(|path| path.live) {
             self.again(&post, now, actions);
@@ -673,22 +740,27 @@ impl Engine {
 
     /// A WRITE that did not arrive over one rail goes over another.
     fn again(&mut self, post: &Post, now: Duration, actions: &mut Actions) {
-        self.peers[post.to.index()].backlog.give_back(post.id, post.rows.total_bytes(), false);
-        self.offer_to_all(post.to.0, now, actions);
+        let peer = &mut self.peers[post.to.index()];
+        peer.held_up = true;
+        peer.backlog.give_back(post.id, post.rows.total_bytes(), false);
+        self.offer_to_all(post.to.0, post.rail.index() + 1, now, actions);
     }
 
     // --- rails that fail -----------------------------------------------------------------------------------------
 
+    /// Closes a rail at once: it is broken, or has had its time.
     fn close_rail(&mut self, rail: RailIndex, reason: String, now: Duration, actions: &mut Actions) {
         let Some(state) = self.rails.get_mut(rail.index()) else { return };
-        let RailPhase::Open = state.phase else { return };
+        let reason = match &state.phase {
+            RailPhase::Open => reason,
+            RailPhase::Retiring(reason, _) => reason.clone(),
+            RailPhase::Closing(_) | RailPhase::Closed(_) => return,
+        };
         state.phase = RailPhase::Closing(reason.clone());
         self.closing += 1;
         actions.push_back(Action::CloseRail(rail));
+        self.leave(rail);
         for peer in 0..self.peers.len() as u32 {
-            if std::mem::take(&mut self.path_mut(peer, rail).live) {
-                self.sum_rates(peer);
-            }
             let needed = self.peers[peer as usize].backlog.bytes > 0 || self.path(peer, rail).in_flight > 0;
             if needed && !self.paths(peer).iter().any(|path| path.live) {
                 self.fail(Failure::Rail { rail, reason: reason.clone() }, now);
@@ -696,9 +768,33 @@ impl Engine {
         }
     }
 
+    /// Sends nobody over a rail any more.
+    fn leave(&mut self, rail: RailIndex) {
+        for peer in 0..self.peers.len() as u32 {
+            if std::mem::take(&mut self.path_mut(peer, rail).live) {
+                self.sum_rates(peer);
+            }
+        }
+    }
+
+    /// Closes rails that retire, once nothing moves on them any more or they have had as long as they kept others waiting.
+    fn close_retired(&mut self, now: Duration, actions: &mut Actions) {
+        for at in 0..self.rails.len() {
+            let RailPhase::Retiring(reason, since) = &self.rails[at].phase else { continue };
+            let stall = self.config.stall;
+            let moves = |path: &&Path| path.in_flight > 0 && now.saturating_sub(path.since) <= stall;
+            let on_it = self.paths.iter().skip(at).step_by(self.rails.len());
+            if now.saturating_sub(*since) > stall || on_it.filter(moves).count() == 0 {
+                self.close_rail(RailIndex(at as u16), reason.clone(), now, actions);
+            }
+        }
+    }
+
     fn returned(&mut self, rail: RailIndex, id: WriteId, now: Duration, actions: &mut Actions) {
         let Some(post) = self.end(rail, id, now) else { return };
-        self.path_mut(post.to.0, rail).ended(post.rows.total_bytes());
+        let path = self.path_mut(post.to.0, rail);
+        path.ended(post.rows.total_bytes());
+        path.unfinished = true;
         match self.phase {
             Phase::Writing => self.again(&post, now, actions),
             _ => self.release(&post, actions),
@@ -739,16 +835,21 @@ impl Engine {
             self.peers.iter_mut().for_each(|peer| peer.since = now);
             self.paths.iter_mut().for_each(|path| path.since = now);
         }
+        if let Phase::Draining(_, since) = &mut self.phase {
+            // So here; but it ends however seldom this process runs.
+            *since = now.min(*since + missed.saturating_sub(self.config.drain / 2));
+        }
+        self.close_retired(now, actions);
         match &self.phase {
             Phase::Writing => {
-                self.close_stalled(now, actions);
+                self.retire_stalled(now);
                 let deadline = self.config.deadline;
-                let owes = |peer: &Peer| peer.in_flight > 0 || peer.refused;
+                let owes = |peer: &Peer| peer.in_flight > 0 || peer.held_up;
                 let waited = |peer: &Peer| now.saturating_sub(peer.since);
-                // Who was refused may be waiting for room that somebody else fills.
+                // Who is held up may be waiting for room that somebody else fills.
                 let silent = |after: Duration| move |peer: &Peer| peer.in_flight > 0 && waited(peer) > after;
                 let holds_room = self.peers.iter().any(silent(deadline / 2));
-                let cut_off = |peer: &Peer| peer.refused && !holds_room && waited(peer) > deadline;
+                let cut_off = |peer: &Peer| peer.held_up && !holds_room && waited(peer) > deadline;
                 let late = |peer: &Peer| silent(deadline)(peer) || cut_off(peer);
                 let found = self.peers.iter().position(late).map(|rank| (rank, &self.peers[rank]));
                 let stalled = now.saturating_sub(self.moved_at) > deadline && !self.peers.iter().any(owes);
@@ -784,15 +885,22 @@ impl Engine {
         }
     }
 
-    /// Closes a rail on which a receiver owes completions for long, where another rail vouches for the receiver: it has
+    /// Retires a rail on which a receiver owes completions for long, where another rail vouches for the receiver: it has
     /// delivered something to it meanwhile, or, when half of the deadline is gone, is free to try. Not a rail that somebody
     /// else has no other than: there the deadline decides.
-    fn close_stalled(&mut self, now: Duration, actions: &mut Actions) {
+    fn retire_stalled(&mut self, now: Duration) {
         let EngineConfig { stall, deadline, .. } = self.config;
         let waited = |path: &Path| now.saturating_sub(path.since);
+        // A slow path takes its time for what it holds.
+        let expected = |path: &Path| {
+            path.seconds_until(0).map_or(Duration::ZERO, |seconds| {
+                Duration::try_from_secs_f64(PATIENCE * seconds).unwrap_or(Duration::MAX)
+            })
+        };
         let suspect = |peer: u32| {
             let paths = self.paths(peer);
-            let is_stalled = |path: &Path| path.live && path.in_flight > 0 && waited(path) > stall;
+            let is_stalled =
+                |path: &Path| path.live && path.in_flight > 0 && waited(path) > stall.max(expected(path));
             let suspect = paths.iter().position(is_stalled)?;
             let stalled = &paths[suspect];
             let may_try = waited(stalled) > deadline / 2;
@@ -805,11 +913,15 @@ impl Engine {
         let suspects: Vec<_> = self.order.iter().filter_map(|peer| suspect(*peer)).collect();
         for (peer, rail) in suspects {
             let to = ReceiverRank(peer);
-            let in_flight = self.path(peer, rail).in_flight;
+            let (in_flight, waited) = (self.path(peer, rail).in_flight, waited(self.path(peer, rail)));
             let reason = format!(
-                "{to} took none of {in_flight} writes over it for {stall:?}, and other rails reach {to}"
+                "{to} took none of {in_flight} writes over it for {waited:.1?}, and other rails reach {to}"
             );
-            self.close_rail(rail, reason, now, actions);
+            // One that retired just now may have left another as the last one.
+            if matches!(self.rails[rail.index()].phase, RailPhase::Open) && !self.is_last_way(rail) {
+                self.rails[rail.index()].phase = RailPhase::Retiring(reason, now);
+                self.leave(rail);
+            }
         }
     }
 

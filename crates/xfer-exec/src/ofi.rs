@@ -15,7 +15,7 @@ mod target;
 mod warm_up;
 
 pub use target::OfiTarget;
-use warm_up::warm_up;
+use warm_up::{Scratch, warm_up};
 
 /// Bytes that a software provider is given at once: eight times the bandwidth-delay product of 100 Gb/s over 160 us, and over
 /// loopback TCP in WRITEs of 1 MiB a tenth faster than 128 MiB (6.3 against 5.4 GB/s on 2 cores of an EPYC).
@@ -83,7 +83,7 @@ impl OfiRail {
         mut rail: efa_core::Rail,
         memories: &[MemoryRef],
         peers: BTreeMap<ReceiverRank, OfiPeer>,
-    ) -> Result<(Self, Vec<(ReceiverRank, PeerId, RemoteRegion)>), RailError> {
+    ) -> Result<(Self, Vec<Scratch>), RailError> {
         let name = rail.name().to_owned();
         let failed = |reason: String| RailError { rail: name.clone(), reason };
         let mut memories = memories

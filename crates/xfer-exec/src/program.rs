@@ -163,7 +163,10 @@ impl Program {
         if !op.transform.is_copy() {
             return Err(ProgramError::Transform { param: param(), transform: op.transform });
         }
-        let bytes_max = if op.kind() == OpKind::Gather { slot_bytes } else { u64::from(u32::MAX) };
+        // What leaves as one WRITE has a length of 32 bits.
+        let one_write_max = u64::from(u32::MAX);
+        let bytes_max =
+            if op.kind() == OpKind::Gather { slot_bytes.min(one_write_max) } else { one_write_max };
         if op.bytes() == 0 || op.bytes() > bytes_max && op.kind() != OpKind::Rows {
             return Err(ProgramError::Size { op: index, param: param(), bytes: op.bytes(), bytes_max });
         }

@@ -303,3 +303,34 @@ fn a_rail_that_a_receiver_closes_is_replaced_by_the_others() {
     receivers.targets[0].close_rail(1).unwrap();
     assert!(receivers.targets[0].close_rail(3).is_err());
 }
+
+/// As the receiver does when another trainer gives the rail up: nothing is in flight that could fail, and `tcp` then answers
+/// "again" to every post.
+#[test]
+fn a_rail_that_a_receiver_closes_between_pushes_is_done_without() {
+    let Some(library) = libfabric() else { return };
+    // What is gathered for one receiver is posted after the rails have been polled for the other.
+    let op = |op| if op % RECEIVERS == 0 { (0, 4, 1000, 7, 0, true) } else { (1, 1, 60_000, 0, 0, false) };
+    let case = Case { ops: (0..100).map(op).collect(), seed: 3 };
+    let (plan, bytes) = case.plan();
+    let staging = LeaseMut::zeroed(2 * SLOT_BYTES as usize).unwrap();
+    let mut weights = LeaseMut::zeroed(SOURCE_BYTES).unwrap();
+    let memories = [weights.memory().clone(), staging.memory().clone()];
+    let (rails, receivers) = ofi(&library, &bytes, &memories, 3);
+    let sender = sender(plan.clone(), rails, &bytes, staging);
+    for step in 1..=4 {
+        weights.bytes_mut().copy_from_slice(&case.weights(step));
+        let (outcome, back) = push(&sender, weights);
+        weights = back;
+        let delivered = outcome.result.unwrap();
+        assert_eq!((delivered.bytes, delivered.writes), (plan.bytes, plan.writes));
+        for (arena, expected) in receivers.arenas.iter().zip(oracle(&plan, weights.bytes(), &bytes)) {
+            let mut found = vec![0; expected.len()];
+            arena.read(0, &mut found).unwrap();
+            assert!(found == expected, "step {step}: bytes differ");
+        }
+        if step < 3 {
+            receivers.targets[0].close_rail(usize::from(step) - 1).unwrap();
+        }
+    }
+}

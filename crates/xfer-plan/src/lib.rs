@@ -46,7 +46,7 @@ pub use mesh::{DeviceMesh, Placement, shard_box};
 pub use param_map::ParamMap;
 pub use plan::{
     Arrival, Fill, Op, OpKind, Placed, Plan, PlannedParam, RankPlan, ReceiverPart, Strided, TrainerPart,
-    Transfer,
+    Transfer, paired_rail,
 };
 pub use quant::{Exchange, ScaleTable};
 pub use report::PlanReport;

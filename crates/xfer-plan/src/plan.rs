@@ -64,7 +64,7 @@ pub struct Op {
     pub gather: bool,
     /// What happens to the elements on the way.
     pub transform: Transform,
-    /// The trainer's rail that the planner counts it on; receivers are given the same number, modulo their rails.
+    /// The trainer's rail that the planner counts it on; [`paired_rail`] says which of the receiver's it leads to.
     pub rail: u8,
     /// Operations of one wave may be in flight together; a wave stages no more than the watermark.
     pub wave: u32,
@@ -365,4 +365,11 @@ impl fmt::Display for Bytes {
             n => write!(f, "{:.2} GB", n as f64 / 1e9),
         }
     }
+}
+
+/// The rail of a receiver that has `theirs` which rail `rail` of a trainer that has `rails` writes to: the one of the same number
+/// where both have as many. Where a receiver has more, one trainer takes its rails up where the last one ended, so that all of
+/// them are used.
+pub fn paired_rail(trainer: TrainerRank, rails: usize, rail: usize, theirs: usize) -> usize {
+    trainer.index().wrapping_mul(rails).wrapping_add(rail) % theirs.max(1)
 }

@@ -75,7 +75,8 @@ fn count(plan: &Plan, manifest: &Manifest) -> Counted {
             *counted.from_trainers.entry((rank, op.to.index())).or_default() += op.bytes();
             let arrive = |at: ReceiverRank, nics: &mut ByNic| {
                 let rails = nics[at.index()].len();
-                nics[at.index()][usize::from(op.rail) % rails] += op.bytes();
+                let ours = manifest.trainers[rank].rails.len();
+                nics[at.index()][(rank * ours + usize::from(op.rail)) % rails] += op.bytes();
             };
             arrive(op.to, &mut counted.receivers_in);
             let at = (op.to, op.destination.region, op.destination.offset);

@@ -8,9 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
 use tokio::sync::mpsc;
-use weightsync::{Controller, PushReport, Report, Secret, ServerConfig, VersionReport, World};
+use weightsync::{Controller, Rank, Report, Secret, ServerConfig, World};
 use weightsync_cli::checkpoint::Checkpoint;
 use weightsync_cli::synthetic::{self, Shape};
 
@@ -18,8 +17,12 @@ use crate::args::DemoArgs;
 use crate::children::{Children, News};
 use crate::events::{BytesDiffer, EXIT_BYTES_DIFFER, Event};
 use crate::say::say;
-use crate::table::{Table, bytes_text, seconds_text};
+use crate::table::bytes_text;
 use crate::trace::Trace;
+
+mod facts;
+
+use facts::{Facts, Plan, RankFacts};
 
 /// The seed of the synthetic checkpoint.
 const SEED: u64 = 1;
@@ -47,11 +50,11 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     };
     failed?;
     traced?;
-    demo.check_complete(&args)?;
+    demo.facts.check_complete(args.steps)?;
     if args.json {
-        say!("{}", serde_json::to_string_pretty(&demo.summary(&args, &path))?);
+        say!("{}", demo.facts.json(&path, &args.rail.fabric.to_string())?);
     } else {
-        demo.print(&args);
+        demo.facts.print();
     }
     Ok(())
 }
@@ -73,64 +76,9 @@ fn bar(len: u64, template: &str) -> ProgressBar {
     ProgressBar::new(len).with_style(style)
 }
 
-/// What is known of one rank.
-#[derive(Default, Serialize)]
-struct RankFacts {
-    rank: String,
-    weight_bytes: u64,
-    peak_rss_bytes: Option<u64>,
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    routes: BTreeMap<String, String>,
-}
-
-/// What is known of one version.
-#[derive(Default, Serialize)]
-struct VersionFacts {
-    version: u64,
-    /// Bytes over all trainers.
-    bytes: u64,
-    writes: u64,
-    bytes_gathered: u64,
-    /// Of the slowest trainer.
-    write_seconds: f64,
-    /// All bytes over the slowest trainer's writes.
-    gb_per_second: f64,
-    /// From the first call to the last confirmed commit.
-    seconds: f64,
-    /// How long the inference ranks served nothing.
-    pause_seconds: f64,
-    bound_seconds: f64,
-    bound_fraction: f64,
-    verified_bytes: u64,
-    verified_ranks: u32,
-}
-
-#[derive(Serialize)]
-struct Plan {
-    digest: String,
-    bytes: u64,
-    writes: u64,
-    bound_seconds: f64,
-    limited_by: Option<String>,
-}
-
-#[derive(Serialize)]
-struct Summary<'a> {
-    checkpoint: &'a Path,
-    trainers: u32,
-    inference: u32,
-    fabric: String,
-    plan: Option<&'a Plan>,
-    versions: Vec<&'a VersionFacts>,
-    ranks: &'a [RankFacts],
-    verified: bool,
-}
-
 struct Demo {
     world: World,
-    ranks: Vec<RankFacts>,
-    versions: BTreeMap<u64, VersionFacts>,
-    plan: Option<Plan>,
+    facts: Facts,
     trace: Trace,
     bar: ProgressBar,
     /// The last words of each rank, printed if the run fails.
@@ -143,19 +91,13 @@ impl Demo {
             args.steps.saturating_mul(u64::from(args.inference)),
             "{msg:32} {bar:40} {pos}/{len} rank versions verified",
         );
-        let ranks = world
-            .members()
-            .map(|rank| RankFacts { rank: rank.to_string(), ..RankFacts::default() })
-            .collect();
-        Self {
-            world,
-            ranks,
-            versions: BTreeMap::new(),
-            plan: None,
-            trace: Trace::default(),
-            bar,
-            last_words: BTreeMap::new(),
-        }
+        let nics = |rank: Rank| match rank {
+            Rank::Trainer(rank) => share(&args.rail.nic, rank.index(), args.trainers as usize),
+            Rank::Receiver(rank) => share(&args.rail.nic, rank.index(), args.inference as usize),
+        };
+        let ranks = world.members().map(|rank| RankFacts::new(rank, nics(rank).len().max(1))).collect();
+        let facts = Facts::new(world, ranks);
+        Self { world, facts, trace: Trace::default(), bar, last_words: BTreeMap::new() }
     }
 
     /// Starts the job and follows it to its end.
@@ -179,7 +121,7 @@ impl Demo {
         }
 
         let mut children = Children::new(secret);
-        for number in 0..self.ranks.len() {
+        for number in 0..self.facts.ranks.len() {
             let (launcher, line) = self.child_command(number, args, checkpoint, &address.to_string());
             children.start(launcher, line)?;
         }
@@ -201,7 +143,7 @@ impl Demo {
                 Err(waited) => {
                     let running: Vec<String> = children
                         .running()
-                        .filter_map(|number| self.ranks.get(number))
+                        .filter_map(|number| self.facts.ranks.get(number))
                         .map(|rank| rank.rank.clone())
                         .collect();
                     failures.push(Ending::Failed(format!(
@@ -221,7 +163,7 @@ impl Demo {
             None => Ok(()),
             Some(worst) => {
                 for (number, words) in &self.last_words {
-                    if let Some(RankFacts { rank, .. }) = self.ranks.get(*number) {
+                    if let Some(RankFacts { rank, .. }) = self.facts.ranks.get(*number) {
                         // Most name their rank already.
                         let words = words.strip_prefix(&format!("{rank}: ")).unwrap_or(words);
                         eprintln!("{rank}: {words}");
@@ -275,6 +217,12 @@ impl Demo {
         if !nics.is_empty() {
             line.extend(["--nic".into(), nics.join(",").into()]);
         }
+        // Sides with the same launcher run on the same host and share its NICs.
+        let (local_rank, local_ranks) = match args.launch.launch_trainers == args.launch.launch_inference {
+            true => (number, trainers + self.world.inference as usize),
+            false => (rank, ranks),
+        };
+        line.extend(["--local-rank".into(), format!("{local_rank}/{local_ranks}").into()]);
         match command {
             "push" => line.extend(
                 [
@@ -294,7 +242,7 @@ impl Demo {
         match report {
             Report::Planned { digest, bytes, writes, bound_seconds, limited_by } => {
                 let limited_by = limited_by.map(|rank| rank.to_string());
-                self.plan =
+                self.facts.plan =
                     Some(Plan { digest: digest.to_string(), bytes, writes, bound_seconds, limited_by });
             }
             Report::Pushing { version, .. } => self.bar.set_message(format!("version {version}: pushing")),
@@ -308,20 +256,29 @@ impl Demo {
     }
 
     fn note(&mut self, number: usize, news: News, failures: &mut Vec<Ending>) {
-        let Some(facts) = self.ranks.get_mut(number) else { return };
+        let Some(facts) = self.facts.ranks.get_mut(number) else { return };
         match news {
             News::Said(Event::Loaded { weight_bytes, .. }) => facts.weight_bytes = weight_bytes,
             News::Said(Event::Connected { routes, .. }) => facts.routes = routes,
             News::Said(Event::Ended { peak_rss_bytes }) => facts.peak_rss_bytes = peak_rss_bytes,
             News::Said(Event::Pushed(report)) => {
                 self.trace.add(number, &facts.rank, report.version, &report.stages);
-                self.pushed(&report);
+                let rank = facts.rank.clone();
+                for loss in self.facts.pushed(number, &report) {
+                    self.bar.suspend(|| tracing::warn!("{rank} gave up {loss}"));
+                }
             }
             News::Said(Event::Served(report)) => {
                 self.trace.add(number, &facts.rank, report.version, &report.stages);
-                self.served(&report);
+                self.facts.served(&report);
             }
-            News::Said(Event::Verified { version, bytes, .. }) => self.verified(version, bytes),
+            News::Said(Event::Verified { version, bytes, .. }) => {
+                self.bar.inc(1);
+                if self.facts.verified(version, bytes) && !std::io::stderr().is_terminal() {
+                    let ranks = self.world.inference;
+                    eprintln!("version {version}: every byte verified on {ranks} inference ranks");
+                }
+            }
             News::Complained(line) => {
                 if std::env::var_os("RUST_LOG").is_some() {
                     let line = format!("{}: {line}", facts.rank);
@@ -343,131 +300,6 @@ impl Demo {
                 failures.push(if differs { Ending::Differs(reason) } else { Ending::Failed(reason) });
             }
         }
-    }
-
-    fn version(&mut self, version: u64) -> &mut VersionFacts {
-        self.versions.entry(version).or_insert_with(|| VersionFacts { version, ..VersionFacts::default() })
-    }
-
-    fn pushed(&mut self, report: &PushReport) {
-        let facts = self.version(report.version);
-        facts.bytes += report.bytes;
-        facts.writes += report.writes;
-        facts.bytes_gathered += report.bytes_gathered;
-        facts.write_seconds = facts.write_seconds.max(report.write_seconds);
-        facts.seconds = facts.seconds.max(report.seconds);
-        facts.bound_seconds = report.bound_seconds;
-        if facts.write_seconds > 0.0 {
-            facts.gb_per_second = facts.bytes as f64 / facts.write_seconds / 1e9;
-            facts.bound_fraction = facts.bound_seconds / facts.write_seconds;
-        }
-    }
-
-    fn served(&mut self, report: &VersionReport) {
-        let facts = self.version(report.version);
-        facts.pause_seconds = facts.pause_seconds.max(report.seconds);
-    }
-
-    fn verified(&mut self, version: u64, bytes: u64) {
-        let ranks = self.world.inference;
-        let facts = self.version(version);
-        facts.verified_bytes += bytes;
-        facts.verified_ranks += 1;
-        let whole = facts.verified_ranks == ranks;
-        self.bar.inc(1);
-        if whole && !std::io::stderr().is_terminal() {
-            eprintln!("version {version}: every byte verified on {ranks} inference ranks");
-        }
-    }
-
-    /// Nothing counts as verified that was not: every version, on every rank, all bytes of the plan.
-    fn check_complete(&self, args: &DemoArgs) -> anyhow::Result<()> {
-        let planned = self.plan.as_ref().map_or(0, |plan| plan.bytes);
-        for version in 1..=args.steps {
-            let Some(facts) = self.versions.get(&version) else {
-                bail!("version {version} was never pushed")
-            };
-            let complete = facts.verified_ranks == args.inference
-                && facts.verified_bytes == planned
-                && facts.bytes == planned;
-            if !complete {
-                bail!(
-                    "version {version}: {} of {} ranks verified {} of {planned} bytes, {} were pushed",
-                    facts.verified_ranks,
-                    args.inference,
-                    facts.verified_bytes,
-                    facts.bytes,
-                );
-            }
-        }
-        Ok(())
-    }
-
-    fn summary<'a>(&'a self, args: &DemoArgs, checkpoint: &'a Path) -> Summary<'a> {
-        Summary {
-            checkpoint,
-            trainers: args.trainers,
-            inference: args.inference,
-            fabric: args.rail.fabric.to_string(),
-            plan: self.plan.as_ref(),
-            versions: self.versions.values().collect(),
-            ranks: &self.ranks,
-            verified: true,
-        }
-    }
-
-    fn print(&self, args: &DemoArgs) {
-        if let Some(plan) = &self.plan {
-            let limit =
-                plan.limited_by.as_ref().map(|rank| format!(", limited by {rank}")).unwrap_or_default();
-            say!(
-                "plan {}: {} in {} writes, lower bound {}{limit}",
-                plan.digest.get(..12).unwrap_or(&plan.digest),
-                bytes_text(plan.bytes),
-                plan.writes,
-                seconds_text(plan.bound_seconds),
-            );
-        }
-        let mut rails: BTreeMap<&str, usize> = BTreeMap::new();
-        for rail in self.ranks.iter().flat_map(|rank| rank.routes.values()) {
-            // One line for what differs only by address.
-            *rails.entry(rail.split("://").next().unwrap_or(rail)).or_default() += 1;
-        }
-        for (rail, pairs) in rails {
-            say!("{pairs} trainer-inference pairs over {rail}");
-        }
-        let mut table =
-            Table::new(&["version", "pushed", "gathered", "write", "GB/s", "of bound", "pause", "verified"]);
-        for facts in self.versions.values() {
-            table.row(vec![
-                facts.version.to_string(),
-                bytes_text(facts.bytes),
-                bytes_text(facts.bytes_gathered),
-                seconds_text(facts.write_seconds),
-                format!("{:.2}", facts.gb_per_second),
-                format!("{:.2}", facts.bound_fraction),
-                seconds_text(facts.pause_seconds),
-                format!(
-                    "{} x {}",
-                    bytes_text(facts.verified_bytes / u64::from(facts.verified_ranks.max(1))),
-                    facts.verified_ranks
-                ),
-            ]);
-        }
-        say!("\n{}", table.render());
-        let mut table = Table::new(&["rank", "weights", "peak memory"]);
-        for rank in &self.ranks {
-            let peak = rank.peak_rss_bytes.map_or_else(|| "?".into(), bytes_text);
-            table.row(vec![rank.rank.clone(), bytes_text(rank.weight_bytes), peak]);
-        }
-        say!("\n{}", table.render());
-        let bytes: u64 = self.versions.values().map(|facts| facts.verified_bytes).sum();
-        say!(
-            "\nverified: {} versions on {} inference ranks, all {} equal the reference",
-            args.steps,
-            args.inference,
-            bytes_text(bytes),
-        );
     }
 }
 

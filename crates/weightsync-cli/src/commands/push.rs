@@ -10,6 +10,8 @@ use weightsync_cli::training;
 
 use crate::args::PushArgs;
 use crate::events::{Event, end_with_stdin, peak_rss_bytes};
+use crate::losses::Losses;
+use crate::say::say;
 
 pub(crate) async fn run(args: PushArgs) -> anyhow::Result<()> {
     end_with_stdin(args.rank.until_stdin_closes)?;
@@ -35,6 +37,7 @@ pub(crate) async fn run(args: PushArgs) -> anyhow::Result<()> {
         session.routes().iter().map(|(to, rail)| (to.to_string(), rail.clone())).collect();
     Event::Connected { routes, seconds: began.elapsed().as_secs_f64() }.print(json);
 
+    let mut losses = Losses::default();
     for step in 1..=args.steps {
         if step > 1 {
             tokio::time::sleep(args.pause).await;
@@ -47,6 +50,12 @@ pub(crate) async fn run(args: PushArgs) -> anyhow::Result<()> {
                 return Err(error).with_context(|| format!("trainer {}", args.rank.rank));
             }
         };
+        for loss in losses.add(report.version, &report.rails) {
+            // With `--json` every report has them.
+            if !json {
+                say!("rail given up: {loss}");
+            }
+        }
         Event::Pushed(report).print(json);
     }
     session.leave().await;

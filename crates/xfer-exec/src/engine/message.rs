@@ -108,4 +108,9 @@ pub struct RailUse {
     pub writes: u64,
     /// Why it was closed, in this push or an earlier one.
     pub closed: Option<String>,
+    /// Receivers that it does not lead to any more, because a WRITE failed in this push or an earlier one, and why.
+    pub lost: Vec<(ReceiverRank, String)>,
+    /// Receivers to which WRITEs over it ended in this push without being delivered, and which other rails reach, or none:
+    /// bytes of them may still be on their way, and must not arrive after something newer.
+    pub unfinished: Vec<ReceiverRank>,
 }

@@ -26,6 +26,10 @@ const WRITES_MIN: u32 = 2;
 pub(super) struct Path {
     /// Whether it may be used at all.
     pub(super) live: bool,
+    /// Why the first WRITE that failed over it did.
+    pub(super) lost: Option<String>,
+    /// A WRITE over it ended in this push without being delivered: some of its bytes may still be on their way.
+    pub(super) unfinished: bool,
     /// It waits for its turn in the rail's ring.
     pub(super) queued: bool,
     pub(super) in_flight: u32,
@@ -45,6 +49,8 @@ impl Path {
     pub(super) fn new(live: bool) -> Self {
         Self {
             live,
+            lost: None,
+            unfinished: false,
             queued: false,
             in_flight: 0,
             in_flight_bytes: 0,
@@ -59,7 +65,8 @@ impl Path {
 
     /// Begins a push, whose clock starts at 0. What was learnt of the rate stays.
     pub(super) fn start(&mut self, now: Duration) {
-        (self.queued, self.in_flight, self.in_flight_bytes) = (false, 0, 0);
+        (self.queued, self.unfinished) = (false, false);
+        (self.in_flight, self.in_flight_bytes) = (0, 0);
         (self.since, self.delivered_at) = (now, now);
         (self.measured_from, self.measured_bytes) = (now, 0);
     }

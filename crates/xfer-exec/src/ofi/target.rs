@@ -40,7 +40,7 @@ impl OfiTarget {
         let waker = Waker::new()?;
         let (closes, to_close) = unbounded();
         let mut rails = Rails {
-            rails: rails.into_iter().map(Some).collect(),
+            rails: rails.into_iter().map(Place::Open).collect(),
             stop: stop.clone(),
             busy: busy.clone(),
             waker: waker.clone(),
@@ -62,7 +62,7 @@ impl OfiTarget {
     }
 
     /// Closes one of the rails, by its number: once this returns, nobody can write over it any more. Blocks for as long as
-    /// the thread takes to hear of it. A rail that is closed already is no error.
+    /// the thread takes to hear of it. A rail that is closed already is no error; one that did not close is, ever after.
     ///
     /// # Errors
     ///
@@ -87,10 +87,35 @@ impl Drop for OfiTarget {
     }
 }
 
+/// A rail, or what became of it.
+enum Place<R> {
+    Open(R),
+    Closed,
+    /// It did not close: peers may still write over it.
+    Leaked(String),
+}
+
+impl<R> Place<R> {
+    fn open(&mut self) -> Option<&mut R> {
+        if let Self::Open(rail) = self { Some(rail) } else { None }
+    }
+
+    fn close(&mut self, close: impl FnOnce(R) -> Result<(), String>) -> Result<(), String> {
+        *self = match std::mem::replace(self, Self::Closed) {
+            Self::Open(rail) => close(rail).map_or_else(Self::Leaked, |()| Self::Closed),
+            closed => closed,
+        };
+        if let Self::Leaked(reason) = self { Err(reason.clone()) } else { Ok(()) }
+    }
+}
+
+fn close_rail(rail: efa_core::Rail) -> Result<(), String> {
+    rail.close().map(drop).map_err(|error| error.to_string())
+}
+
 /// What the thread has.
 struct Rails {
-    /// `None` for what was closed.
-    rails: Vec<Option<efa_core::Rail>>,
+    rails: Vec<Place<efa_core::Rail>>,
     stop: Arc<AtomicBool>,
     busy: Arc<AtomicBool>,
     waker: Waker,
@@ -109,7 +134,8 @@ impl Rails {
                 continue;
             }
             let waker = self.waker.clone();
-            let armed = self.rails.iter_mut().flatten().map(|rail| rail.arm().unwrap_or(Armed::Blind));
+            let armed =
+                self.rails.iter_mut().filter_map(Place::open).map(|rail| rail.arm().unwrap_or(Armed::Blind));
             match wait_any(armed, Some(&waker), IDLE_MAX) {
                 Ok(true) => spin_until = Instant::now() + SPIN_MAX,
                 Ok(false) => {}
@@ -121,14 +147,16 @@ impl Rails {
     /// Polls every rail once; whether anything came.
     fn poll(&mut self) -> bool {
         let mut moved = false;
-        for slot in &mut self.rails {
-            let Some(rail) = slot else { continue };
+        for place in &mut self.rails {
+            let Some(rail) = place.open() else { continue };
             match rail.poll(&mut self.completions) {
                 Ok(count) => moved |= count > 0,
                 Err(error) => {
                     // The senders see their writes fail and say so; this end can only tell why.
                     tracing::error!(rail = rail.name(), %error, "poll");
-                    *slot = None;
+                    if let Err(error) = place.close(close_rail) {
+                        tracing::error!(%error, "a rail did not close");
+                    }
                     continue;
                 }
             }
@@ -140,10 +168,23 @@ impl Rails {
     }
 
     fn close(&mut self, rail: usize) -> Result<(), String> {
-        match self.rails.get_mut(rail).map(Option::take) {
-            Some(Some(rail)) => rail.close().map(drop).map_err(|error| error.to_string()),
-            Some(None) => Ok(()),
-            None => Err(format!("there is no rail {rail}")),
+        let place = self.rails.get_mut(rail).ok_or_else(|| format!("there is no rail {rail}"))?;
+        place.close(close_rail)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rail_that_did_not_close_never_counts_as_closed() {
+        let mut places = [Place::Open(1), Place::Open(2)];
+        assert_eq!(places[0].close(|_| Ok(())), Ok(()));
+        assert_eq!(places[0].close(|_| Err("closed twice".into())), Ok(()));
+        for _ in 0..2 {
+            assert_eq!(places[1].close(|_| Err("busy".into())), Err("busy".into()));
+            assert!(places[1].open().is_none());
         }
     }
 }

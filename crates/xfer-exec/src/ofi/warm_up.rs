@@ -9,10 +9,13 @@ use xfer_plan::ReceiverRank;
 /// Bytes of the write.
 const WARM_UP_BYTES: u64 = 8;
 
+/// Where a peer takes the write.
+pub(super) type Scratch = (ReceiverRank, PeerId, RemoteRegion);
+
 /// Writes to every peer's scratch region and waits for all; the reason of the first that fails.
 pub(super) fn warm_up(
     rail: &mut efa_core::Rail,
-    peers: &[(ReceiverRank, PeerId, RemoteRegion)],
+    peers: &[Scratch],
     deadline: Duration,
 ) -> Result<(), String> {
     let buffer = LeaseMut::zeroed(WARM_UP_BYTES as usize).map_err(|error| error.to_string())?.freeze();
@@ -61,7 +64,7 @@ pub(super) fn warm_up(
         }
         if began.elapsed() > deadline {
             return Err(format!(
-                "{} took no write within {deadline:?}; is its address reachable from here, are the ports open?",
+                "{} took no write within {deadline:.1?}; is its address reachable from here, are the ports open?",
                 peers[owing].0
             ));
         }

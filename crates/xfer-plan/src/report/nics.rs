@@ -8,7 +8,7 @@ use super::sums::Sums;
 use crate::cut::{ByRail, Way};
 use crate::ids::{Rank, TrainerRank};
 use crate::manifest::{Manifest, RailDecl};
-use crate::plan::Plan;
+use crate::plan::{Plan, paired_rail};
 use crate::route::Link;
 
 /// What the NICs of one side move one way, in bytes.
@@ -114,22 +114,26 @@ impl Traffic {
             receivers_in: receivers.clone(),
             receivers_out: receivers,
         };
-        // Trainers with as many rails deal alike: behind them, only the sum matters.
-        let mut arriving: BTreeMap<(usize, Way), ByRail> = BTreeMap::new();
-        for (ways, out) in sums.ways.iter().zip(&mut traffic.trainers_out) {
+        // Trainers whose rails are paired alike differ no further behind them: only the sum matters.
+        let mut arriving: BTreeMap<(usize, TrainerRank, Way), ByRail> = BTreeMap::new();
+        let uneven = |rails: usize| manifest.receivers.iter().any(|receiver| receiver.rails.len() != rails);
+        for (trainer, (ways, out)) in
+            (0..).map(TrainerRank).zip(sums.ways.iter().zip(&mut traffic.trainers_out))
+        {
+            let alike = if uneven(out.len()) { trainer } else { TrainerRank(0) };
             for (&way, on_way) in ways {
                 let copies = plan.group(way.0).map_or(0, |group| group.copies());
                 deal_copies(&on_way.by_rail, copies, out);
-                let sum = arriving.entry((on_way.by_rail.len(), way)).or_default();
+                let sum = arriving.entry((on_way.by_rail.len(), alike, way)).or_default();
                 sum.resize(on_way.by_rail.len(), 0);
                 for (sum, bytes) in sum.iter_mut().zip(&on_way.by_rail) {
                     *sum = sum.saturating_add(*bytes);
                 }
             }
         }
-        for ((rails, (group, lane)), by_rail) in arriving {
+        for ((rails, trainer, (group, lane)), by_rail) in arriving {
             let Some(group) = plan.group(group) else { continue };
-            // The receiver that a trainer writes to takes the operation on the rail of that number, modulo its own, and
+            // The receiver that a trainer writes to takes the operation on the rail that is paired with the trainer's, and
             // passes it on to the next host on that rail again.
             let mut place_of = BTreeMap::new();
             for leg in group.legs(TrainerRank(0), lane) {
@@ -148,7 +152,7 @@ impl Traffic {
                 let to = traffic.receivers_in.get_mut(leg.to.index());
                 for moved in [from, to].into_iter().flatten() {
                     for (number, bytes) in by_rail.iter().enumerate() {
-                        let rail = (number + place) % rails.max(1) % moved.len().max(1);
+                        let rail = paired_rail(trainer, rails, (number + place) % rails.max(1), moved.len());
                         if let Some(sum) = moved.get_mut(rail) {
                             *sum = sum.saturating_add(*bytes);
                         }

@@ -1,0 +1,96 @@
+//! The arguments of one rank, trainer or inference.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use anyhow::bail;
+use clap::Args;
+use topology::CpuSet;
+use weightsync::SessionConfig;
+
+use super::local_rank::{self, LocalRank};
+use super::{JobArgs, RailArgs};
+
+/// Which rank of a job, where it runs and what it loads.
+#[derive(Args, Clone)]
+pub(crate) struct RankArgs {
+    /// The controller's HOST:PORT
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) controller: String,
+    /// This rank, counted from 0 on its side
+    #[arg(long, value_name = "R")]
+    pub(crate) rank: u32,
+    #[command(flatten)]
+    pub(crate) job: JobArgs,
+    #[command(flatten)]
+    pub(crate) rail: RailArgs,
+    /// The address that this rank's rail binds to [default: the one that reaches the controller]
+    #[arg(long, value_name = "IP")]
+    pub(crate) bind: Option<IpAddr>,
+    /// This rank among the N ranks of its host, trainers and inference ranks together, counted from 0: it takes the RDMA
+    /// NICs and a core near them that the topology gives to it [default: from LOCAL_RANK and LOCAL_WORLD_SIZE, or from
+    /// what Open MPI or Slurm set]
+    #[arg(long, value_name = "I/N")]
+    pub(crate) local_rank: Option<LocalRank>,
+    /// The CPUs that the thread of the rails may run on, such as 3 or 0-3,8 [default: with --local-rank a core near its RDMA
+    /// NICs, else all]
+    #[arg(long, value_name = "LIST", value_parser = cpus)]
+    pub(crate) cpus: Option<CpuSet>,
+    /// The checkpoint: trainers load their shard of it, inference ranks read its shapes
+    #[arg(long, value_name = "PATH")]
+    pub(crate) checkpoint: PathBuf,
+    /// Print one JSON object per line, each with an "event"
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// End when standard input is closed: a parent process that dies takes this one along
+    #[arg(long, hide = true)]
+    pub(crate) until_stdin_closes: bool,
+}
+
+impl RankArgs {
+    /// Refuses a rank that its side does not have, before anything is loaded for it.
+    pub(crate) fn check(&self, side: &str, ranks: u32) -> anyhow::Result<()> {
+        if self.rank >= ranks {
+            bail!("there is no {side} {}: the job has {ranks}, and ranks count from 0", self.rank);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn config(&self) -> anyhow::Result<SessionConfig> {
+        let mut config = SessionConfig::new(self.controller.clone(), self.job.world(), self.rank);
+        config.job = self.job.job.clone();
+        config.secret = self.job.secret()?;
+        config.bind = self.bind;
+        self.rail.apply(&mut config);
+        config.cpus = self.cpus.iter().flat_map(CpuSet::iter).map(|cpu| cpu as usize).collect();
+        let variable = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
+        let launched = || local_rank::of_launcher(&variable);
+        if let Some(LocalRank { index, count }) =
+            self.local_rank.map_or_else(launched, |rank| Ok(Some(rank)))?
+        {
+            config.place(index, count)?;
+        }
+        Ok(config)
+    }
+}
+
+fn cpus(text: &str) -> Result<CpuSet, String> {
+    match text.parse::<CpuSet>() {
+        Ok(cpus) if cpus.is_empty() => Err("name at least one CPU".into()),
+        Ok(cpus) => Ok(cpus),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpus_are_a_list_that_is_not_empty() {
+        assert_eq!(cpus("0-3,8").map(|cpus| cpus.iter().collect()), Ok(vec![0, 1, 2, 3, 8]));
+        for wrong in ["", ",", "3-1", "-1", "8192", "all"] {
+            assert!(cpus(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -35,7 +35,7 @@ pub struct SessionConfig {
     /// The NICs of this rank, a rail each, as libfabric names their domains (`rdmap79s0-rdm`, `mlx5_0`, `eth0`).
     /// [`SessionConfig::place`] names them by the topology of the host. Empty takes the only RDMA NIC, and is an error where
     /// there are several; on `tcp` it takes the interface that reaches the controller. Rail `i` of a trainer writes to rail
-    /// `i` of an inference rank, modulo how many that has.
+    /// `i` of an inference rank; [`xfer_plan::paired_rail`] says to which where one has more than the other.
     pub nics: Vec<String>,
     /// The CPUs that the thread of the rails runs on, by the system's numbers: best of the NICs' NUMA node, as
     /// [`SessionConfig::place`] chooses. Empty takes all that the process may use.

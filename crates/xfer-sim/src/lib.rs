@@ -1,0 +1,24 @@
+//! A cluster in virtual time: what it is made of, and how its transfers share it.
+//!
+//! The README says what is modelled and what is not. Nothing here reads a clock, does I/O, starts a thread or draws a random
+//! number that does not follow from a given seed: the same calls give the same answers, everywhere.
+
+#![forbid(unsafe_code)]
+
+// The README's example is compiled and run as a doctest.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
+mod cluster;
+mod network;
+mod queue;
+mod random;
+mod time;
+
+pub use cluster::{
+    Cluster, ClusterError, Control, Gpu, GpuId, Host, Nic, NicId, NoSuchPreset, Preset, Racks, Semantics,
+};
+pub use network::{Done, Link, Network, NetworkError, Outcome, TransferId, Way};
+pub use queue::{EventId, EventQueue};
+pub use time::Time;

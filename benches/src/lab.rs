@@ -7,10 +7,9 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
 use serde::Serialize;
 use weightsync::PushReport;
-use weightsync_lab::{Lab, LabOptions, Side};
+use weightsync_lab::{LINKS_MAX, Lab, LabOptions, Side};
 
 use crate::machine::Machine;
 use crate::process::Process;
@@ -37,31 +36,32 @@ const IDLE_TARGET: f64 = 1.0;
 /// Payload shares that are asked for: with even links, and with one slow link of the new sum.
 const TARGETS: [f64; 2] = [97.0, 95.0];
 
-/// What was asked for.
+#[derive(clap::Parser)]
+#[command(
+    bin_name = "bench lab",
+    about = "A push over shaped links between two network namespaces, beside a plain loop over one of them"
+)]
 pub(crate) struct Options {
+    /// Links between the two sides
+    #[arg(long, default_value_t = 32, value_name = "N", value_parser = clap::value_parser!(u16).range(8..=i64::from(LINKS_MAX)))]
     links: u16,
-    bytes: u64,
-    rounds: usize,
+    /// What a round moves
+    #[arg(long, default_value_t = 2, value_name = "GIB", value_parser = clap::value_parser!(u64).range(1..=64))]
+    gib: u64,
+    /// Rounds that count; one more goes first and does not
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: u16,
+    /// The plain libfabric loop; without it there is no reference over libfabric
+    #[arg(long, value_name = "PATH")]
     plain_loop: Option<PathBuf>,
+    /// Print a record for `bench compare`
+    #[arg(long)]
     json: bool,
 }
 
 impl Options {
-    pub(crate) fn parse(words: &[&str]) -> anyhow::Result<Self> {
-        let mut options = Self { links: 32, bytes: 2 << 30, rounds: 3, plain_loop: None, json: false };
-        let mut words = words.iter();
-        while let Some(word) = words.next() {
-            let mut value = || words.next().with_context(|| format!("{word} needs a value"));
-            match *word {
-                "--links" => options.links = value()?.parse::<u16>()?.clamp(8, weightsync_lab::LINKS_MAX),
-                "--gib" => options.bytes = value()?.parse::<u64>()?.clamp(1, 64) << 30,
-                "--rounds" => options.rounds = value()?.parse::<usize>()?.clamp(1, 1000),
-                "--plain-loop" => options.plain_loop = Some(value()?.into()),
-                "--json" => options.json = true,
-                other => bail!("unknown option {other}"),
-            }
-        }
-        Ok(options)
+    fn bytes(&self) -> u64 {
+        self.gib << 30
     }
 }
 
@@ -96,7 +96,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
             let name = format!("{named}, WRITEs of {} KiB", chunk_bytes >> 10);
             eprintln!("{name}");
             if let (Some(plain_loop), true) = (&options.plain_loop, links.slow.is_empty()) {
-                let rounds = plain(&lab, plain_loop, chunk_bytes, options.rounds)?;
+                let rounds = plain(&lab, plain_loop, chunk_bytes, options.rounds.into())?;
                 series.push(Series::new(
                     format!("{name}: plain loop"),
                     "% of payload",
@@ -127,7 +127,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         links: even.links,
         rate_bits: even.rate_bits,
         mtu: even.mtu,
-        bytes: options.bytes,
+        bytes: options.bytes(),
         trainers,
         inference,
     };
@@ -194,7 +194,7 @@ fn push(lab: &Lab, chunk_bytes: u64, options: &Options) -> anyhow::Result<Pushed
     let start = |side, words: &[&str]| Process::launch(lab.command(side, &here), words);
     let mut controller = start(Side::A, &["lab-controller", &chunk_bytes.to_string()])?;
     let address: String = controller.answer()?;
-    let (links, bytes) = (lab.options().links.to_string(), options.bytes.to_string());
+    let (links, bytes) = (lab.options().links.to_string(), options.bytes().to_string());
     let ranks = |side, role: &str| -> anyhow::Result<Vec<Process>> {
         let rank = |rank: u32| start(side, &[role, &address, &rank.to_string(), &links, &bytes]);
         (0..role::RANKS).map(rank).collect()

@@ -5,7 +5,6 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, bail};
 use efa_core::LeaseMut;
 use serde::Serialize;
 use weightsync_lab::{Lab, LabOptions, Side};
@@ -78,28 +77,18 @@ const PUSHES: usize = 8;
 const LAB_GPUS: u16 = 2;
 const LAB_BYTES: usize = 192 << 20;
 
-/// What was asked for.
+#[derive(clap::Parser)]
+#[command(
+    bin_name = "bench ladder",
+    about = "What each technique is worth, on rails that move nothing and in the lab"
+)]
 pub(crate) struct Options {
-    rounds: usize,
+    /// Rounds that count; one more goes first and does not
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: u16,
+    /// Print a record for `bench compare`
+    #[arg(long)]
     json: bool,
-}
-
-impl Options {
-    pub(crate) fn parse(words: &[&str]) -> anyhow::Result<Self> {
-        let mut options = Self { rounds: 3, json: false };
-        let mut words = words.iter();
-        while let Some(word) = words.next() {
-            match *word {
-                "--rounds" => {
-                    let value = words.next().context("--rounds needs a value")?;
-                    options.rounds = value.parse::<usize>()?.clamp(1, 1000);
-                }
-                "--json" => options.json = true,
-                other => bail!("unknown option {other}"),
-            }
-        }
-        Ok(options)
-    }
 }
 
 #[derive(Serialize)]
@@ -128,7 +117,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let mut series = Vec::new();
     for rung in &RUNGS {
         eprintln!("null rails, {}", rung.name);
-        let rounds = null(rung, gpus, options.rounds)?;
+        let rounds = null(rung, gpus, options.rounds.into())?;
         series.push(Series::new(
             format!("null rails: {}", rung.name),
             "million WRITEs/s",
@@ -140,7 +129,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         Ok(lab) => {
             for (number, rung) in RUNGS.iter().enumerate() {
                 eprintln!("lab, {}", rung.name);
-                let rounds = links(&lab, number, rung, options.rounds)?;
+                let rounds = links(&lab, number, rung, options.rounds.into())?;
                 series.push(Series::new(
                     format!("lab: {}", rung.name),
                     "% of payload",

@@ -3,7 +3,6 @@
 use std::cell::RefCell;
 use std::path::PathBuf;
 
-use anyhow::{Context, bail};
 use serde::Serialize;
 use weightsync::{Controller, ServerConfig, World};
 
@@ -11,29 +10,29 @@ use crate::machine::Machine;
 use crate::process::Process;
 use crate::roles::Transfer;
 
-/// What was asked for.
+#[derive(clap::Parser)]
+#[command(
+    bin_name = "bench loopback",
+    about = "One trainer to one inference rank on this machine, beside a plain loop and a memcpy"
+)]
 pub(crate) struct Options {
-    bytes: u64,
-    rounds: usize,
+    /// What a round moves
+    #[arg(long, default_value_t = 4, value_name = "GIB", value_parser = clap::value_parser!(u64).range(1..=1024))]
+    gib: u64,
+    /// Rounds that count; one more goes first and does not
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: u16,
+    /// The plain libfabric loop; without it there is no reference over libfabric
+    #[arg(long, value_name = "PATH")]
     plain_loop: Option<PathBuf>,
+    /// Print JSON instead of the table
+    #[arg(long)]
     json: bool,
 }
 
 impl Options {
-    pub(crate) fn parse(words: &[&str]) -> anyhow::Result<Self> {
-        let mut options = Self { bytes: 4 << 30, rounds: 5, plain_loop: None, json: false };
-        let mut words = words.iter();
-        while let Some(word) = words.next() {
-            let mut value = || words.next().with_context(|| format!("{word} needs a value"));
-            match *word {
-                "--gib" => options.bytes = value()?.parse::<u64>()?.clamp(1, 1024) << 30,
-                "--rounds" => options.rounds = value()?.parse::<usize>()?.clamp(1, 1000),
-                "--plain-loop" => options.plain_loop = Some(value()?.into()),
-                "--json" => options.json = true,
-                other => bail!("unknown option {other}"),
-            }
-        }
-        Ok(options)
+    fn bytes(&self) -> u64 {
+        self.gib << 30
     }
 }
 
@@ -83,7 +82,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let mut comparisons = Vec::new();
     match &options.plain_loop {
         Some(plain_loop) => {
-            let bytes = options.bytes.to_string();
+            let bytes = options.bytes().to_string();
             let args = ["--ask", "--total-bytes", &bytes, "--region-bytes", &bytes];
             let plain = RefCell::new(Process::start(plain_loop, &args)?);
             let references: [Reference; 2] = [
@@ -95,7 +94,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         }
         None => eprintln!("skipped: tcp (no --plain-loop: no reference to measure beside)"),
     }
-    let mut copier = Process::role(&["memcpy", &options.bytes.to_string()])?;
+    let mut copier = Process::role(&["memcpy", &options.bytes().to_string()])?;
     comparisons.push(compare(
         options,
         "local",
@@ -107,7 +106,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let results = Results {
         benchmark: "loopback",
         machine: Machine::read()?,
-        bytes: options.bytes,
+        bytes: options.bytes(),
         span_bytes: crate::roles::SPAN_BYTES,
         comparisons,
     };
@@ -132,7 +131,7 @@ fn compare(
         let config = ServerConfig::loopback(world)?;
         anyhow::Ok(Controller::bind(config).await?.spawn(|_| {}))
     })?;
-    let (address, bytes) = (controller.local_addr().to_string(), options.bytes.to_string());
+    let (address, bytes) = (controller.local_addr().to_string(), options.bytes().to_string());
     let inference = Process::role(&["inference", &address, &bytes, fabric])?;
     let mut trainer = Process::role(&["trainer", &address, &bytes, fabric])?;
     let mut ours = Vec::new();
@@ -152,8 +151,8 @@ fn compare(
             ours.push(pushed.gb_per_second());
         }
         eprintln!("{line}{}", if round == 0 { " (warm-up, not counted)" } else { "" });
-        let mapped = if fabric == "local" { options.bytes } else { 0 };
-        trainer_overhead_bytes = pushed.peak_rss_bytes.saturating_sub(options.bytes + mapped);
+        let mapped = if fabric == "local" { options.bytes() } else { 0 };
+        trainer_overhead_bytes = pushed.peak_rss_bytes.saturating_sub(options.bytes() + mapped);
     }
     trainer.finish()?;
     inference.finish()?;

@@ -24,13 +24,7 @@ use std::process::ExitCode;
 use anyhow::bail;
 use clap::Parser as _;
 
-const USAGE: &str = "usage: weightsync-bench loopback [--gib N] [--rounds N] [--plain-loop PATH] [--json]
-       weightsync-bench plan [--json]
-       weightsync-bench weight-ops [--mib N] [--rounds N] [--json]
-       weightsync-bench lab [--links N] [--gib N] [--rounds N] [--plain-loop PATH] [--json]
-       weightsync-bench ladder [--rounds N] [--json]
-       weightsync-bench cluster --help
-       weightsync-bench compare --help";
+const USAGE: &str = "usage: weightsync-bench loopback|plan|weight-ops|lab|ladder|cluster|compare [--help]";
 
 fn main() -> anyhow::Result<ExitCode> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -38,11 +32,11 @@ fn main() -> anyhow::Result<ExitCode> {
     match words.as_slice() {
         ["compare", ..] => return compare::run(&compare::Options::parse_from(&words)),
         ["cluster", ..] => cluster::run(&cluster::Options::parse_from(&words)),
-        ["loopback", options @ ..] => loopback::run(&loopback::Options::parse(options)?),
-        ["lab", options @ ..] => lab::run(&lab::Options::parse(options)?),
-        ["ladder", options @ ..] => ladder::run(&ladder::Options::parse(options)?),
-        ["plan", options @ ..] => plan::run(&plan::Options::parse(options)?),
-        ["weight-ops", options @ ..] => weight_ops::run(&weight_ops::Options::parse(options)?),
+        ["loopback", ..] => loopback::run(&loopback::Options::parse_from(&words)),
+        ["lab", ..] => lab::run(&lab::Options::parse_from(&words)),
+        ["ladder", ..] => ladder::run(&ladder::Options::parse_from(&words)),
+        ["plan", ..] => plan::run(&plan::Options::parse_from(&words)),
+        ["weight-ops", ..] => weight_ops::run(&weight_ops::Options::parse_from(&words)),
         // The processes of a benchmark, started by it.
         [cluster::RANK_COMMAND, place @ ..] => cluster::rank(place),
         ["trainer", address, bytes, fabric] => roles::trainer(address, bytes.parse()?, fabric.parse()?),

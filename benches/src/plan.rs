@@ -9,19 +9,15 @@ use xfer_plan::{BlockQuant, Manifest, PlanOptions, PlanReport, Planner, RankPlan
 
 use crate::machine::Machine;
 
-/// What was asked for.
+#[derive(clap::Parser)]
+#[command(
+    bin_name = "bench plan",
+    about = "The schedules of whole jobs: time, memory and balance beside targets"
+)]
 pub(crate) struct Options {
+    /// Print JSON instead of the table
+    #[arg(long)]
     json: bool,
-}
-
-impl Options {
-    pub(crate) fn parse(words: &[&str]) -> anyhow::Result<Self> {
-        match words {
-            [] => Ok(Self { json: false }),
-            ["--json"] => Ok(Self { json: true }),
-            [other, ..] => bail!("unknown option {other}"),
-        }
-    }
 }
 
 /// A model and the layouts of both sides.

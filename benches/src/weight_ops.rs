@@ -6,7 +6,6 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use anyhow::{Context, bail};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -27,28 +26,23 @@ const BLOCK: u32 = 128;
 /// 3 MiB or one chunk per thread.
 const COPY_CHUNK_BYTES: usize = 256 << 10;
 
-/// What was asked for.
+#[derive(clap::Parser)]
+#[command(bin_name = "bench weight-ops", about = "Casts and FP8 quantisation beside a copy of as many bytes")]
 pub(crate) struct Options {
-    /// Of the matrix as f32.
-    bytes: usize,
-    rounds: usize,
+    /// Of the matrix as F32
+    #[arg(long, default_value_t = 512, value_name = "MIB", value_parser = clap::value_parser!(u64).range(16..=1 << 20))]
+    mib: u64,
+    /// Rounds that count; one more goes first and does not
+    #[arg(long, default_value_t = 9, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: u16,
+    /// Print JSON instead of the table
+    #[arg(long)]
     json: bool,
 }
 
 impl Options {
-    pub(crate) fn parse(words: &[&str]) -> anyhow::Result<Self> {
-        let mut options = Self { bytes: 512 << 20, rounds: 9, json: false };
-        let mut words = words.iter();
-        while let Some(word) = words.next() {
-            let mut value = || words.next().with_context(|| format!("{word} needs a value"));
-            match *word {
-                "--mib" => options.bytes = value()?.parse::<usize>()?.clamp(16, 1 << 20) << 20,
-                "--rounds" => options.rounds = value()?.parse::<usize>()?.clamp(1, 1000),
-                "--json" => options.json = true,
-                other => bail!("unknown option {other}"),
-            }
-        }
-        Ok(options)
+    fn bytes(&self) -> usize {
+        (self.mib as usize) << 20
     }
 }
 
@@ -170,7 +164,7 @@ fn weight(index: usize) -> f32 {
 
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let block = BLOCK as usize;
-    let rows = (options.bytes / size_of::<f32>() / COLUMNS / block).max(1) * block;
+    let rows = (options.bytes() / size_of::<f32>() / COLUMNS / block).max(1) * block;
     let mut memory = Memory::new(rows)?;
     let mut comparisons = Vec::new();
     let mut seconds = vec![(Vec::new(), Vec::new()); KERNELS.len()];
@@ -215,7 +209,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     if options.json {
         println!("{}", serde_json::to_string_pretty(&results)?);
     } else {
-        print(&results, options.rounds);
+        print(&results, options.rounds.into());
     }
     Ok(())
 }

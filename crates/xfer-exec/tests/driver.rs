@@ -102,6 +102,17 @@ struct Receivers {
     targets: Vec<OfiTarget>,
 }
 
+impl Receivers {
+    /// Whether every arena is what the plan makes of `source`.
+    fn check(&self, plan: &RankPlan, source: &[u8], bytes: &[u64]) {
+        for (arena, expected) in self.arenas.iter().zip(oracle(plan, source, bytes)) {
+            let mut found = vec![0; expected.len()];
+            arena.read(0, &mut found).unwrap();
+            assert!(found == expected, "bytes differ");
+        }
+    }
+}
+
 fn local(bytes: &[u64]) -> Ends {
     let (mut peers, mut arenas, mut doormen) = (BTreeMap::new(), Vec::new(), Vec::new());
     for (rank, bytes) in (0..).map(ReceiverRank).zip(bytes) {
@@ -180,11 +191,7 @@ fn check(case: &Case, make: impl FnOnce(&[u64], &[efa_core::MemoryRef]) -> Ends)
         weights = back;
         let delivered = outcome.result.unwrap();
         assert_eq!((delivered.bytes, delivered.writes), (plan.bytes, plan.writes));
-        for (arena, expected) in receivers.arenas.iter().zip(oracle(&plan, weights.bytes(), &bytes)) {
-            let mut found = vec![0; expected.len()];
-            arena.read(0, &mut found).unwrap();
-            assert!(found == expected, "step {step}: bytes differ");
-        }
+        receivers.check(&plan, weights.bytes(), &bytes);
     }
     sender.close();
 }
@@ -294,11 +301,7 @@ fn a_rail_that_a_receiver_closes_is_replaced_by_the_others() {
         let delivered = outcome.result.unwrap();
         assert_eq!((delivered.bytes, delivered.writes), (plan.bytes, plan.writes));
         assert_eq!(outcome.rails.iter().map(|rail| rail.bytes).sum::<u64>(), plan.bytes);
-        for (arena, expected) in receivers.arenas.iter().zip(oracle(&plan, weights.bytes(), &bytes)) {
-            let mut found = vec![0; expected.len()];
-            arena.read(0, &mut found).unwrap();
-            assert!(found == expected, "step {step}: bytes differ");
-        }
+        receivers.check(&plan, weights.bytes(), &bytes);
     }
     receivers.targets[0].close_rail(1).unwrap();
     assert!(receivers.targets[0].close_rail(3).is_err());
@@ -324,11 +327,7 @@ fn a_rail_that_a_receiver_closes_between_pushes_is_done_without() {
         weights = back;
         let delivered = outcome.result.unwrap();
         assert_eq!((delivered.bytes, delivered.writes), (plan.bytes, plan.writes));
-        for (arena, expected) in receivers.arenas.iter().zip(oracle(&plan, weights.bytes(), &bytes)) {
-            let mut found = vec![0; expected.len()];
-            arena.read(0, &mut found).unwrap();
-            assert!(found == expected, "step {step}: bytes differ");
-        }
+        receivers.check(&plan, weights.bytes(), &bytes);
         if step < 3 {
             receivers.targets[0].close_rail(usize::from(step) - 1).unwrap();
         }

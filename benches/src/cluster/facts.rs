@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use efa_core::{Hints, Library, Provider};
 use serde::{Deserialize, Serialize};
-use topology::{Pairing, Roots, Snapshot};
+use topology::{Roots, Snapshot};
 
 use crate::machine::Machine;
 
@@ -118,47 +118,4 @@ fn rails() -> Vec<RailOffer> {
         })
         .collect();
     offers.into_iter().collect()
-}
-
-/// The rails of a rank for which no NIC was named: those that the PCI tree pairs with the GPU of its number, or its even
-/// share where there are fewer GPUs than ranks. Empty, which leaves it to libfabric, on hosts without RDMA hardware.
-pub(crate) fn paired_nics(local_rank: usize, ranks_on_host: usize) -> anyhow::Result<Vec<String>> {
-    let snapshot = Snapshot::read(&Roots::default())?;
-    if snapshot.rdma_devices.iter().all(|device| device.pci.is_none()) {
-        return Ok(Vec::new());
-    }
-    let assignments = match snapshot.gpus.len() >= ranks_on_host {
-        true => topology::pair(&snapshot).gpus,
-        false => Pairing::host_ranks(&snapshot, ranks_on_host),
-    };
-    let nics = assignments.into_iter().nth(local_rank).map_or_else(Vec::new, |assignment| assignment.nics);
-    Ok(domains_of(&nics, &rails()))
-}
-
-/// libfabric's names of NICs: the `efa` provider writes `-rdm` behind the device's. NICs that it does not offer are left
-/// out.
-fn domains_of(nics: &[String], offers: &[RailOffer]) -> Vec<String> {
-    let domain_of = |nic: &String| {
-        let named = |domain: &str| domain == nic || domain.strip_suffix("-rdm") == Some(nic);
-        offers.iter().find(|offer| named(&offer.domain)).map(|offer| offer.domain.clone())
-    };
-    nics.iter().filter_map(domain_of).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn nics_are_called_as_libfabric_calls_them() {
-        let offer = |provider: &str, domain: &str| RailOffer {
-            provider: provider.into(),
-            domain: domain.into(),
-            bits_per_second: None,
-        };
-        let offers =
-            [offer("efa", "rdmap79s0-dgrm"), offer("efa", "rdmap79s0-rdm"), offer("verbs;ofi_rxm", "mlx5_0")];
-        let nics = ["mlx5_0", "rdmap79s0", "mlx5_1"].map(str::to_owned);
-        assert_eq!(domains_of(&nics, &offers), ["mlx5_0", "rdmap79s0-rdm"]);
-    }
 }

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use tokio::net::TcpStream;
-use weightsync::{Error, Fabric, Inference, Rank, Secret, SessionConfig, Trainer};
+use weightsync::{Error, Inference, Rank, Secret, SessionConfig, Trainer};
 
-use super::facts::{RankFacts, paired_nics};
+use super::facts::RankFacts;
 use super::job::{FromRank, Job, Push, Pushed, ToRank};
 use super::link::{self, Key, Link, Who};
 
@@ -93,21 +93,15 @@ impl Member {
         config.deadline = job.rails.deadline;
         config.bind = job.bind;
         config.rail_bytes_per_second = job.rails.line_bytes_per_second;
-        config.nics = nics(&job, config.fabric)?;
+        let named = &job.rails.nics;
+        if let Some(group) = (job.local_rank as usize).checked_rem(named.len()) {
+            config.nics.clone_from(&named[group]);
+        }
+        config.place(job.local_rank, job.ranks_on_host)?;
         match job.member {
             Rank::Trainer(_) => push(config, job).await,
             Rank::Receiver(_) => receive(config, job).await,
         }
-    }
-}
-
-/// The NICs of this rank. Sockets and shared memory have none to be paired with.
-fn nics(job: &Job, fabric: Fabric) -> anyhow::Result<Vec<String>> {
-    let (groups, local) = (&job.rails.nics, job.local_rank as usize);
-    match (groups.len(), fabric) {
-        (0, Fabric::Local | Fabric::Tcp | Fabric::Shm) => Ok(Vec::new()),
-        (0, _) => paired_nics(local, job.ranks_on_host as usize),
-        (count, _) => Ok(groups.get(local % count).cloned().unwrap_or_default()),
     }
 }
 

@@ -241,10 +241,18 @@ impl Engine {
             },
             lost: paths(at).filter_map(lost).collect(),
             unfinished: paths(at)
-                .filter(|(_, path)| path.unfinished && !path.live)
+                .filter(|(to, path)| self.left_behind(*to, path, rail))
                 .map(|(to, _)| to)
                 .collect(),
         })
+    }
+
+    /// Whether bytes of this push may still arrive over a path that is given up. The last one to a receiver is not, while its
+    /// rail is open: the next push tries it again.
+    fn left_behind(&self, to: ReceiverRank, path: &Path, rail: &Rail) -> bool {
+        let is_given_up =
+            || !matches!(rail.phase, RailPhase::Open) || self.paths(to.0).iter().any(|other| other.live);
+        path.unfinished && !path.live && is_given_up()
     }
 
     /// WRITEs in flight, over all rails.

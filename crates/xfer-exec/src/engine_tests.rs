@@ -523,6 +523,40 @@ fn the_way_of_a_write_that_failed_is_named_with_the_first_reason() {
     }
 }
 
+/// Receivers close what `unfinished` names. The last way to one that may be tried again is not among it.
+#[test]
+fn what_a_failed_write_may_leave_behind_is_named_unless_it_is_the_last_way() {
+    for (rails, named) in [(1, vec![]), (2, vec![ReceiverRank(0)])] {
+        let case = Case {
+            ops: vec![(0, 1, false)],
+            rails: vec![WIDE; rails],
+            routes: vec![3; 3],
+            slots: 1,
+            seed: 0,
+            fault: Fault::None,
+        };
+        let mut world = World::new(case);
+        for fails in [true, false] {
+            world.finished = None;
+            world.handle(Event::Start);
+            while let Some(action) = world.actions.pop_front() {
+                match action {
+                    Action::Post(post) if fails && post.rail == RAIL => {
+                        world.handle(Event::Failed(post.rail, post.id, "reset".into()));
+                    }
+                    Action::Post(post) => world.handle(Event::Delivered(post.rail, post.id)),
+                    Action::Finish(result) => world.finished = Some(result),
+                    other => panic!("{other:?}"),
+                }
+            }
+            let ended_well = matches!(world.finished, Some(Ok(_)));
+            assert_eq!(ended_well, !fails || rails > 1, "{:?}", world.finished);
+            let unfinished = world.engine.rails().next().unwrap().unfinished;
+            assert_eq!(unfinished, if fails { named.clone() } else { vec![] });
+        }
+    }
+}
+
 /// A receiver that was stopped answers on one rail after the other when it goes on: the first must not accuse the rest.
 #[test]
 fn a_receiver_that_was_silent_on_all_rails_has_a_whole_stall_again() {

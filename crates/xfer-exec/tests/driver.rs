@@ -178,6 +178,16 @@ fn push(sender: &Sender, weights: LeaseMut) -> (Outcome, LeaseMut) {
 
 /// Two pushes with the weights changed in between.
 fn check(case: &Case, make: impl FnOnce(&[u64], &[efa_core::MemoryRef]) -> Ends) {
+    check_pushes(case, 2, make, |_, _| {});
+}
+
+/// So many pushes with the weights changed in between, and something done after each.
+fn check_pushes(
+    case: &Case,
+    pushes: u8,
+    make: impl FnOnce(&[u64], &[efa_core::MemoryRef]) -> Ends,
+    after: impl Fn(u8, &Receivers),
+) {
     let (plan, bytes) = case.plan();
     // Two slots: gathers have to wait for each other.
     let staging = LeaseMut::zeroed(2 * SLOT_BYTES as usize).unwrap();
@@ -185,13 +195,14 @@ fn check(case: &Case, make: impl FnOnce(&[u64], &[efa_core::MemoryRef]) -> Ends)
     let memories = [weights.memory().clone(), staging.memory().clone()];
     let (rails, receivers) = make(&bytes, &memories);
     let sender = sender(plan.clone(), rails, &bytes, staging);
-    for step in 1..=2 {
+    for step in 1..=pushes {
         weights.bytes_mut().copy_from_slice(&case.weights(step));
         let (outcome, back) = push(&sender, weights);
         weights = back;
         let delivered = outcome.result.unwrap();
         assert_eq!((delivered.bytes, delivered.writes), (plan.bytes, plan.writes));
         receivers.check(&plan, weights.bytes(), &bytes);
+        after(step, &receivers);
     }
     sender.close();
 }
@@ -315,21 +326,10 @@ fn a_rail_that_a_receiver_closes_between_pushes_is_done_without() {
     // What is gathered for one receiver is posted after the rails have been polled for the other.
     let op = |op| if op % RECEIVERS == 0 { (0, 4, 1000, 7, 0, true) } else { (1, 1, 60_000, 0, 0, false) };
     let case = Case { ops: (0..100).map(op).collect(), seed: 3 };
-    let (plan, bytes) = case.plan();
-    let staging = LeaseMut::zeroed(2 * SLOT_BYTES as usize).unwrap();
-    let mut weights = LeaseMut::zeroed(SOURCE_BYTES).unwrap();
-    let memories = [weights.memory().clone(), staging.memory().clone()];
-    let (rails, receivers) = ofi(&library, &bytes, &memories, 3);
-    let sender = sender(plan.clone(), rails, &bytes, staging);
-    for step in 1..=4 {
-        weights.bytes_mut().copy_from_slice(&case.weights(step));
-        let (outcome, back) = push(&sender, weights);
-        weights = back;
-        let delivered = outcome.result.unwrap();
-        assert_eq!((delivered.bytes, delivered.writes), (plan.bytes, plan.writes));
-        receivers.check(&plan, weights.bytes(), &bytes);
+    let close = |step, receivers: &Receivers| {
         if step < 3 {
             receivers.targets[0].close_rail(usize::from(step) - 1).unwrap();
         }
-    }
+    };
+    check_pushes(&case, 4, |bytes, memories| ofi(&library, bytes, memories, 3), close);
 }

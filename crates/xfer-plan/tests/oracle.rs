@@ -71,20 +71,11 @@ fn damage_two(transfers: &mut Vec<Transfer>, index: usize, damage: i32) {
     }
 }
 
-fn config() -> ProptestConfig {
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(500);
-    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
-}
-
-fn choices() -> impl Strategy<Value = Vec<u32>> {
-    proptest::collection::vec(any::<u32>(), 0..600)
-}
-
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(scenario::config(500))]
 
     #[test]
-    fn plans_move_every_element_to_its_place(choices in choices()) {
+    fn plans_move_every_element_to_its_place(choices in scenario::choices()) {
         let manifest = scenario::manifest(&mut Choices::new(choices));
         let plan = plan(&manifest).unwrap();
         prop_assert_eq!(
@@ -108,7 +99,7 @@ proptest! {
     }
 
     #[test]
-    fn encodings_round_trip(choices in choices()) {
+    fn encodings_round_trip(choices in scenario::choices()) {
         let manifest = scenario::manifest(&mut Choices::new(choices));
         let plan = plan(&manifest).unwrap();
         let bytes = postcard::to_stdvec(&manifest).unwrap();
@@ -125,7 +116,7 @@ proptest! {
     /// before is what is planned from scratch.
     #[test]
     fn planning_again_is_planning_from_scratch(
-        choices in choices(),
+        choices in scenario::choices(),
         changes in proptest::collection::vec((any::<u32>(), any::<u32>()), 1..4),
     ) {
         let mut choices = Choices::new(choices);
@@ -161,7 +152,7 @@ proptest! {
     /// operations themselves: a damaged plan could have been given a new digest and new sums.
     #[test]
     fn check_finds_damage(
-        choices in choices(),
+        choices in scenario::choices(),
         damage in 0..16,
         which in any::<u32>(),
         by in 1u64..9,
@@ -202,7 +193,7 @@ fn random_transfers_reach_every_kind_of_operation() {
     let (mut direct, mut gathered, mut by_rows, mut empty, mut shared) = (0, 0, 0, 0, 0);
     let (mut cast, mut quantised, mut scales, mut exchanged, mut relayed) = (0, 0, 0, 0, 0);
     for _ in 0..1000 {
-        let tree = choices().new_tree(&mut runner).unwrap();
+        let tree = scenario::choices().new_tree(&mut runner).unwrap();
         let manifest = scenario::manifest(&mut Choices::new(tree.current()));
         let plan = plan(&manifest).unwrap();
         for trainer in (0..plan.trainers.len() as u32).map(TrainerRank) {
@@ -230,13 +221,13 @@ fn random_transfers_reach_every_kind_of_operation() {
 }
 
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(scenario::config(500))]
 
     /// A manifest comes from peers. Whatever they send, the planner answers; and what it accepts, it plans
     /// right.
     #[test]
     fn hostile_manifests_do_no_harm(
-        choices in choices(),
+        choices in scenario::choices(),
         damage in proptest::collection::vec((any::<u32>(), any::<u8>()), 1..6),
     ) {
         let mut bytes = postcard::to_stdvec(&scenario::manifest(&mut Choices::new(choices))).unwrap();

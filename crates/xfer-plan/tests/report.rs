@@ -249,20 +249,11 @@ fn box_is_true(
     Ok(())
 }
 
-fn config() -> ProptestConfig {
-    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(300);
-    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
-}
-
-fn choices() -> impl Strategy<Value = Vec<u32>> {
-    proptest::collection::vec(any::<u32>(), 0..600)
-}
-
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(scenario::config(300))]
 
     #[test]
-    fn sums_are_those_of_operations_and_legs(choices in choices()) {
+    fn sums_are_those_of_operations_and_legs(choices in scenario::choices()) {
         let manifest = scenario::manifest(&mut Choices::new(choices));
         let plan = plan(&manifest).unwrap();
         let report = PlanReport::new(&plan, &manifest).unwrap();
@@ -298,7 +289,7 @@ proptest! {
     }
 
     #[test]
-    fn times_are_those_of_the_cost_model(choices in choices()) {
+    fn times_are_those_of_the_cost_model(choices in scenario::choices()) {
         let mut choices = Choices::new(choices);
         let mut manifest = scenario::manifest(&mut choices);
         // Slow enough for any of them to limit.
@@ -336,7 +327,7 @@ proptest! {
     }
 
     #[test]
-    fn each_element_is_explained_once(choices in choices()) {
+    fn each_element_is_explained_once(choices in scenario::choices()) {
         let manifest = scenario::manifest(&mut Choices::new(choices));
         let plan = plan(&manifest).unwrap();
         for (rank, receiver) in (0..).map(ReceiverRank).zip(&manifest.receivers) {
@@ -382,7 +373,7 @@ proptest! {
     }
 
     #[test]
-    fn differences_add_up(choices in choices(), other in choices(), relay in 0..4usize) {
+    fn differences_add_up(choices in scenario::choices(), other in scenario::choices(), relay in 0..4usize) {
         let manifest = scenario::manifest(&mut Choices::new(choices));
         let a = plan(&manifest).unwrap();
         prop_assert!(a.is_intact());

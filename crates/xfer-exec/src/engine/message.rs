@@ -110,7 +110,7 @@ pub struct RailUse {
     pub closed: Option<String>,
     /// Receivers that it does not lead to any more, because a WRITE failed in this push or an earlier one, and why.
     pub lost: Vec<(ReceiverRank, String)>,
-    /// Receivers to which WRITEs over it ended in this push without being delivered, and which other rails reach, or none:
-    /// bytes of them may still be on their way, and must not arrive after something newer.
+    /// Receivers to which WRITEs over it ended in this push without being delivered, and to which it is not used again: bytes
+    /// of them may still be on their way, and must not arrive after something newer.
     pub unfinished: Vec<ReceiverRank>,
 }

@@ -5,11 +5,23 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use proptest::prelude::{ProptestConfig, Strategy, any};
 use xfer_plan::{
     BlockQuant, DType, DestinationParam, DeviceMesh, Manifest, Op, ParamMap, Placed, Placement, Plan,
     PlanOptions, RailDecl, Rank, ReceiverManifest, ReceiverRank, RegionIndex, Relay, ScaleFormat, ScaleTable,
     SourcePiece, TensorBox, TrainerManifest, TrainerRank, Transform, shard_box,
 };
+
+/// So many cases, or as many as the environment asks for.
+pub(crate) fn config(cases: u32) -> ProptestConfig {
+    let asked = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
+    ProptestConfig { cases: asked.unwrap_or(cases), failure_persistence: None, ..ProptestConfig::default() }
+}
+
+/// What [`Choices`] are made of.
+pub(crate) fn choices() -> impl Strategy<Value = Vec<u32>> {
+    proptest::collection::vec(any::<u32>(), 0..600)
+}
 
 /// Decisions that a property test makes: shrinking them towards zero and towards fewer makes the transfer
 /// simpler.

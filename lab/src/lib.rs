@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod occupants;
 mod options;
 mod owner;
 mod removal;
@@ -74,7 +75,7 @@ pub fn namespace(name: &str, side: Side) -> String {
     format!("{PREFIX}{name}{}", side.suffix())
 }
 
-/// A lab that stands. Dropping it takes it down and kills what still runs in it.
+/// A lab that stands. Dropping it takes it down and kills what still runs in it, or is about to.
 #[derive(Debug)]
 pub struct Lab {
     name: String,

@@ -4,13 +4,22 @@
 
 use std::fs;
 use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
+use crate::occupants::OpenNamespace;
 use crate::owner::{self, Owner, TAKE_MAX};
 use crate::{LabError, PREFIX, Side, namespace, options, script, shell};
 
 /// Where iproute2 keeps the names of namespaces.
 const NAMESPACES: &str = "/run/netns";
+
+/// How often namespaces without a name are looked at, at most. Who is still seen then has been killed by look after look
+/// and only takes long to end.
+const LAST_LOOKS_MAX: u32 = 20;
+
+/// How long to wait before each: time for one who was just opening the file to have it, on a busy machine too.
+const LAST_LOOKS_APART: Duration = Duration::from_millis(5);
 
 /// How a lab stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +43,7 @@ pub fn list() -> Vec<(String, LabState)> {
 }
 
 /// Takes down the lab of this name, or every lab on this machine whose owner does not live; the names of those that were
-/// there. What still runs in them is killed.
+/// there. What still runs in them, or is about to, is killed.
 ///
 /// # Errors
 ///
@@ -81,24 +90,32 @@ pub(crate) fn remove(name: &str, owner: Owner) -> Result<(), LabError> {
 
 /// Removes processes, NICs and namespaces of a name that the caller has taken. Nothing may be there.
 pub(crate) fn take_apart(name: &str) -> Result<(), LabError> {
-    let namespaces: Vec<String> =
-        Side::ALL.map(|side| namespace(name, side)).into_iter().filter(|name| exists(name)).collect();
-    for namespace in &namespaces {
-        let pids = shell::run("ip", &["netns", "pids", namespace])?;
-        let pids: Vec<&str> = pids.split_whitespace().collect();
-        if !pids.is_empty() {
-            // Those that have ended in between make it fail, which is what was wanted.
-            drop(shell::run("sh", &[&["-c", "kill -9 \"$@\"", "sh"], &pids[..]].concat()));
-        }
+    let mut namespaces = Vec::new();
+    for namespace in Side::ALL.map(|side| namespace(name, side)) {
+        let opened = OpenNamespace::open(&Path::new(NAMESPACES).join(&namespace))?;
+        namespaces.extend(opened.map(|opened| (namespace, opened)));
     }
+    kill_all(&namespaces)?;
     // A closing connection can keep a namespace without a name alive for minutes; it must not keep its NICs.
-    for namespace in &namespaces {
+    for (namespace, _) in &namespaces {
         drop(shell::run("ip", &["-n", namespace, "link", "del", "group", script::GROUP]));
     }
-    for namespace in &namespaces {
+    for (namespace, _) in &namespaces {
         shell::run("ip", &["netns", "del", namespace])?;
     }
+    // Nobody can open them any more. Who did after the first look has entered by now, or is about to.
+    for _ in 0..LAST_LOOKS_MAX {
+        thread::sleep(LAST_LOOKS_APART);
+        if !kill_all(&namespaces)? {
+            break;
+        }
+    }
     Ok(())
+}
+
+/// Kills who is in these namespaces or about to enter them; whether there was anybody.
+fn kill_all(namespaces: &[(String, OpenNamespace)]) -> Result<bool, LabError> {
+    namespaces.iter().try_fold(false, |any, (_, namespace)| Ok(namespace.kill_all()? || any))
 }
 
 /// Whether anything of this name is there to be seen.

@@ -7,7 +7,9 @@ use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::UdpSocket;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use weightsync_lab::{Lab, LabError, LabOptions, Side, check, down, list, namespace};
@@ -38,8 +40,16 @@ fn links(links: u16) -> LabOptions {
     LabOptions { links, ..LabOptions::default() }
 }
 
+/// What `work` gives, if it does in time. Else this fails, and what was started in a lab ends with that.
+fn in_time<T: Send + 'static>(what: &str, work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, result) = mpsc::channel();
+    thread::spawn(move || done.send(work()));
+    result.recv_timeout(PATIENCE).unwrap_or_else(|why| panic!("{what}: {why} ({PATIENCE:?})"))
+}
+
 fn output(command: &mut Command) -> String {
-    let output = command.output().unwrap();
+    let started = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let output = in_time(&format!("{command:?}"), || started.wait_with_output()).unwrap();
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
@@ -81,8 +91,41 @@ fn becomes_true(what: &str, mut condition: impl FnMut() -> bool) {
     let until = Instant::now() + PATIENCE;
     while !condition() {
         assert!(Instant::now() < until, "not after {PATIENCE:?}: {what}");
-        std::thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// How a process ended. One that does not is killed.
+fn ended(process: &mut Child) -> ExitStatus {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        if let Some(status) = process.try_wait().unwrap() {
+            return status;
+        }
+        if Instant::now() >= until {
+            drop(process.kill());
+            panic!("process {} is not at its end after {PATIENCE:?}", process.id());
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The rest of the first line of its output that begins with `word`.
+fn told(process: &mut Child, word: &'static str) -> String {
+    let mut said = BufReader::new(process.stdout.take().unwrap());
+    let (told, said) = in_time(word, move || {
+        let mut lines = said.by_ref().lines().map(Result::unwrap);
+        let told = lines.find_map(|line| line.strip_prefix(word).map(str::to_owned));
+        (told, said.into_inner())
+    });
+    // It may have more to say.
+    process.stdout = Some(said);
+    told.expect("it says so before it ends")
+}
+
+fn becomes_program(process: &Child, program: &str) {
+    let comm = format!("/proc/{}/comm", process.id());
+    becomes_true(program, || fs::read_to_string(&comm).unwrap().trim_end() == program);
 }
 
 #[test]
@@ -112,9 +155,65 @@ fn thirty_two_links_come_and_go() {
     assert_eq!(lab.prefix(Side::B), ["ip", "netns", "exec", &namespace(&name, Side::B)]);
     // Something that nobody waits for must not outlive it.
     let mut sleeper = lab.command(Side::B, "sleep").arg("1000").spawn().unwrap();
+    becomes_program(&sleeper, "sleep");
     drop(lab);
     assert!(nothing_is_left(&name));
-    assert_eq!(sleeper.wait().unwrap().signal(), Some(9));
+    assert_eq!(ended(&mut sleeper).signal(), Some(9));
+}
+
+/// `spawn` returns when `ip` has begun, long before it has entered the namespace.
+#[test]
+fn who_is_about_to_enter_does_not_outlive_the_lab() {
+    if !has_lab() {
+        return;
+    }
+    let name = name("entering");
+    for round in 0..30 {
+        let lab = Lab::up(&name, &links(1)).unwrap();
+        // Several, so that some are late. One that is missed ends by itself, but not in time.
+        let sleeper = |_| {
+            let mut sleeper = lab.command(Side::A, "sleep");
+            sleeper.arg("60").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            sleeper.spawn().unwrap()
+        };
+        let mut sleepers: Vec<Child> = (0..8).map(sleeper).collect();
+        thread::sleep(round * Duration::from_micros(100));
+        drop(lab);
+        for sleeper in &mut sleepers {
+            // Killed, or too late to open a namespace of that name.
+            let status = ended(sleeper);
+            assert!(status.signal() == Some(9) || status.code().is_some_and(|code| code != 0), "{status}");
+        }
+        assert!(nothing_is_left(&name));
+    }
+}
+
+/// The same moment, held: a process of that name has the namespace's file open and does not enter.
+#[test]
+fn of_those_who_hold_a_namespace_only_ip_is_killed() {
+    if !has_lab() {
+        return;
+    }
+    let lab = Lab::up(&name("held"), &links(1)).unwrap();
+    let other = Lab::up(&name("held-other"), &links(1)).unwrap();
+    let holder = |lab: &Lab, program: &str| {
+        let script = "exec 3< $1; printf $2 > /proc/$$/comm; echo holds; read line; true";
+        let file = format!("/run/netns/{}", namespace(lab.name(), Side::B));
+        let mut holder = Command::new("sh");
+        holder.args(["-c", script, "sh", &file, program]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut holder = holder.spawn().unwrap();
+        told(&mut holder, "holds");
+        holder
+    };
+    let mut entering = holder(&lab, "ip");
+    let mut beside = [holder(&lab, "ipp"), holder(&other, "ip")];
+    drop(lab);
+    assert_eq!(ended(&mut entering).signal(), Some(9));
+    for holder in &mut beside {
+        assert_eq!(holder.try_wait().unwrap(), None);
+        drop(holder.stdin.take());
+        assert!(ended(holder).success());
+    }
 }
 
 #[test]
@@ -165,12 +264,10 @@ fn what_a_killed_owner_left_is_removed_by_the_next() {
         let mut owner = Command::new(std::env::current_exe().unwrap());
         owner.args(["--exact", "owner_process", "--ignored", "--nocapture"]).env(OWNER, &lab);
         let mut owner = owner.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let said = BufReader::new(owner.stdout.take().unwrap()).lines().map(Result::unwrap);
-        let sleeper = said.filter_map(|line| line.strip_prefix("sleeper ").map(str::to_owned)).next();
-        let sleeper = Path::new("/proc").join(sleeper.expect("the owner has built its lab"));
+        let sleeper = Path::new("/proc").join(told(&mut owner, "sleeper "));
         assert!(!nothing_is_left(&lab) && sleeper.exists());
         owner.kill().unwrap();
-        owner.wait().unwrap();
+        ended(&mut owner);
 
         let built = Lab::up(&next, &links(1)).unwrap();
         assert_eq!(devices(&built, Side::A), ["control", "lo", "rail0"]);
@@ -193,14 +290,12 @@ fn owner_process() {
     let lab = Lab::up(&name, &links(2)).unwrap();
     let mut sleep = lab.command(Side::A, "sleep");
     let mut sleeper = sleep.arg("1000").stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
-    becomes_true("it runs", || {
-        fs::read_to_string(format!("/proc/{}/comm", sleeper.id())).unwrap() == "sleep\n"
-    });
+    becomes_program(&sleeper, "sleep");
     println!("\nsleeper {}", sleeper.id());
     // Ends with its parent, if that fails before it kills this.
     std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
     sleeper.kill().unwrap();
-    sleeper.wait().unwrap();
+    ended(&mut sleeper);
 }
 
 #[test]
@@ -247,11 +342,10 @@ fn every_address_reaches_every_nic_over_the_link_of_that_nic() {
     };
     let mut echo =
         this_program(Side::B, "echo").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let mut said = BufReader::new(echo.stdout.take().unwrap()).lines().map(Result::unwrap);
-    let port = said.find_map(|line| line.strip_prefix("port ").map(str::to_owned)).unwrap();
+    let port = told(&mut echo, "port ");
     output(&mut this_program(Side::A, &port));
     drop(echo.stdin.take());
-    echo.wait().unwrap();
+    ended(&mut echo);
 }
 
 /// Not a test of its own: echoes datagrams, or sends one from each address of side A to each of side B's.

@@ -16,13 +16,19 @@ use crate::plan::{Op, Placed, Plan, RankPlan, Strided, Transfer};
 use crate::transform::Transform;
 
 impl Plan {
-    /// What `trainer` does, in order: its transfers, cut into operations, to every receiver that it writes to itself.
-    /// Where a group has a route over receivers, these pass on as [`Group::legs`](crate::Group::legs) says.
+    /// What `trainer` does, in order: its transfers, cut into operations, to every receiver that it writes to itself. Without
+    /// tags: what receivers pass on is in [`Plan::parts`].
     ///
     /// # Errors
     /// When there are more than [`OPS_MAX`] operations.
     pub fn part(&self, trainer: TrainerRank, manifest: &Manifest) -> Result<RankPlan, PlanError> {
-        let Some(part) = self.trainers.get(trainer.index()) else { return Ok(RankPlan::default()) };
+        let part = self.trainers.get(trainer.index()).copied().unwrap_or_default();
+        let ops = self.routed(trainer, manifest)?.into_iter().map(|routed| routed.op).collect();
+        Ok(RankPlan { ops, bytes: part.bytes, writes: part.writes, tags: Vec::new() })
+    }
+
+    /// The operations of one trainer, in order, and which way each takes.
+    pub(crate) fn routed(&self, trainer: TrainerRank, manifest: &Manifest) -> Result<Vec<Routed>, PlanError> {
         let options = &manifest.options;
         let rails = manifest.trainers.get(trainer.index()).map_or(1, |declared| declared.rails.len());
         let mut rails = Rails::new(trainer, rails);
@@ -42,27 +48,27 @@ impl Plan {
                 return Err(PlanError::TooManyOps { max: OPS_MAX });
             }
             let dealt = rails.deal((group_index, lane), &Pieces::new(&transfer, options));
+            let way = (group_index, lane);
             for (place, to) in group.entries(lane).enumerate() {
-                cut.append(&transfer, (to, param), |operation| dealt.rail(place, operation), &mut ops);
+                cut.append(&transfer, (to, param, way), |operation| dealt.rail(place, operation), &mut ops);
             }
         }
         let receivers = self.receivers.len();
         let first = trainer.index() * receivers / self.trainers.len().max(1);
-        let ops = self.interleave(ops, ReceiverRank(first as u32));
-        Ok(RankPlan { ops: in_waves(ops, options.watermark_bytes), bytes: part.bytes, writes: part.writes })
+        Ok(in_waves(self.interleave(ops, ReceiverRank(first as u32)), options.watermark_bytes))
     }
 
-    fn interleave(&self, mut ops: Vec<Op>, start: ReceiverRank) -> Vec<Op> {
+    fn interleave(&self, mut ops: Vec<Routed>, start: ReceiverRank) -> Vec<Routed> {
         // Stable, and the input is in the order of transfers: equals stay in the order of their addresses.
-        ops.sort_by_key(|op| (op.to, self.priority(op.param), std::cmp::Reverse(op.bytes())));
-        let mut queues: Vec<&[Op]> = ops.chunk_by(|a, b| a.to == b.to).collect();
+        ops.sort_by_key(|Routed { op, .. }| (op.to, self.priority(op.param), std::cmp::Reverse(op.bytes())));
+        let mut queues: Vec<&[Routed]> = ops.chunk_by(|a, b| a.op.to == b.op.to).collect();
         let mut ordered = Vec::with_capacity(ops.len());
-        let first = queues.partition_point(|queue| queue.first().is_some_and(|op| op.to < start));
+        let first = queues.partition_point(|queue| queue.first().is_some_and(|first| first.op.to < start));
         queues.rotate_left(first);
         while !queues.is_empty() {
             queues.retain_mut(|queue| {
-                if let Some((op, rest)) = queue.split_first() {
-                    ordered.push(*op);
+                if let Some((next, rest)) = queue.split_first() {
+                    ordered.push(*next);
                     *queue = rest;
                 }
                 !queue.is_empty()
@@ -72,10 +78,17 @@ impl Plan {
     }
 }
 
+/// An operation of a trainer and the way that it takes, which says who passes it on.
+#[derive(Clone, Copy)]
+pub(crate) struct Routed {
+    pub(crate) op: Op,
+    pub(crate) way: Way,
+}
+
 /// Numbers the waves: as many operations as fit under the watermark, in order.
-fn in_waves(mut ops: Vec<Op>, watermark_bytes: u64) -> Vec<Op> {
+fn in_waves(mut ops: Vec<Routed>, watermark_bytes: u64) -> Vec<Routed> {
     let (mut wave, mut staged) = (0u32, 0u64);
-    for op in &mut ops {
+    for Routed { op, .. } in &mut ops {
         let bytes = op.staged_bytes();
         if staged > 0 && staged.saturating_add(bytes) > watermark_bytes {
             wave = wave.saturating_add(1);
@@ -242,9 +255,9 @@ impl Cut {
     fn append(
         &self,
         transfer: &Transfer,
-        (to, param): (ReceiverRank, ParamId),
+        (to, param, way): (ReceiverRank, ParamId, Way),
         rail: impl Fn(u64) -> u8,
-        ops: &mut Vec<Op>,
+        ops: &mut Vec<Routed>,
     ) {
         let transform = transfer.transform;
         let (mut row, mut number) = (0, 0);
@@ -261,7 +274,7 @@ impl Cut {
                     // equal.
                     stride: if rows == 1 { bytes } else { side.stride },
                 };
-                ops.push(Op {
+                let op = Op {
                     to,
                     param,
                     // Both are at most CHUNK_BYTES_MAX, which fits 32 bits.
@@ -277,7 +290,8 @@ impl Cut {
                     transform,
                     rail: rail(number),
                     wave: 0,
-                });
+                };
+                ops.push(Routed { op, way });
                 start += bytes;
                 number += 1;
             }

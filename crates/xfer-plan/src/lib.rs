@@ -19,6 +19,7 @@ pub mod model;
 mod param_map;
 mod plan;
 mod quant;
+mod relay;
 pub mod report;
 mod route;
 mod schedule;
@@ -49,6 +50,7 @@ pub use plan::{
     Transfer, paired_rail,
 };
 pub use quant::{Exchange, ScaleTable};
+pub use relay::{NO_TAG, Parts, RelayPlan};
 pub use report::PlanReport;
 pub use route::{Group, Leg, Link, Loads, ReceiverLoad, Route, TrainerLoad};
 pub use schedule::{Planner, plan};

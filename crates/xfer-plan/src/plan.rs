@@ -113,6 +113,9 @@ pub struct RankPlan {
     pub bytes: u64,
     /// Sum of their WRITEs.
     pub writes: u64,
+    /// By operation, what each of its WRITEs tells the receiver: a place in [`RelayPlan::awaited`] there, or [`NO_TAG`] where
+    /// nobody passes it on. Empty where no operation has a tag.
+    pub tags: Vec<u32>,
 }
 
 /// Rows of any length, from a trainer's memory to the same place in the memory of every member of a group.

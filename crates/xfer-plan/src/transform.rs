@@ -120,7 +120,7 @@ impl Transform {
     }
 
     /// Bytes at the source that correspond to `bytes` at the destination.
-    pub(crate) fn source_bytes(&self, bytes: u64) -> u64 {
+    pub fn source_bytes(&self, bytes: u64) -> u64 {
         match *self {
             Transform::Copy | Transform::Scales { .. } => bytes,
             Transform::Cast { from, to } => bytes / to.bytes() * from.bytes(),
@@ -129,7 +129,7 @@ impl Transform {
     }
 
     /// Bytes that are read to make `bytes` at the destination: for scales, whole blocks.
-    pub(crate) fn read_bytes(&self, bytes: u64) -> u64 {
+    pub fn read_bytes(&self, bytes: u64) -> u64 {
         match *self {
             Transform::Scales { from, quant } => {
                 let [rows, columns] = quant.block.map(u64::from);

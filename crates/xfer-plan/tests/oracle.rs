@@ -5,7 +5,8 @@ mod scenario;
 use proptest::prelude::*;
 use scenario::Choices;
 use xfer_plan::{
-    CheckError, DType, OpKind, Plan, Planner, Rank, ReceiverPart, TrainerRank, Transfer, Transform, plan,
+    CheckError, DType, OpKind, Plan, Planner, Rank, ReceiverPart, ReceiverRank, TrainerRank, Transfer,
+    Transform, plan,
 };
 
 const UNTOUCHED: u8 = 0xee;
@@ -85,6 +86,17 @@ proptest! {
         );
         let checked = plan.check(&manifest);
         prop_assert!(checked.is_ok(), "{:?}\n{:#?}\n{:#?}", checked, manifest, plan);
+
+        // What receivers are said to pass on is what they do pass on.
+        for (from, relay) in (0..).map(ReceiverRank).zip(plan.parts(&manifest).unwrap().receivers) {
+            for (to, part) in (0..).map(ReceiverRank).zip(&plan.receivers) {
+                let said = part.arrivals.iter().find(|arrival| arrival.from == Rank::Receiver(from));
+                let passed_on = relay.plan.ops.iter().filter(|op| op.to == to);
+                let (bytes, writes) =
+                    passed_on.fold((0, 0), |(bytes, writes), op| (bytes + op.bytes(), writes + op.writes()));
+                prop_assert_eq!((bytes, writes), said.map_or((0, 0), |said| (said.bytes, said.writes)));
+            }
+        }
 
         let options = manifest.options;
         for trainer in (0..plan.trainers.len() as u32).map(TrainerRank) {

@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::{ProptestConfig, Strategy, any};
 use xfer_plan::{
-    BlockQuant, DType, DestinationParam, DeviceMesh, Manifest, Op, ParamMap, Placed, Placement, Plan,
-    PlanOptions, RailDecl, Rank, ReceiverManifest, ReceiverRank, RegionIndex, Relay, ScaleFormat, ScaleTable,
-    SourcePiece, TensorBox, TrainerManifest, TrainerRank, Transform, shard_box,
+    BlockQuant, DType, DestinationParam, DeviceMesh, Manifest, NO_TAG, Op, ParamMap, Placement, Plan,
+    PlanOptions, RailDecl, ReceiverManifest, ReceiverRank, RegionIndex, Relay, ScaleFormat, ScaleTable,
+    SourcePiece, Strided, TensorBox, TrainerManifest, TrainerRank, Transform, shard_box,
 };
 
 /// So many cases, or as many as the environment asks for.
@@ -667,28 +667,46 @@ pub(crate) fn execute(plan: &Plan, manifest: &Manifest, untouched: u8) -> Result
         }
         Ok(())
     };
-    for trainer in (0..plan.trainers.len() as u32).map(TrainerRank) {
-        for op in plan.part(trainer, manifest).map_err(|error| error.to_string())?.ops {
-            let rows = payload(&op, trainer, plan, manifest, &sources, &scales)?;
+    let parts = plan.parts(manifest).map_err(|error| error.to_string())?;
+    let mut arrived = Vec::new();
+    for (trainer, part) in (0..).map(TrainerRank).zip(&parts.trainers) {
+        for (number, op) in part.ops.iter().enumerate() {
+            let rows = payload(op, trainer, plan, manifest, &sources, &scales)?;
             for (row, bytes) in (0..).zip(&rows) {
                 let at = op.destination.offset + row * op.destination.stride;
                 write(op.to, op.destination.region, at, bytes, &mut memory)?;
             }
+            arrived.extend(part.tags.get(number).map(|tag| (op.to, *tag, op.writes())));
         }
     }
-    // Receivers pass on what they got.
-    for Placed { to, lane, transfer, .. } in plan.transfers() {
-        let group = plan.group(to).ok_or("no group")?;
-        for leg in group.legs(transfer.trainer, lane) {
-            let Rank::Receiver(from) = leg.from else { continue };
-            for row in 0..u64::from(transfer.rows) {
-                let at = transfer.destination.offset + row * transfer.destination.stride;
-                let (region, range) =
-                    (transfer.destination.region, at as usize..(at + transfer.row_bytes) as usize);
-                let bytes = memory[from.index()][region.index()][range].to_vec();
-                write(leg.to, region, at, &bytes, &mut memory)?;
-            }
+    // Receivers pass on what they got, when all of it is there.
+    let mut counts: Vec<Vec<u32>> =
+        parts.receivers.iter().map(|relay| vec![0; relay.awaited.len()]).collect();
+    while let Some((at, tag, writes)) = arrived.pop() {
+        if tag == NO_TAG {
+            continue;
         }
+        let (relay, tag) = (&parts.receivers[at.index()], tag as usize);
+        let count = counts[at.index()].get_mut(tag).ok_or("a tag that its receiver does not know")?;
+        *count += writes as u32;
+        if *count != relay.awaited[tag] {
+            return Err(format!("{count} writes arrive of {} that are awaited", relay.awaited[tag]));
+        }
+        let released = relay.first[tag] as usize
+            ..relay.first.get(tag + 1).map_or(relay.plan.ops.len(), |next| *next as usize);
+        for (op, tag) in relay.plan.ops[released.clone()].iter().zip(&relay.plan.tags[released]) {
+            for row in 0..u64::from(op.rows) {
+                let place = |side: &Strided| side.offset + row * side.stride;
+                let from = place(&op.source) as usize;
+                let bytes =
+                    memory[at.index()][op.source.region.index()][from..from + op.row_bytes as usize].to_vec();
+                write(op.to, op.destination.region, place(&op.destination), &bytes, &mut memory)?;
+            }
+            arrived.push((op.to, *tag, op.writes()));
+        }
+    }
+    if counts.iter().zip(&parts.receivers).any(|(counts, relay)| *counts != relay.awaited) {
+        return Err("something is awaited that never arrives".into());
     }
     Ok(memory)
 }

@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use efa_core::{Lease, LeaseMut};
 use xfer_exec::driver::{Driver, DriverConfig, HostRail, Step};
 use xfer_exec::program::Route;
-use xfer_exec::{Program, RailIndex};
+use xfer_exec::{Program, RailIndex, RankLimits};
 use xfer_plan::{Op, ParamId, RankPlan, ReceiverRank, RegionIndex, Strided, Transform};
 
 use super::Rung;
@@ -51,12 +51,17 @@ impl Gpu {
             }
         };
         let writes = chunks * passes;
-        let plan =
-            RankPlan { bytes: writes * u64::from(chunk_bytes), writes, ops: (0..writes).map(op).collect() };
+        let plan = RankPlan {
+            bytes: writes * u64::from(chunk_bytes),
+            writes,
+            ops: (0..writes).map(op).collect(),
+            tags: Vec::new(),
+        };
         let all = (0..rails.len() as u16).map(RailIndex).collect();
         let route = Route { rails: all, region_bytes: vec![region_bytes] };
         let routes = (0..receivers).map(|to| (ReceiverRank(to), route.clone())).collect();
-        let program = Program::new(plan, BTreeMap::new(), &[region_bytes], routes, 0)?;
+        let limits = RankLimits { region_bytes: vec![region_bytes], ..RankLimits::default() };
+        let program = Program::new(plan, BTreeMap::new(), &limits, routes)?;
         let staging = LeaseMut::zeroed(0)?;
         let config =
             DriverConfig { program, rails, staging, slot_bytes: 0, deadline: DEADLINE, stall: DEADLINE / 5 };

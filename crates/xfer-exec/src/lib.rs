@@ -12,7 +12,9 @@ pub mod null;
 pub mod ofi;
 pub mod program;
 pub mod rail;
+pub mod runner;
 
 pub use engine::{Action, Delivered, Engine, EngineConfig, Event, Failure, Post, RailUse, Source};
-pub use program::{Program, ProgramError, WriteId};
+pub use program::{Program, ProgramError, RankLimits, WriteId};
 pub use rail::{Armed, Done, Rail, RailError, RailIndex, RailLimits, RailWrite, Rows};
+pub use runner::{Memory, Runner, Turn};

@@ -9,17 +9,13 @@ use efa_core::{Completion, Lease, MemoryRef, PeerId, RailAddress, RegionId, Remo
 use xfer_plan::{ReceiverRank, RegionIndex};
 
 use crate::program::WriteId;
-use crate::rail::{Armed, Done, Rail, RailError, RailLimits, RailWrite, Rows};
+use crate::rail::{Armed, Done, Rail, RailError, RailLimits, RailWrite, Rows, SOFTWARE_IN_FLIGHT_BYTES_MAX};
 
 mod target;
 mod warm_up;
 
 pub use target::OfiTarget;
 use warm_up::{Scratch, warm_up};
-
-/// Bytes that a software provider is given at once: eight times the bandwidth-delay product of 100 Gb/s over 160 us, and over
-/// loopback TCP in WRITEs of 1 MiB a tenth faster than 128 MiB (6.3 against 5.4 GB/s on 2 cores of an EPYC).
-const IN_FLIGHT_BYTES_MAX: u64 = 16 << 20;
 
 /// A receiver as it described itself.
 #[derive(Debug, Clone)]
@@ -42,7 +38,7 @@ pub struct OfiRail {
     peers: Vec<Option<(PeerId, Vec<RemoteRegion>)>>,
     batch: VecDeque<Write>,
     /// Beside `batch`: what a refused WRITE is turned back into.
-    targets: VecDeque<(ReceiverRank, RegionIndex, u64)>,
+    targets: VecDeque<(ReceiverRank, RegionIndex, u64, u32)>,
     completions: Vec<Completion>,
 }
 
@@ -156,14 +152,15 @@ impl Rail for OfiRail {
 
     fn limits(&self) -> RailLimits {
         // Where the NIC moves the bytes, what is posted costs no cache.
-        let in_flight_bytes_max = if self.rail.is_offloaded() { u64::MAX } else { IN_FLIGHT_BYTES_MAX };
+        let in_flight_bytes_max =
+            if self.rail.is_offloaded() { u64::MAX } else { SOFTWARE_IN_FLIGHT_BYTES_MAX };
         RailLimits { depth: self.depth, in_flight_bytes_max, takes_rows: false }
     }
 
     fn post(&mut self, writes: &mut VecDeque<RailWrite<Lease>>) -> Result<(), RailError> {
         let mut failed = None;
         while let Some(write) = writes.pop_front() {
-            let target = (write.to, write.region, write.offset);
+            let target = (write.to, write.region, write.offset, write.tag);
             match self.prepare(write) {
                 Ok(write) => {
                     self.batch.push_back(write);
@@ -187,7 +184,8 @@ impl Rail for OfiRail {
             }
         }
         // What was not taken goes back, the last one first.
-        while let (Some(write), Some((to, region, offset))) = (self.batch.pop_back(), self.targets.pop_back())
+        while let (Some(write), Some((to, region, offset, tag))) =
+            (self.batch.pop_back(), self.targets.pop_back())
         {
             writes.push_front(RailWrite {
                 id: WriteId::from_token(write.token),
@@ -196,6 +194,7 @@ impl Rail for OfiRail {
                 to,
                 region,
                 offset,
+                tag,
             });
         }
         match failed {

@@ -4,22 +4,42 @@
 //! within a region that this rank has, writes to a peer and a region that it knows, and goes over a rail that exists.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use xfer_plan::limits::RANKS_MAX;
-use xfer_plan::{Op, OpKind, ParamId, RankPlan, ReceiverRank, RegionIndex, Transform};
+use xfer_plan::{NO_TAG, Op, OpKind, ParamId, RankPlan, ReceiverRank, RegionIndex, RelayPlan, Transform};
 
+use crate::engine::Slot;
 use crate::rail::RailIndex;
 
-/// Names one WRITE of a program: an operation, and within it a row, or for a gathered operation its staging slot.
+/// Staging slots that a [`WriteId`] can name. A rail has far fewer WRITEs in flight.
+pub(crate) const SLOTS_MAX: u32 = 1 << SLOT_BITS;
+
+/// Rows of a staged operation that a [`WriteId`] can name, where each is a WRITE.
+const ROWS_MAX: u64 = 1 << (u32::BITS - SLOT_BITS);
+
+const SLOT_BITS: u32 = 12;
+
+/// Names one WRITE of a program: an operation, and within it a row, for an operation that is staged also its slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WriteId {
     /// Index of the operation in the program.
     pub op: u32,
-    /// Row (direct and row-wise operations) or staging slot (gathered operations).
+    /// The row; of an operation that is staged the lower 12 bits are the slot, and the others the row.
     pub row: u32,
 }
 
 impl WriteId {
+    /// A row of an operation in a slot.
+    pub(crate) fn staged(op: u32, slot: Slot, row: u32) -> Self {
+        Self { op, row: row << SLOT_BITS | slot.0 }
+    }
+
+    /// The inverse of [`WriteId::staged`].
+    pub(crate) fn slot_and_row(self) -> (Slot, u32) {
+        (Slot(self.row & (SLOTS_MAX - 1)), self.row >> SLOT_BITS)
+    }
+
     /// As one word, for a completion's token.
     pub fn to_token(self) -> u64 {
         u64::from(self.op) << 32 | u64::from(self.row)
@@ -40,6 +60,17 @@ pub struct Route {
     pub region_bytes: Vec<u64>,
 }
 
+/// What the rank that runs a program has.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RankLimits {
+    /// Bytes of each of its regions, by region index.
+    pub region_bytes: Vec<u64>,
+    /// Bytes of a staging slot; 0 where it has none.
+    pub slot_bytes: u64,
+    /// Whether it can transform elements on their way into a slot.
+    pub transforms: bool,
+}
+
 /// Why a part of a plan cannot be run here.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -50,10 +81,21 @@ pub enum ProgramError {
     /// More bytes or WRITEs than 2^64.
     #[error("the plan has more than 2^64 bytes or writes for this rank")]
     TooMuch,
+    /// Tags that are not one for each operation.
+    #[error("the plan tags {tags} of {ops} operations of this rank; do both sides run the same version?")]
+    Tags {
+        /// How many tags.
+        tags: usize,
+        /// How many operations.
+        ops: usize,
+    },
     /// A rank that no job has.
     #[error("there is no inference {0}: a job has at most {RANKS_MAX}")]
     Rank(usize),
-    /// An operation without bytes, or whose gather exceeds a staging slot.
+    /// What this rank should pass on is not said rightly.
+    #[error("what the plan has this rank pass on is not possible: {0}; do both sides run the same version?")]
+    Relay(&'static str),
+    /// An operation without bytes, or that is staged and exceeds a slot.
     #[error("the plan's operation {op} for {param} moves {bytes} bytes where 1 to {bytes_max} are possible")]
     Size {
         /// The operation.
@@ -91,7 +133,17 @@ pub enum ProgramError {
         /// Its length, if it exists.
         region_bytes: Option<u64>,
     },
-    /// An operation that changes elements on the way.
+    /// More rows in a slot than a [`WriteId`] can name.
+    #[error(
+        "the plan transforms {rows} rows of {param} at once, which land apart: at most {ROWS_MAX} are possible; shorten the chunks"
+    )]
+    Rows {
+        /// Its parameter.
+        param: String,
+        /// Its rows.
+        rows: u32,
+    },
+    /// An operation that changes elements on the way, on a rank that cannot.
     #[error(
         "the plan wants {param} as {transform:?}; the engine writes elements as they are, so convert them on the trainer"
     )]
@@ -115,23 +167,50 @@ pub enum ProgramError {
 #[derive(Debug)]
 pub struct Program {
     ops: Vec<Op>,
+    /// By operation; empty where none has a tag.
+    tags: Vec<u32>,
     names: BTreeMap<ParamId, String>,
     routes: Vec<Option<Route>>,
+    relay: Option<Relay>,
     bytes: u64,
     writes: u64,
 }
 
+/// What releases the operations of a rank that passes on.
+#[derive(Debug)]
+struct Relay {
+    /// By tag, the first operation that it releases, and how many there are at the end.
+    first: Vec<u32>,
+    /// By tag.
+    awaited: Vec<u32>,
+}
+
+/// What a tag releases.
+#[derive(Debug, Clone)]
+pub(crate) struct Release {
+    /// Operations.
+    pub(crate) ops: Range<u32>,
+    /// WRITEs that must have arrived.
+    pub(crate) awaited: u32,
+}
+
 impl Program {
-    /// Checks `plan` against this rank's regions, the routes to its peers and the bytes of a staging slot.
+    /// Checks `plan` against what this rank has and the routes to its peers.
+    ///
+    /// # Errors
+    ///
+    /// [`ProgramError`] naming the first operation that is not possible here.
     pub fn new(
         plan: RankPlan,
         names: BTreeMap<ParamId, String>,
-        region_bytes: &[u64],
+        rank: &RankLimits,
         routes: BTreeMap<ReceiverRank, Route>,
-        slot_bytes: u64,
     ) -> Result<Self, ProgramError> {
         if u32::try_from(plan.ops.len()).is_err() {
             return Err(ProgramError::TooManyOps(plan.ops.len()));
+        }
+        if !plan.tags.is_empty() && plan.tags.len() != plan.ops.len() {
+            return Err(ProgramError::Tags { tags: plan.tags.len(), ops: plan.ops.len() });
         }
         let ranks = routes.last_key_value().map_or(0, |(last, _)| last.index() + 1);
         if ranks > RANKS_MAX {
@@ -141,9 +220,17 @@ impl Program {
         for (rank, route) in routes {
             by_rank[rank.index()] = Some(route);
         }
-        let mut program = Self { ops: Vec::new(), names, routes: by_rank, bytes: 0, writes: 0 };
+        let mut program = Self {
+            ops: Vec::new(),
+            tags: plan.tags,
+            names,
+            routes: by_rank,
+            relay: None,
+            bytes: 0,
+            writes: 0,
+        };
         for (index, op) in plan.ops.iter().enumerate() {
-            program.check(index, op, region_bytes, slot_bytes)?;
+            program.check(index, op, rank)?;
             let sums = program.bytes.checked_add(op.bytes()).zip(program.writes.checked_add(op.writes()));
             let Some((bytes, writes)) = sums else { return Err(ProgramError::TooMuch) };
             (program.bytes, program.writes) = (bytes, writes);
@@ -152,32 +239,64 @@ impl Program {
         Ok(program)
     }
 
-    fn check(
-        &self,
-        index: usize,
-        op: &Op,
-        region_bytes: &[u64],
-        slot_bytes: u64,
-    ) -> Result<(), ProgramError> {
+    /// As [`Program::new`] for a rank that passes on what it receives: its operations wait until
+    /// [`Event::Arrived`](crate::Event::Arrived) has told of all WRITEs that they pass on.
+    ///
+    /// # Errors
+    ///
+    /// As [`Program::new`], and where an operation is staged, or not every one is released by one tag.
+    pub fn relay(
+        relay: RelayPlan,
+        names: BTreeMap<ParamId, String>,
+        rank: &RankLimits,
+        routes: BTreeMap<ReceiverRank, Route>,
+    ) -> Result<Self, ProgramError> {
+        let RelayPlan { plan, mut first, awaited } = relay;
+        let mut program = Self::new(plan, names, rank, routes)?;
+        if program.ops.iter().any(|op| op.staged_bytes() > 0) {
+            return Err(ProgramError::Relay("an operation is gathered or transformed"));
+        }
+        let ops = program.ops.len() as u32;
+        // The end may be left out: the last tag releases all that is left.
+        if first.len() == awaited.len() {
+            first.push(ops);
+        }
+        if first.len() != awaited.len() + 1 || awaited.contains(&0) {
+            return Err(ProgramError::Relay("an operation waits for nothing"));
+        }
+        if first.first() != Some(&0) || first.last() != Some(&ops) || !first.is_sorted() {
+            return Err(ProgramError::Relay("an operation is not released by one tag"));
+        }
+        program.relay = Some(Relay { first, awaited });
+        Ok(program)
+    }
+
+    fn check(&self, index: usize, op: &Op, rank: &RankLimits) -> Result<(), ProgramError> {
         let param = || self.name(op.param).to_owned();
-        if !op.transform.is_copy() {
+        if !op.transform.is_copy() && !rank.transforms {
             return Err(ProgramError::Transform { param: param(), transform: op.transform });
         }
+        let is_staged = op.staged_bytes() > 0;
         // What leaves as one WRITE has a length of 32 bits.
         let one_write_max = u64::from(u32::MAX);
-        let bytes_max =
-            if op.kind() == OpKind::Gather { slot_bytes.min(one_write_max) } else { one_write_max };
+        let bytes_max = if is_staged { rank.slot_bytes.min(one_write_max) } else { one_write_max };
         if op.bytes() == 0 || op.bytes() > bytes_max && op.kind() != OpKind::Rows {
             return Err(ProgramError::Size { op: index, param: param(), bytes: op.bytes(), bytes_max });
         }
+        if is_staged && op.writes() > ROWS_MAX {
+            return Err(ProgramError::Rows { param: param(), rows: op.rows });
+        }
         // The end of the last row, or `None` where that is no address at all.
-        let end = |offset: u64, stride: u64| {
+        let end = |offset: u64, stride: u64, row_bytes: u64| {
             let last = u64::from(op.rows.saturating_sub(1)).checked_mul(stride)?;
-            offset.checked_add(last)?.checked_add(u64::from(op.row_bytes))
+            offset.checked_add(last)?.checked_add(row_bytes)
         };
         let within = |end: Option<u64>, len: Option<u64>| end.zip(len).is_some_and(|(end, len)| end <= len);
-        let source = region_bytes.get(op.source.region.index()).copied();
-        if !within(end(op.source.offset, op.source.stride), source) {
+        let row_bytes = u64::from(op.row_bytes);
+        let source = rank.region_bytes.get(op.source.region.index()).copied();
+        let source_end = end(op.source.offset, op.source.stride, op.transform.source_bytes(row_bytes));
+        // Scales are read from a table and not from a region.
+        if !matches!(op.transform, Transform::Scales { .. }) && !within(source_end, source) {
             let region = op.source.region;
             return Err(ProgramError::Source { param: param(), region, region_bytes: source });
         }
@@ -188,7 +307,7 @@ impl Program {
         // A gathered chunk lands in one piece.
         let target_end = match op.kind() {
             OpKind::Gather => op.destination.offset.checked_add(op.bytes()),
-            _ => end(op.destination.offset, op.destination.stride),
+            _ => end(op.destination.offset, op.destination.stride, row_bytes),
         };
         if !within(target_end, target) {
             let region = op.destination.region;
@@ -205,6 +324,28 @@ impl Program {
     /// The operations, in the order in which they are begun.
     pub fn ops(&self) -> &[Op] {
         &self.ops
+    }
+
+    /// Whether its operations wait for what arrives.
+    pub(crate) fn is_relay(&self) -> bool {
+        self.relay.is_some()
+    }
+
+    /// How many tags release operations of this rank.
+    pub(crate) fn tags(&self) -> usize {
+        self.relay.as_ref().map_or(0, |relay| relay.awaited.len())
+    }
+
+    /// What a tag releases; `None` for one that there is not.
+    pub(crate) fn release(&self, tag: u32) -> Option<Release> {
+        let Relay { first, awaited } = self.relay.as_ref()?;
+        let at = tag as usize;
+        Some(Release { ops: *first.get(at)?..*first.get(at + 1)?, awaited: *awaited.get(at)? })
+    }
+
+    /// What the arrival of an operation's WRITEs tells its receiver.
+    pub(crate) fn tag(&self, op: u32) -> u32 {
+        self.tags.get(op as usize).copied().unwrap_or(NO_TAG)
     }
 
     /// Bytes of one push of this rank.

@@ -11,7 +11,7 @@ use xfer_exec::driver::{DriverConfig, HostRail, Outcome, Sender, ThreadConfig};
 use xfer_exec::local::{Attached, Doorman, LocalRail, SharedFile, fetch};
 use xfer_exec::ofi::{OfiPeer, OfiRail, OfiTarget};
 use xfer_exec::program::Route;
-use xfer_exec::{Failure, Program, RailIndex};
+use xfer_exec::{Failure, Program, RailIndex, RankLimits};
 use xfer_plan::{Op, ParamId, RankPlan, ReceiverRank, RegionIndex, Strided, Transform};
 
 const RECEIVERS: u32 = 2;
@@ -69,6 +69,7 @@ impl Case {
             bytes: ops.iter().map(Op::bytes).sum(),
             writes: ops.iter().map(Op::writes).sum(),
             ops,
+            tags: Vec::new(),
         };
         // No receiver is empty: libfabric exposes nothing of no bytes.
         (plan, ends.into_iter().map(|end| end.max(1)).collect())
@@ -162,7 +163,9 @@ fn sender(plan: RankPlan, rails: Vec<HostRail>, bytes: &[u64], staging: LeaseMut
         (rank, Route { rails: all.clone(), region_bytes: vec![*bytes] })
     };
     let routes = (0..).map(ReceiverRank).zip(bytes).map(route).collect();
-    let program = Program::new(plan, BTreeMap::new(), &[SOURCE_BYTES as u64], routes, SLOT_BYTES).unwrap();
+    let limits =
+        RankLimits { region_bytes: vec![SOURCE_BYTES as u64], slot_bytes: SLOT_BYTES, transforms: false };
+    let program = Program::new(plan, BTreeMap::new(), &limits, routes).unwrap();
     let stall = DEADLINE / 5;
     let driver = DriverConfig { program, rails, staging, slot_bytes: SLOT_BYTES, deadline: DEADLINE, stall };
     Sender::start(driver, ThreadConfig { name: "test".into(), ..ThreadConfig::default() }).unwrap()

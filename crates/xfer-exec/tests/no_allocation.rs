@@ -8,7 +8,7 @@ use efa_core::{Lease, LeaseMut};
 use xfer_exec::driver::{Driver, DriverConfig, HostRail, Outcome, Step};
 use xfer_exec::null::NullRail;
 use xfer_exec::program::Route;
-use xfer_exec::{Program, RailIndex, RailLimits};
+use xfer_exec::{Program, RailIndex, RailLimits, RankLimits};
 use xfer_plan::{Op, ParamId, RankPlan, ReceiverRank, RegionIndex, Strided, Transform};
 
 const RECEIVERS: u32 = 16;
@@ -31,12 +31,17 @@ fn driver(writes: u64) -> Driver {
             wave: 0,
         }
     };
-    let plan =
-        RankPlan { bytes: writes * u64::from(CHUNK_BYTES), writes, ops: (0..writes).map(op).collect() };
+    let plan = RankPlan {
+        bytes: writes * u64::from(CHUNK_BYTES),
+        writes,
+        ops: (0..writes).map(op).collect(),
+        tags: Vec::new(),
+    };
     let route =
         Route { rails: (0..RAILS).map(RailIndex).collect(), region_bytes: vec![u64::from(CHUNK_BYTES)] };
     let routes = (0..RECEIVERS).map(|to| (ReceiverRank(to), route.clone())).collect();
-    let program = Program::new(plan, BTreeMap::new(), &[u64::from(CHUNK_BYTES)], routes, 0).unwrap();
+    let limits = RankLimits { region_bytes: vec![u64::from(CHUNK_BYTES)], ..RankLimits::default() };
+    let program = Program::new(plan, BTreeMap::new(), &limits, routes).unwrap();
     let limits = RailLimits { depth: 128, in_flight_bytes_max: u64::MAX, takes_rows: false };
     let rails = (0..RAILS).map(|_| -> HostRail { Box::new(NullRail::new(limits, 3)) }).collect();
     let (deadline, stall) = (Duration::from_secs(10), Duration::from_secs(2));

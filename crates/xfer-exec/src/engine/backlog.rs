@@ -1,5 +1,6 @@
 //! What is still to be written to one receiver.
 //!
+//! An operation is written from where it is, or once it has been staged, or, where this rank passes on, once it has arrived.
 //! The plan deals operations to rails; each rail finds its own here, in the plan's order. A rail that has none left takes
 //! from one that cannot keep up, so that nobody waits for the slowest. What came back from a rail goes first.
 
@@ -33,8 +34,27 @@ impl Home {
 #[derive(Debug, Clone, Copy)]
 enum Place {
     Back,
-    Staged,
+    Queue,
     Home(usize),
+}
+
+/// An operation that has become ready, and how far it is.
+#[derive(Debug)]
+struct Ready {
+    op: u32,
+    slot: Option<Slot>,
+    row: u32,
+    writes: u32,
+}
+
+impl Ready {
+    /// Its next WRITE.
+    fn id(&self) -> WriteId {
+        match self.slot {
+            Some(slot) => WriteId::staged(self.op, slot, self.row),
+            None => WriteId { op: self.op, row: self.row },
+        }
+    }
 }
 
 /// A WRITE that was found and not yet taken.
@@ -49,15 +69,17 @@ pub(super) struct Found {
 pub(super) struct Backlog {
     homes: Vec<Home>,
     /// Operations that go through staging memory, in the plan's order.
-    gathers: Vec<u32>,
-    next_gather: usize,
-    /// Gathered, to be written.
-    staged: VecDeque<(u32, Slot)>,
+    staged: Vec<u32>,
+    next_staged: usize,
+    /// Of the operations that wait until they have arrived here, at the start.
+    held_bytes: u64,
+    /// Staged or arrived, to be written.
+    queue: VecDeque<Ready>,
     /// Posted before, and not delivered.
     back: VecDeque<WriteId>,
     /// WRITEs that could be posted now.
     ready: u64,
-    /// Of everything that is not in flight or delivered, gathered or not.
+    /// Of everything that is not in flight or delivered, ready or not.
     pub(super) bytes: u64,
 }
 
@@ -66,44 +88,53 @@ impl Backlog {
     pub(super) fn new(rails: usize) -> Self {
         Self {
             homes: (0..rails).map(|_| Home::default()).collect(),
-            gathers: Vec::new(),
-            next_gather: 0,
-            staged: VecDeque::new(),
+            staged: Vec::new(),
+            next_staged: 0,
+            held_bytes: 0,
+            queue: VecDeque::new(),
             back: VecDeque::new(),
             ready: 0,
             bytes: 0,
         }
     }
 
-    /// Adds an operation of the program: through staging memory, or from where it is.
-    pub(super) fn add(&mut self, index: u32, op: &Op, staged: bool) {
+    /// Adds an operation of the program that is written from where it is.
+    pub(super) fn add(&mut self, index: u32, op: &Op) {
         let homes = self.homes.len().max(1);
-        match self.homes.get_mut(usize::from(op.rail) % homes) {
-            Some(_) if staged => self.gathers.push(index),
-            Some(home) => home.ops.push(index),
-            None => {}
+        if let Some(home) = self.homes.get_mut(usize::from(op.rail) % homes) {
+            home.ops.push(index);
         }
+    }
+
+    /// Adds one that goes through staging memory.
+    pub(super) fn add_staged(&mut self, index: u32) {
+        self.staged.push(index);
+    }
+
+    /// Adds one that waits until it is made ready.
+    pub(super) fn hold(&mut self, op: &Op) {
+        self.held_bytes += op.bytes();
     }
 
     /// Begins from the start. `writes` and `bytes` count an operation.
     pub(super) fn start(&mut self, writes: impl Fn(u32) -> u64, bytes: impl Fn(u32) -> u64) {
-        self.next_gather = 0;
-        self.staged.clear();
+        self.next_staged = 0;
+        self.queue.clear();
         self.back.clear();
-        (self.ready, self.bytes) = (0, 0);
+        (self.ready, self.bytes) = (0, self.held_bytes);
         for home in &mut self.homes {
             (home.next, home.row) = (0, 0);
             self.ready += home.ops.iter().map(|op| writes(*op)).sum::<u64>();
             self.bytes += home.ops.iter().map(|op| bytes(*op)).sum::<u64>();
         }
-        self.bytes += self.gathers.iter().map(|op| bytes(*op)).sum::<u64>();
+        self.bytes += self.staged.iter().map(|op| bytes(*op)).sum::<u64>();
     }
 
-    /// Forgets what has not been posted, and gives up the staging slots of it.
-    pub(super) fn give_up(&mut self, free: &mut Vec<Slot>, slot_of: impl Fn(WriteId) -> Option<Slot>) {
-        free.extend(self.staged.drain(..).map(|(_, slot)| slot));
-        free.extend(self.back.drain(..).filter_map(slot_of));
-        self.next_gather = self.gathers.len();
+    /// Forgets what has not been posted. Names what was ready: a WRITE, and with it so many of the same operation.
+    pub(super) fn give_up(&mut self, mut unposted: impl FnMut(WriteId, u32)) {
+        self.queue.drain(..).for_each(|ready| unposted(ready.id(), ready.writes - ready.row));
+        self.back.drain(..).for_each(|id| unposted(id, 1));
+        self.next_staged = self.staged.len();
         for home in &mut self.homes {
             home.next = home.ops.len();
         }
@@ -115,22 +146,22 @@ impl Backlog {
         self.ready > 0
     }
 
-    /// Whether there is anything to gather.
-    pub(super) fn has_gathers(&self) -> bool {
-        self.next_gather < self.gathers.len()
+    /// Whether there is anything to stage.
+    pub(super) fn has_unstaged(&self) -> bool {
+        self.next_staged < self.staged.len()
     }
 
-    /// The next operation to gather.
-    pub(super) fn take_gather(&mut self) -> Option<u32> {
-        let op = self.gathers.get(self.next_gather).copied()?;
-        self.next_gather += 1;
+    /// The next operation to stage.
+    pub(super) fn take_unstaged(&mut self) -> Option<u32> {
+        let op = self.staged.get(self.next_staged).copied()?;
+        self.next_staged += 1;
         Some(op)
     }
 
-    /// `op` has been gathered.
-    pub(super) fn stage(&mut self, op: u32, slot: Slot) {
-        self.staged.push_back((op, slot));
-        self.ready += 1;
+    /// The WRITEs of `op` may be posted: it is in this slot, or has arrived where it is read.
+    pub(super) fn make_ready(&mut self, op: u32, slot: Option<Slot>, writes: u32) {
+        self.queue.push_back(Ready { op, slot, row: 0, writes });
+        self.ready += u64::from(writes);
     }
 
     /// A WRITE of so many bytes came back from its rail, to be the next one or to wait its turn.
@@ -154,9 +185,9 @@ impl Backlog {
             let next = self.homes.iter().enumerate().filter_map(|(at, other)| Some((other.op()?, at)));
             next.filter(|(op, at)| cannot(*at, *op)).max_by_key(|(_, at)| self.homes[*at].left())
         });
-        match (self.staged.front(), direct) {
-            (Some(&(op, slot)), direct) if direct.is_none_or(|(other, _)| op < other) => {
-                Some(Found { id: WriteId { op, row: slot.0 }, place: Place::Staged })
+        match (self.queue.front(), direct) {
+            (Some(ready), direct) if direct.is_none_or(|(other, _)| ready.op < other) => {
+                Some(Found { id: ready.id(), place: Place::Queue })
             }
             (_, Some((op, at))) => {
                 let row = self.homes.get(at)?.row;
@@ -170,7 +201,14 @@ impl Backlog {
     pub(super) fn take(&mut self, found: Found, rows: u64, bytes: u64) {
         match found.place {
             Place::Back => drop(self.back.pop_front()),
-            Place::Staged => drop(self.staged.pop_front()),
+            Place::Queue => {
+                if let Some(ready) = self.queue.front_mut() {
+                    ready.row += 1;
+                    if ready.row >= ready.writes {
+                        self.queue.pop_front();
+                    }
+                }
+            }
             Place::Home(at) => {
                 if let Some(home) = self.homes.get_mut(at) {
                     home.row += 1;

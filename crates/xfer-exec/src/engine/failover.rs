@@ -137,8 +137,10 @@ impl Engine {
         let path = self.path_mut(post.to.0, rail);
         path.ended(post.rows.total_bytes());
         path.unfinished = true;
+        let reason =
+            self.rails.get(rail.index()).and_then(|rail| rail.given_up()).unwrap_or_default().to_owned();
         match self.phase {
-            Phase::Writing => self.again(&post, now, actions),
+            Phase::Writing => self.again(&post, reason, now, actions),
             _ => self.release(&post, actions),
         }
     }

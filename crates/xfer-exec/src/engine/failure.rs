@@ -10,9 +10,24 @@ use crate::rail::RailIndex;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Failure {
-    /// A WRITE completed in error, and no other rail leads to the receiver.
+    /// A WRITE completed in error, and cannot be written again: no other rail leads to the receiver.
     #[error("writing {param} to {to} over {rail} failed: {reason}")]
     Write {
+        /// The parameter.
+        param: String,
+        /// The receiver.
+        to: ReceiverRank,
+        /// The rail.
+        rail: RailIndex,
+        /// The rail's reason.
+        reason: String,
+    },
+    /// A WRITE that its receiver passes on did not complete: whether it has arrived is unknown. Written again it could be
+    /// counted twice, and something passed on that has not arrived.
+    #[error(
+        "whether {param} has arrived at {to} over {rail} is unknown ({reason}), and {to} passes it on: push once more"
+    )]
+    Uncertain {
         /// The parameter.
         param: String,
         /// The receiver.
@@ -34,13 +49,13 @@ pub enum Failure {
     },
     /// Nothing moves, and no peer is to blame.
     #[error(
-        "nothing has moved for {waited:?} ({gathering} gathers in progress): is this process starved of its cores?"
+        "nothing has moved for {waited:?} ({filling} slots are being filled): is this process starved of its cores?"
     )]
     Stalled {
         /// How long.
         waited: Duration,
-        /// Gathers that have not ended.
-        gathering: u32,
+        /// Staging slots that are still being filled.
+        filling: u32,
     },
     /// A rail broke, and some receiver cannot be reached without it.
     #[error("{rail} failed: {reason}")]

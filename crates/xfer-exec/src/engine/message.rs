@@ -6,7 +6,7 @@ use super::Failure;
 use crate::program::WriteId;
 use crate::rail::{RailIndex, Rows};
 
-/// A piece of staging memory, as long as the longest gathered operation.
+/// A piece of staging memory, as long as the longest operation that is gathered or transformed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Slot(pub u32);
 
@@ -15,8 +15,8 @@ pub struct Slot(pub u32);
 pub enum Event {
     /// Begin a push. The weights do not change until [`Action::Finish`].
     Start,
-    /// A gather is done.
-    Gathered(Slot),
+    /// A slot has been filled.
+    Staged(Slot),
     /// A rail had no room for a WRITE.
     Refused(RailIndex, WriteId),
     /// A WRITE was not offered to its rail, which had refused another: it waits its turn.
@@ -34,6 +34,9 @@ pub enum Event {
     /// A rail has been closed, as asked, and all that it had in flight was returned; or why it could not be, and its buffers
     /// are in use for ever.
     RailClosed(RailIndex, Result<(), String>),
+    /// A WRITE with this tag has arrived at this rank; [`NO_TAG`](xfer_plan::NO_TAG) says nothing. What arrives while no push
+    /// runs is not counted: a rank that passes on starts before those who write to it.
+    Arrived(u32),
     /// Somebody else ended this push.
     Abort(String),
     /// Time has passed.
@@ -45,8 +48,8 @@ pub enum Event {
 pub enum Source {
     /// In a region of this rank: no copy is made.
     Region(RegionIndex, u64),
-    /// In a staging slot, from its start.
-    Slot(Slot),
+    /// In a staging slot, at this offset.
+    Slot(Slot, u64),
 }
 
 /// One WRITE to post.
@@ -66,13 +69,15 @@ pub struct Post {
     pub region: RegionIndex,
     /// Where in it.
     pub offset: u64,
+    /// What its arrival tells the receiver; [`NO_TAG`](xfer_plan::NO_TAG) is nothing.
+    pub tag: u32,
 }
 
 /// What to do.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
-    /// Copy the rows of operation `op` into a slot, one after another.
-    Gather {
+    /// Put the rows of operation `op` into a slot, one after another, transformed where it says so.
+    Stage {
         /// The slot.
         slot: Slot,
         /// Index of the operation.

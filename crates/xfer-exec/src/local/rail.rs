@@ -38,7 +38,7 @@ impl Rail for LocalRail {
     }
 
     fn post(&mut self, writes: &mut VecDeque<RailWrite<Lease>>) -> Result<(), RailError> {
-        while let Some(RailWrite { id, from, rows, to, region, offset }) = writes.pop_front() {
+        while let Some(RailWrite { id, from, rows, to, region, offset, .. }) = writes.pop_front() {
             let memory = self.peers.get_mut(&to).and_then(|regions| regions.get_mut(region.index()));
             let copied = memory.and_then(|memory| copy_rows(memory, offset, from.bytes(), rows));
             let result = copied.ok_or_else(|| format!("{rows:?} at {offset} are outside {region} of {to}"));

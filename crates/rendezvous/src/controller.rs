@@ -1,9 +1,9 @@
 //! The rules of a job, as a state machine: who has joined, what is being waited for, which version is committed.
 //!
 //! `handle(event, now, &mut actions)` is the whole interface. It opens no socket, reads no clock and draws no random
-//! number (the seed of the push ids is an argument), so the same code runs behind [`crate::server`] and in a simulated
-//! cluster. A version is committed at one point of this file only: `Controller::commit`, reached when every trainer
-//! has reported every byte that the plan gives it.
+//! number (the seed of the push ids is an argument), so the same code runs behind `server` and in a simulated
+//! cluster. A version is committed at one point of this file only: `Controller::commit`, reached when everyone
+//! who writes has reported every byte that the plan gives it: every trainer, and every inference rank that passes bytes on.
 //!
 //! Policy: a member that is lost ends the job, and every other member is told who was lost and during what. A member
 //! that fails without being lost aborts the attempt; the next attempt is welcome.
@@ -11,15 +11,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use xfer_plan::{
-    Digest, Manifest, PlanOptions, Rank, ReceiverManifest, ReceiverPart, ReceiverRank, TrainerManifest,
-    TrainerRank,
-};
+use xfer_plan::{Digest, PlanOptions, Rank, ReceiverRank, TrainerRank};
 
 use crate::protocol::{
-    DEADLINE_RANGE, ENDPOINT_BYTES_MAX, Fence, JOB_BYTES_MAX, Join, MemberManifest, Peer, Planned,
-    PlannedPart, PushId, RANKS_MAX, ToController, ToMember, World, cut,
+    DEADLINE_RANGE, Fence, JOB_BYTES_MAX, MemberManifest, PushId, RANKS_MAX, ToController, ToMember, World,
+    cut,
 };
+
+mod event;
+mod joining;
+mod losses;
+mod push;
+
+pub use event::{Action, Event, Report};
+use push::{Push, Stage};
 
 /// A member is lost when nothing was heard from it for this part of the deadline, so that the stage that waits for it
 /// still has time to name it.
@@ -54,78 +59,10 @@ pub struct ControllerConfig {
     pub deadline: Duration,
     /// How the plan cuts and gathers.
     pub options: PlanOptions,
+    /// Whether inference ranks of this job can pass bytes on. Where they cannot, a plan that has them do so ends the job.
+    pub relays: bool,
     /// Random bytes from which push ids are derived.
     pub seed: [u8; 32],
-}
-
-/// What happened.
-#[derive(Debug)]
-pub enum Event {
-    /// A connection that has proved itself sent a message.
-    Received(ConnectionId, ToController),
-    /// A connection ended, with the reason.
-    Disconnected(ConnectionId, String),
-    /// Time has passed.
-    Tick,
-}
-
-/// What to do.
-#[derive(Debug, PartialEq)]
-pub enum Action {
-    /// Send a message.
-    Send(ConnectionId, ToMember),
-    /// Close a connection once what was sent before has left.
-    Close(ConnectionId),
-    /// Tell whoever watches.
-    Report(Report),
-}
-
-/// What an observer of the job sees.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Report {
-    /// A member joined.
-    Joined(Rank),
-    /// All have joined and there is a plan.
-    Planned {
-        /// Its digest.
-        digest: Digest,
-        /// Bytes per push.
-        bytes: u64,
-        /// WRITEs per push.
-        writes: u64,
-        /// Lower bound in seconds.
-        bound_seconds: f64,
-        /// Whose NICs limit it; `None` when nothing moves.
-        limited_by: Option<Rank>,
-    },
-    /// All members are connected.
-    Started,
-    /// All trainers have begun a version.
-    Pushing {
-        /// The version.
-        version: u64,
-        /// The attempt.
-        push: PushId,
-    },
-    /// A version is committed: from here on it may be served.
-    Committed {
-        /// The version.
-        version: u64,
-        /// From the moment that all trainers had begun.
-        elapsed: Duration,
-    },
-    /// An attempt failed.
-    Aborted {
-        /// The version that was not committed.
-        version: u64,
-        /// Why.
-        reason: String,
-    },
-    /// The job is over: in good order without a reason.
-    Ended {
-        /// What went wrong.
-        reason: Option<String>,
-    },
 }
 
 /// A member that has joined.
@@ -140,42 +77,6 @@ struct Seat {
     left: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Collecting,
-    Preparing,
-    Writing,
-    Fencing,
-    Committing,
-}
-
-impl Stage {
-    /// What a member that is waited for has not done.
-    fn missing(self) -> &'static str {
-        match self {
-            Self::Collecting => "to begin the version",
-            Self::Preparing => "to stop serving and prepare",
-            Self::Writing => "to finish its writes",
-            Self::Fencing => "to close the rails that a trainer gave up on",
-            Self::Committing => "to confirm the commit",
-        }
-    }
-}
-
-struct Push {
-    version: u64,
-    id: PushId,
-    stage: Stage,
-    /// When the present stage began.
-    since: Duration,
-    /// When all trainers had begun.
-    began_at: Duration,
-    waiting: BTreeSet<Rank>,
-    unconfirmed: Vec<Rank>,
-    /// Who was lost after the decision: the job ends once the others have learnt of the commit.
-    lost: Option<String>,
-}
-
 enum Phase {
     /// Since the last member joined.
     Joining(Option<Duration>),
@@ -188,8 +89,8 @@ enum Phase {
     Ended,
 }
 
-/// What one trainer has to report for a version to be committed.
-#[derive(Clone, Copy)]
+/// What one rank that writes has to report for a version to be committed.
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Quota {
     bytes: u64,
     writes: u64,
@@ -202,7 +103,10 @@ pub struct Controller {
     seats: BTreeMap<Rank, Seat>,
     members: BTreeMap<ConnectionId, Rank>,
     digest: Digest,
-    quotas: Vec<Quota>,
+    /// Every trainer, and the inference ranks that pass bytes on.
+    quotas: BTreeMap<Rank, Quota>,
+    /// Inference ranks that were told to pass on what arrives in an attempt, and have not said how that ended.
+    relaying: BTreeMap<Rank, PushId>,
     /// Rails that inference ranks have yet to close.
     fences: BTreeSet<Fence>,
     committed: u64,
@@ -234,7 +138,8 @@ impl Controller {
             seats: BTreeMap::new(),
             members: BTreeMap::new(),
             digest: Digest([0; 32]),
-            quotas: Vec::new(),
+            quotas: BTreeMap::new(),
+            relaying: BTreeMap::new(),
             fences: BTreeSet::new(),
             committed: 0,
             attempts: 0,
@@ -288,28 +193,19 @@ impl Controller {
         match message {
             ToController::Join(_) => self.lose(member, "it joined twice", actions),
             ToController::Ready { digest } => self.ready(member, digest, actions),
-            ToController::Begin { version, fences } => {
-                self.owe(fences);
-                self.begin(member, version, now, actions);
-            }
+            ToController::Begin { version } => self.begin(member, version, now, actions),
             ToController::Prepared { push } => self.advance(member, push, Stage::Preparing, now, actions),
             ToController::Written { push, bytes, writes, fences } => {
                 self.owe(fences);
                 self.written(member, push, Quota { bytes, writes }, now, actions);
+                self.stopped(member, push, now, actions);
             }
             ToController::Fenced { push } => self.advance(member, push, Stage::Fencing, now, actions),
             ToController::Committed { push } => self.advance(member, push, Stage::Committing, now, actions),
-            ToController::Failed { push, reason } => {
-                let reason = bounded(reason);
-                match &self.phase {
-                    Phase::Pushing(current) if current.id != push => {}
-                    // The decision is taken: who cannot follow it is lost.
-                    Phase::Pushing(current) if current.stage == Stage::Committing => {
-                        self.lose(member, &format!("it failed after the commit: {reason}"), actions);
-                    }
-                    Phase::Pushing(_) => self.abort(format!("{member}: {reason}"), actions),
-                    _ => {}
-                }
+            ToController::Failed { push, reason, fences } => {
+                self.owe(fences);
+                self.failed(member, push, bounded(reason), actions);
+                self.stopped(member, push, now, actions);
             }
             ToController::Heartbeat { progress } => {
                 if let Some(seat) = self.seats.get_mut(&member)
@@ -322,149 +218,6 @@ impl Controller {
                 self.lose(member, &format!("it gave up: {}", bounded(reason)), actions);
             }
             ToController::Leave { reason: None } => self.leave(member, actions),
-        }
-    }
-
-    // --- joining -------------------------------------------------------------------------------------------------
-
-    fn join(&mut self, from: ConnectionId, join: Join, now: Duration, actions: &mut Actions) {
-        if let Err(reason) = self.admits(&join) {
-            return refuse(from, reason, actions);
-        }
-        let member = join.member;
-        self.members.insert(from, member);
-        let seat = Seat {
-            connection: from,
-            manifest: Some(join.manifest),
-            endpoint: join.endpoint,
-            heard_at: now,
-            progress: 0,
-            progress_at: now,
-            left: false,
-        };
-        self.seats.insert(member, seat);
-        actions.push(Action::Report(Report::Joined(member)));
-        if let Phase::Joining(since) = &mut self.phase {
-            // Whoever joins is progress: the others get the whole deadline again.
-            *since = Some(now);
-        }
-        if self.config.world.members().all(|member| self.seats.contains_key(&member)) {
-            self.plan(now, actions);
-        }
-    }
-
-    fn admits(&self, join: &Join) -> Result<(), String> {
-        let Join { job, member, world, deadline, manifest, endpoint } = join;
-        let Phase::Joining(_) = self.phase else {
-            return Err(format!("{member} comes too late: the job has started without it"));
-        };
-        if *job != self.config.job {
-            return Err(format!("{member} wants another job than '{}'", self.config.job));
-        }
-        if *world != self.config.world {
-            return Err(format!("{member} expects {world}, but this job has {}", self.config.world));
-        }
-        if *deadline != self.config.deadline {
-            let ours = self.config.deadline;
-            return Err(format!(
-                "{member} has a deadline of {deadline:?}, this job of {ours:?}; give the same everywhere"
-            ));
-        }
-        if !world.contains(*member) {
-            return Err(format!("there is no {member} among {world}; ranks count from 0"));
-        }
-        if self.seats.contains_key(member) {
-            return Err(format!("{member} has joined already; is the same rank started twice?"));
-        }
-        if endpoint.len() > ENDPOINT_BYTES_MAX {
-            return Err(format!(
-                "{member} has an endpoint of {} bytes, more than {ENDPOINT_BYTES_MAX}",
-                endpoint.len()
-            ));
-        }
-        match (member, manifest) {
-            (Rank::Trainer(_), MemberManifest::Trainer(_))
-            | (Rank::Receiver(_), MemberManifest::Inference(_)) => Ok(()),
-            _ => Err(format!("{member} sent the other side's manifest")),
-        }
-    }
-
-    fn plan(&mut self, now: Duration, actions: &mut Actions) {
-        let mut trainers: Vec<TrainerManifest> = Vec::new();
-        let mut receivers: Vec<ReceiverManifest> = Vec::new();
-        // The seats are in rank order, trainers first.
-        for seat in self.seats.values_mut() {
-            match seat.manifest.take() {
-                Some(MemberManifest::Trainer(manifest)) => trainers.push(manifest),
-                Some(MemberManifest::Inference(manifest)) => receivers.push(manifest),
-                None => {}
-            }
-        }
-        let manifest = Manifest { trainers, receivers, options: self.config.options };
-        let plan = match xfer_plan::plan(&manifest) {
-            Ok(plan) => plan,
-            Err(error) => return self.end(Some(format!("no plan: {error}")), actions),
-        };
-        let passed_on =
-            |part: &ReceiverPart| part.arrivals.iter().any(|a| matches!(a.from, Rank::Receiver(_)));
-        if plan.receivers.iter().any(passed_on) {
-            let reason = "the plan has inference ranks pass bytes on, which they cannot do yet: plan with relay `never`";
-            return self.end(Some(reason.into()), actions);
-        }
-        let ranks = (0..plan.trainers.len() as u32).map(TrainerRank);
-        let parts = match ranks.map(|rank| plan.part(rank, &manifest)).collect::<Result<Vec<_>, _>>() {
-            Ok(parts) => parts,
-            Err(error) => return self.end(Some(format!("no plan: {error}")), actions),
-        };
-        self.digest = plan.digest;
-        self.quotas =
-            plan.trainers.iter().map(|part| Quota { bytes: part.bytes, writes: part.writes }).collect();
-        let bytes_total = self.quotas.iter().map(|quota| quota.bytes).sum();
-        let bound_seconds = plan.bound.seconds();
-        actions.push(Action::Report(Report::Planned {
-            digest: self.digest,
-            bytes: bytes_total,
-            writes: self.quotas.iter().map(|quota| quota.writes).sum(),
-            bound_seconds,
-            limited_by: plan.bound.limited_by.map(|(rank, _)| rank),
-        }));
-
-        let endpoint_of = |member| Peer {
-            member,
-            endpoint: self.seats.get(&member).map(|seat| seat.endpoint.clone()).unwrap_or_default(),
-        };
-        let mut send = |member: Rank, part, peers| {
-            if let Some(seat) = self.seats.get(&member) {
-                let planned = Planned { digest: self.digest, part, peers, bound_seconds, bytes_total };
-                actions.push(Action::Send(seat.connection, ToMember::Planned(Box::new(planned))));
-            }
-        };
-        for (rank, part) in (0..).map(TrainerRank).zip(parts) {
-            let named = |op: &xfer_plan::Op| (op.param, plan.name(op.param).to_owned());
-            let names = part.ops.iter().map(named).collect();
-            let to: BTreeSet<ReceiverRank> = part.ops.iter().map(|op| op.to).collect();
-            let peers = to.into_iter().map(|to| endpoint_of(Rank::Receiver(to))).collect();
-            send(Rank::Trainer(rank), PlannedPart::Trainer { plan: part, names }, peers);
-        }
-        for (rank, part) in (0..).map(ReceiverRank).zip(plan.receivers) {
-            let peers = part.arrivals.iter().map(|arrival| endpoint_of(arrival.from)).collect();
-            send(Rank::Receiver(rank), PlannedPart::Inference(part), peers);
-        }
-        self.phase = Phase::Connecting { since: now, waiting: self.config.world.members().collect() };
-    }
-
-    fn ready(&mut self, member: Rank, digest: Digest, actions: &mut Actions) {
-        if digest != self.digest {
-            return self.lose(member, "it is ready for another plan than the one agreed", actions);
-        }
-        let Phase::Connecting { waiting, .. } = &mut self.phase else {
-            return self.lose(member, "it said twice that it is ready", actions);
-        };
-        waiting.remove(&member);
-        if waiting.is_empty() {
-            self.phase = Phase::Idle;
-            self.send_all(|_| true, ToMember::Start, actions);
-            actions.push(Action::Report(Report::Started));
         }
     }
 
@@ -516,7 +269,7 @@ impl Controller {
             return self.abort(format!("{gone} has left the job"), actions);
         }
         if self.nobody_waited_for() {
-            self.enter(Stage::Preparing, now, actions);
+            self.enter(Stage::Stopping, now, actions);
         }
     }
 
@@ -532,12 +285,12 @@ impl Controller {
             _ => return,
         }
         if let (Stage::Preparing | Stage::Fencing, Rank::Receiver(rank)) = (stage, member) {
-            // It was told all that there is: a trainer says what it owes before the stage begins.
+            // It was told all that there is: who writes says what it owes before the stage begins.
             self.fences.retain(|fence| fence.at != rank);
         }
         if self.nobody_waited_for() {
             match stage {
-                Stage::Collecting | Stage::Committing => self.finish(actions),
+                Stage::Collecting | Stage::Stopping | Stage::Committing => self.finish(actions),
                 Stage::Preparing => self.enter(Stage::Writing, now, actions),
                 Stage::Writing if !self.fences.is_empty() => self.enter(Stage::Fencing, now, actions),
                 Stage::Writing | Stage::Fencing => self.commit(now, actions),
@@ -546,14 +299,8 @@ impl Controller {
     }
 
     fn written(&mut self, member: Rank, push: PushId, quota: Quota, now: Duration, actions: &mut Actions) {
-        let planned = match member {
-            Rank::Trainer(rank) => self.quotas.get(rank.0 as usize).copied(),
-            Rank::Receiver(_) => None,
-        };
-        match planned {
-            Some(planned) if planned.bytes == quota.bytes && planned.writes == quota.writes => {
-                self.advance(member, push, Stage::Writing, now, actions);
-            }
+        match self.quotas.get(&member) {
+            Some(planned) if *planned == quota => self.advance(member, push, Stage::Writing, now, actions),
             Some(planned) => {
                 let reason = format!(
                     "it reports {} bytes in {} writes where the plan has {} bytes in {} writes",
@@ -561,7 +308,34 @@ impl Controller {
                 );
                 self.lose(member, &reason, actions);
             }
-            None => self.lose(member, "only trainers write", actions),
+            None => self.lose(member, "the plan has nothing for it to write", actions),
+        }
+    }
+
+    fn failed(&mut self, member: Rank, push: PushId, reason: String, actions: &mut Actions) {
+        match &self.phase {
+            Phase::Pushing(current) if current.id != push => {}
+            // The decision is taken: who cannot follow it is lost.
+            Phase::Pushing(current) if current.stage == Stage::Committing => {
+                self.lose(member, &format!("it failed after the commit: {reason}"), actions);
+            }
+            Phase::Pushing(_) => self.abort(format!("{member}: {reason}"), actions),
+            _ => {}
+        }
+    }
+
+    /// `member` writes nothing any more for the attempt `push`.
+    fn stopped(&mut self, member: Rank, push: PushId, now: Duration, actions: &mut Actions) {
+        if self.relaying.get(&member) != Some(&push) {
+            return;
+        }
+        self.relaying.remove(&member);
+        if let Phase::Pushing(current) = &mut self.phase
+            && current.stage == Stage::Stopping
+            && current.waiting.remove(&member)
+            && current.waiting.is_empty()
+        {
+            self.enter(Stage::Preparing, now, actions);
         }
     }
 
@@ -573,8 +347,11 @@ impl Controller {
 
     fn enter(&mut self, stage: Stage, now: Duration, actions: &mut Actions) {
         let waiting: BTreeSet<Rank> = match stage {
-            Stage::Collecting | Stage::Writing => self.trainers().collect(),
+            Stage::Collecting => self.trainers().collect(),
+            // What an inference rank still passes on could arrive in the next attempt, and count for it.
+            Stage::Stopping => self.relaying.keys().copied().collect(),
             Stage::Preparing | Stage::Committing => self.receivers().collect(),
+            Stage::Writing => self.quotas.keys().copied().collect(),
             Stage::Fencing => self.fences.iter().map(|fence| Rank::Receiver(fence.at)).collect(),
         };
         for seat in self.seats.values_mut() {
@@ -585,25 +362,33 @@ impl Controller {
         };
         (push.stage, push.since, push.waiting) = (stage, now, waiting.clone());
         let (id, version) = (push.id, push.version);
-        if stage == Stage::Preparing {
+        if stage == Stage::Stopping {
             push.began_at = now;
+            if waiting.is_empty() {
+                return self.enter(Stage::Preparing, now, actions);
+            }
+        }
+        if stage == Stage::Preparing {
             actions.push(Action::Report(Report::Pushing { version, push: id }));
+            // They pass on what arrives from the moment that they are prepared.
+            let relays = self.quotas.keys().filter(|member| matches!(member, Rank::Receiver(_)));
+            self.relaying = relays.map(|member| (*member, id)).collect();
         }
         for member in waiting {
             let rails = self.fences.iter().filter(|fence| Rank::Receiver(fence.at) == member);
             let rails = rails.map(|fence| fence.rail).collect();
-            let message = match stage {
-                Stage::Collecting => return,
-                Stage::Preparing => ToMember::Prepare { push: id, version, fence: rails },
-                Stage::Writing => ToMember::Write { push: id, version },
-                Stage::Fencing => ToMember::Fence { push: id, rails },
-                Stage::Committing => ToMember::Commit { push: id, version },
+            let message = match (stage, member) {
+                (Stage::Collecting | Stage::Stopping, _) | (Stage::Writing, Rank::Receiver(_)) => continue,
+                (Stage::Preparing, _) => ToMember::Prepare { push: id, version, fence: rails },
+                (Stage::Writing, Rank::Trainer(_)) => ToMember::Write { push: id, version },
+                (Stage::Fencing, _) => ToMember::Fence { push: id, rails },
+                (Stage::Committing, _) => ToMember::Commit { push: id, version },
             };
             self.reply(member, message, actions);
         }
     }
 
-    /// The decision: every trainer has reported every byte of its part. Nothing else sets `committed`.
+    /// The decision: everyone who writes has reported every byte of its part. Nothing else sets `committed`.
     fn commit(&mut self, now: Duration, actions: &mut Actions) {
         if let Phase::Pushing(push) = &self.phase {
             self.committed = push.version;
@@ -635,137 +420,10 @@ impl Controller {
         // A trainer that has not begun, or an inference rank that was not told, knows of no attempt.
         let involved = |member: Rank| match member {
             Rank::Trainer(_) => push.stage != Stage::Collecting || !push.waiting.contains(&member),
-            Rank::Receiver(_) => push.stage != Stage::Collecting,
+            Rank::Receiver(_) => !matches!(push.stage, Stage::Collecting | Stage::Stopping),
         };
         self.send_all(involved, message, actions);
         actions.push(Action::Report(Report::Aborted { version, reason }));
-    }
-
-    // --- losses and ends -----------------------------------------------------------------------------------------
-
-    fn leave(&mut self, member: Rank, actions: &mut Actions) {
-        if !matches!(self.phase, Phase::Idle) || matches!(member, Rank::Receiver(_)) {
-            return self.lose(member, "it left", actions);
-        }
-        if let Some(seat) = self.seats.get_mut(&member) {
-            seat.left = true;
-            self.members.remove(&seat.connection);
-            actions.push(Action::Close(seat.connection));
-        }
-        let all_left = self.trainers().all(|trainer| self.seats.get(&trainer).is_none_or(|seat| seat.left));
-        if all_left {
-            self.send_all(|_| true, ToMember::Finished, actions);
-            self.end(None, actions);
-        }
-    }
-
-    fn lose(&mut self, member: Rank, reason: &str, actions: &mut Actions) {
-        let Some(seat) = self.seats.remove(&member) else {
-            return;
-        };
-        self.members.remove(&seat.connection);
-        let during = match &self.phase {
-            Phase::Ended => return actions.push(Action::Close(seat.connection)),
-            // It may be started again and join: nobody depends on it yet.
-            Phase::Joining(_) => return refuse(seat.connection, format!("{member}: {reason}"), actions),
-            Phase::Connecting { .. } => "while connecting".into(),
-            Phase::Idle => "between versions".into(),
-            Phase::Pushing(push) => {
-                format!("during version {} (stage: {:?})", push.version, push.stage).to_lowercase()
-            }
-        };
-        let reason = format!("{member} was lost {during}: {reason}");
-        refuse(seat.connection, reason.clone(), actions);
-        match &mut self.phase {
-            // The decision is taken: the others still learn it, and the trainers who did not confirm.
-            Phase::Pushing(push) if push.stage == Stage::Committing => {
-                if push.waiting.remove(&member) {
-                    push.unconfirmed.push(member);
-                }
-                push.lost.get_or_insert(reason);
-                if push.waiting.is_empty() {
-                    self.finish(actions);
-                }
-            }
-            Phase::Pushing(_) => {
-                self.abort(reason.clone(), actions);
-                self.end(Some(reason), actions);
-            }
-            _ => self.end(Some(reason), actions),
-        }
-    }
-
-    fn end(&mut self, reason: Option<String>, actions: &mut Actions) {
-        if let Some(reason) = &reason {
-            self.send_all(|_| true, ToMember::Refused { reason: reason.clone() }, actions);
-        }
-        for connection in self.members.keys() {
-            actions.push(Action::Close(*connection));
-        }
-        self.phase = Phase::Ended;
-        actions.push(Action::Report(Report::Ended { reason }));
-    }
-
-    // --- time ----------------------------------------------------------------------------------------------------
-
-    fn tick(&mut self, now: Duration, actions: &mut Actions) {
-        // Time in which this process itself did not run (it was stopped, or planned for long) is nobody's silence.
-        let stalled = now.saturating_sub(std::mem::replace(&mut self.ticked_at, now));
-        if stalled > STALL_TICKS * self.tick_interval() {
-            for seat in self.seats.values_mut() {
-                (seat.heard_at, seat.progress_at) = (now, now);
-            }
-            return self.send_all(|_| true, ToMember::Heartbeat, actions);
-        }
-        let deadline = self.config.deadline;
-        let silence_max = deadline / SILENCE_DIVISOR;
-        let silent = |seat: &Seat| !seat.left && now.saturating_sub(seat.heard_at) > silence_max;
-        while let Some(member) = self.seats.iter().find(|(_, seat)| silent(seat)).map(|(member, _)| *member) {
-            self.lose(member, &format!("nothing was heard from it for {silence_max:?}"), actions);
-        }
-        self.send_all(|_| true, ToMember::Heartbeat, actions);
-        let late = |since: Duration| now.saturating_sub(since) > deadline;
-        match &self.phase {
-            Phase::Joining(Some(since)) if late(*since) => {
-                let missing = self.config.world.members().filter(|member| !self.seats.contains_key(member));
-                let reason = format!("waited {deadline:?} for {} to join", list(missing));
-                self.end(Some(reason), actions);
-            }
-            Phase::Connecting { since, waiting } if late(*since) => {
-                let reason =
-                    format!("waited {deadline:?} for {} to connect its rails", list(waiting.iter().copied()));
-                self.end(Some(reason), actions);
-            }
-            Phase::Pushing(push) => {
-                // While it writes, a trainer is late when it makes no progress; otherwise when the stage is.
-                let is_late = |member: &Rank| match push.stage {
-                    Stage::Writing => self.seats.get(member).is_some_and(|seat| late(seat.progress_at)),
-                    _ => late(push.since),
-                };
-                let missing: Vec<Rank> = push.waiting.iter().copied().filter(is_late).collect();
-                if missing.is_empty() {
-                    return;
-                }
-                let reason = format!(
-                    "version {}: waited {deadline:?} for {} {}",
-                    push.version,
-                    list(missing.iter().copied()),
-                    push.stage.missing()
-                );
-                if push.stage == Stage::Committing {
-                    for member in missing {
-                        self.lose(
-                            member,
-                            &format!("waited {deadline:?} for it to confirm the commit"),
-                            actions,
-                        );
-                    }
-                } else {
-                    self.abort(reason, actions);
-                }
-            }
-            _ => {}
-        }
     }
 
     // --- helpers -------------------------------------------------------------------------------------------------
@@ -823,5 +481,4 @@ fn list(members: impl Iterator<Item = Rank>) -> String {
 }
 
 #[cfg(test)]
-#[path = "controller_tests.rs"]
 mod tests;

@@ -4,6 +4,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use crate::member::Unexpected;
+
 /// An error of the control plane. The message names the peer and says what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -134,4 +136,10 @@ pub enum RendezvousError {
         /// The system's reason.
         source: io::Error,
     },
+}
+
+impl From<Unexpected> for RendezvousError {
+    fn from(Unexpected { expected, found }: Unexpected) -> Self {
+        Self::Unexpected { expected, found: found.to_owned() }
+    }
 }

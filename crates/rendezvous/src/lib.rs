@@ -1,19 +1,30 @@
-#![doc = include_str!("../README.md")]
+#![cfg_attr(feature = "net", doc = include_str!("../README.md"))]
+#![cfg_attr(not(feature = "net"), doc = "The rules of a job, without the sockets: what a simulator runs.")]
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "net")]
 pub mod client;
 pub mod controller;
+#[cfg(feature = "net")]
 mod error;
+#[cfg(feature = "net")]
 mod frame;
+#[cfg(feature = "net")]
 mod handshake;
+pub mod member;
 mod protocol;
+#[cfg(feature = "net")]
 pub mod server;
 
+#[cfg(feature = "net")]
 pub use client::{Client, ClientConfig, GiveUp};
+#[cfg(feature = "net")]
 pub use error::RendezvousError;
+#[cfg(feature = "net")]
 pub use handshake::Secret;
 pub use protocol::{
     ABORT_REASON_BYTES_MAX, DEADLINE_DEFAULT, DEADLINE_RANGE, ENDPOINT_BYTES_MAX, Fence, JOB_DEFAULT, Join,
     MemberManifest, PROTOCOL_VERSION, Peer, Planned, PlannedPart, PushId, ToController, ToMember, World,
 };
+#[cfg(feature = "net")]
 pub use server::{Server, ServerConfig, ServerHandle};

@@ -10,17 +10,19 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use xfer_plan::{
-    Digest, ParamId, Rank, RankPlan, ReceiverManifest, ReceiverPart, ReceiverRank, TrainerManifest,
-    TrainerRank,
+    Digest, ParamId, Rank, RankPlan, ReceiverManifest, ReceiverPart, ReceiverRank, RelayPlan,
+    TrainerManifest, TrainerRank,
 };
 
 /// Raised whenever a message changes its meaning or its bytes. Both sides say theirs before anything else.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// Bytes of a frame before the peer is authenticated: the handshake's messages are under 100 bytes.
+#[cfg(feature = "net")]
 pub(crate) const HANDSHAKE_FRAME_BYTES_MAX: u32 = 256;
 
 /// Bytes of a frame from a member that has joined: a reason is the longest.
+#[cfg(feature = "net")]
 pub(crate) const MEMBER_FRAME_BYTES_MAX: u32 = 16 << 10;
 
 /// Deadlines outside of this make no sense: heartbeats have to fit in, and sums of times must not overflow.
@@ -28,6 +30,7 @@ pub const DEADLINE_RANGE: RangeInclusive<Duration> = Duration::from_millis(100).
 
 /// Bytes of a frame between members: the manifest of a rank with 100 000 tensors of 100 bytes of name, shape and map,
 /// with room.
+#[cfg(feature = "net")]
 pub(crate) const FRAME_BYTES_MAX: u32 = 64 << 20;
 
 /// Bytes of one rank's opaque endpoint: a rail's address and key is about 300 bytes, times 32 rails and some regions.
@@ -160,8 +163,15 @@ pub enum PlannedPart {
         /// Names of the parameters in its operations, by their id.
         names: BTreeMap<ParamId, String>,
     },
-    /// What must arrive at an inference rank.
-    Inference(ReceiverPart),
+    /// What must arrive at an inference rank, and what it passes on.
+    Inference {
+        /// What must arrive.
+        part: ReceiverPart,
+        /// What it passes on; without operations where that is nothing.
+        relay: RelayPlan,
+        /// Names of the parameters in the operations of `relay`, by their id.
+        names: BTreeMap<ParamId, String>,
+    },
 }
 
 /// From a member to the controller.
@@ -178,15 +188,13 @@ pub enum ToController {
     Begin {
         /// The version to push.
         version: u64,
-        /// What has to be closed before, after an attempt that failed.
-        fences: Vec<Fence>,
     },
     /// An inference rank has stopped serving and marked itself torn (or turned to its shadow arena).
     Prepared {
         /// The attempt.
         push: PushId,
     },
-    /// Every write of a trainer has been delivered.
+    /// Every write of a trainer, or of an inference rank that passes bytes on, has been delivered.
     Written {
         /// The attempt.
         push: PushId,
@@ -207,12 +215,14 @@ pub enum ToController {
         /// The attempt.
         push: PushId,
     },
-    /// This member cannot go on with the attempt. It stays in the job.
+    /// This member cannot go on with the attempt, or has stopped because that is over. It stays in the job.
     Failed {
         /// The attempt.
         push: PushId,
         /// What happened, for a person.
         reason: String,
+        /// What has to be closed before the next attempt.
+        fences: Vec<Fence>,
     },
     /// Sign of life; `progress` is the count of bytes delivered in this attempt.
     Heartbeat {
@@ -292,7 +302,13 @@ pub enum ToMember {
 }
 
 impl ToController {
+    /// Bytes of this message in a frame, without the frame's own length.
+    pub fn encoded_bytes(&self) -> u64 {
+        encoded_bytes(self)
+    }
+
     /// Cuts what a person wrote to what may travel.
+    #[cfg(feature = "net")]
     pub(crate) fn bounded(mut self) -> Self {
         if let Self::Failed { reason, .. } | Self::Leave { reason: Some(reason) } = &mut self {
             cut(reason);
@@ -302,6 +318,11 @@ impl ToController {
 }
 
 impl ToMember {
+    /// Bytes of this message in a frame, without the frame's own length.
+    pub fn encoded_bytes(&self) -> u64 {
+        encoded_bytes(self)
+    }
+
     /// The message's name, for errors.
     pub fn name(&self) -> &'static str {
         match self {
@@ -318,6 +339,12 @@ impl ToMember {
             Self::Heartbeat => "a heartbeat",
         }
     }
+}
+
+fn encoded_bytes(message: &impl Serialize) -> u64 {
+    // Only a sequence of unknown length has no size, and no message has one.
+    postcard::serialize_with_flavor(message, postcard::ser_flavors::Size::default())
+        .map_or(0, |bytes| bytes as u64)
 }
 
 /// Cuts a text to [`ABORT_REASON_BYTES_MAX`].

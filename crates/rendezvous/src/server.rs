@@ -66,6 +66,7 @@ impl ServerConfig {
             world,
             deadline: DEADLINE_DEFAULT,
             options: PlanOptions::default(),
+            relays: false,
             seed: random_seed()?,
         };
         Ok(Self { listen: "127.0.0.1:0".to_owned(), secret: Secret::none(), insecure: false, controller })

@@ -95,7 +95,7 @@ async fn started(server: &ServerHandle, member: Rank) -> Client {
 async fn trainer(server: &ServerHandle, rank: u32) {
     let mut client = started(server, Rank::Trainer(TrainerRank(rank))).await;
     for version in 1..=3 {
-        client.send(ToController::Begin { version, fences: Vec::new() }).unwrap();
+        client.send(ToController::Begin { version }).unwrap();
         let ToMember::Write { push, .. } = client.receive("write").await.unwrap() else { panic!("no write") };
         client.send(ToController::Written { push, bytes: 8, writes: 1, fences: Vec::new() }).unwrap();
         let done = ToMember::Done { push, version, unconfirmed: vec![] };

@@ -11,7 +11,7 @@ use xfer_exec::driver::{DriverConfig, HostRail, Sender, ThreadConfig};
 use xfer_exec::local::{Attached, LocalRail, fetch};
 use xfer_exec::ofi::{OfiPeer, OfiRail};
 use xfer_exec::program::Route;
-use xfer_exec::{Program, RailIndex};
+use xfer_exec::{Program, RailIndex, RankLimits};
 use xfer_plan::{OpKind, Rank, ReceiverRank, TrainerRank, paired_rail};
 
 use crate::config::SessionConfig;
@@ -100,7 +100,8 @@ impl Connecting {
         let described = routes.iter().map(|(to, route)| (*to, in_words(route, &connected))).collect();
         // Half: it fails, drains and says which peer is to blame before the controller gives up on this trainer.
         let deadline = config.deadline / 2;
-        let program = Program::new(plan, names, &region_bytes, routes, slot_bytes)?;
+        let limits = RankLimits { region_bytes, slot_bytes, transforms: false };
+        let program = Program::new(plan, names, &limits, routes)?;
         let stall = deadline / STALL_DIVISOR;
         let driver = DriverConfig { program, rails, staging, slot_bytes, deadline, stall };
         let thread = ThreadConfig { name: rank.to_string(), busy_poll, cpus: config.cpus, progress };

@@ -4,43 +4,29 @@
 //! The weights are written in place by the trainers, so they are of no version between a push's beginning and its
 //! commit. A session says so ([`Served::Torn`]) and gives out no bytes meanwhile.
 
-use std::fmt;
 use std::time::Duration;
 
 use efa_core::{LeaseMut, Target};
-use rendezvous::{Client, Join, MemberManifest, PlannedPart, PushId, ToController, ToMember};
+pub use rendezvous::member::Served;
+use rendezvous::member::{InferenceMember, InferenceStep};
+use rendezvous::{Client, Join, MemberManifest, PlannedPart, RendezvousError};
 use xfer_exec::local::{Doorman, LocalError, SharedFile};
 use xfer_exec::ofi::OfiTarget;
 use xfer_plan::{DType, DestinationParam, ParamMap, Rank, ReceiverManifest, ReceiverRank, RegionIndex};
 
 use crate::config::SessionConfig;
 use crate::connect::decode_peers;
+use crate::control::{out_of_turn, say};
 use crate::endpoint::{Endpoint, LocalEndpoint, RailEndpoint};
 use crate::error::Error;
 use crate::fabric::{self, FabricError};
 use crate::report::{Stopwatch, VersionReport, gb_per_second};
-use crate::trainer::unexpected;
 
 /// Bytes that anybody may overwrite, for warm-ups.
 const SCRATCH_BYTES: usize = 4096;
 
-/// Which version the bytes of a rank are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Served {
-    /// This version, whole. 0 is what was there at the start: zeros.
-    Version(u64),
-    /// None: a push of this version began and has not been committed.
-    Torn(u64),
-}
-
-impl fmt::Display for Served {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Version(version) => version.fmt(f),
-            Self::Torn(version) => write!(f, "none (torn by the push of version {version})"),
-        }
-    }
-}
+const CANNOT_PASS_ON: &str =
+    "the plan has this inference rank pass bytes on, which it cannot do yet: plan with relay `never`";
 
 /// A declared parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,40 +117,42 @@ impl Inference {
             rails: declared,
             params: params.clone(),
         };
-        client.send(ToController::Join(Box::new(Join {
+        let (mut member, join) = InferenceMember::join(Join {
             job: config.job.clone(),
             member: Rank::Receiver(rank),
             world: config.world,
             deadline: config.deadline,
             manifest: MemberManifest::Inference(manifest),
             endpoint: endpoint.encode()?,
-        })))?;
-        let planned = match client.receive("every rank to join").await? {
-            ToMember::Planned(planned) => *planned,
-            other => return Err(unexpected("the plan", &other)),
+        });
+        client.send(join)?;
+        let planned = match next(&mut client, &mut member, "every rank to join").await? {
+            InferenceStep::Planned(planned) => *planned,
+            _ => return Err(out_of_turn("the plan")),
         };
         let busy_poll = fabric::a_core_each(&host, &decode_peers(&planned.peers)?);
-        let bytes_per_push = match planned.part {
-            PlannedPart::Inference(part) => part.bytes,
-            PlannedPart::Trainer { .. } => 0,
+        let PlannedPart::Inference { part, relay, .. } = planned.part else {
+            return Err(out_of_turn("an inference rank's part of the plan"));
         };
-        client.send(ToController::Ready { digest: planned.digest })?;
-        match client.receive("every rank to connect").await? {
-            ToMember::Start => {}
-            other => return Err(unexpected("the start", &other)),
+        if !relay.plan.ops.is_empty() {
+            client.leave(Some(CANNOT_PASS_ON.into())).await;
+            return Err(FabricError::Rail(CANNOT_PASS_ON.into()).into());
         }
+        say(&client, member.ready())?;
+        let InferenceStep::Started = next(&mut client, &mut member, "every rank to connect").await? else {
+            return Err(out_of_turn("the start"));
+        };
         Ok(InferenceSession {
             client,
+            member,
             target,
             busy_poll,
             _doorman: doorman,
             arena,
             params,
-            served: Served::Version(0),
-            committed: 0,
             push: None,
             last: None,
-            bytes_per_push,
+            bytes_per_push: part.bytes,
         })
     }
 }
@@ -202,8 +190,23 @@ fn expose(opened: &mut fabric::OpenRail, arena: &Target) -> Result<RailEndpoint,
     })
 }
 
+/// What the controller has this rank do next. `stage` is what it waits for, for errors.
+async fn next(
+    client: &mut Client,
+    member: &mut InferenceMember,
+    stage: &'static str,
+) -> Result<InferenceStep, Error> {
+    loop {
+        match member.handle(client.receive(stage).await?).map_err(RendezvousError::from)? {
+            Some(InferenceStep::Refused { reason }) => return Err(RendezvousError::Refused { reason }.into()),
+            Some(step) => return Ok(step),
+            None => {}
+        }
+    }
+}
+
+/// A push under way, for its report.
 struct Push {
-    id: PushId,
     version: u64,
     whole: std::time::Instant,
     stage: Stopwatch,
@@ -214,13 +217,12 @@ struct Push {
 /// Dropping it closes the rail before the arena is freed.
 pub struct InferenceSession {
     client: Client,
+    member: InferenceMember,
     // Field order is teardown order: nobody can write to the arena any more when it goes.
     target: Option<OfiTarget>,
     _doorman: Option<Doorman>,
     arena: Target,
     params: Vec<DestinationParam>,
-    served: Served,
-    committed: u64,
     push: Option<Push>,
     last: Option<VersionReport>,
     bytes_per_push: u64,
@@ -231,7 +233,7 @@ pub struct InferenceSession {
 impl InferenceSession {
     /// Which version the bytes are.
     pub fn served(&self) -> Served {
-        self.served
+        self.member.served()
     }
 
     /// The parameters in the order of their ids: names, shapes, and offsets in the arena.
@@ -259,71 +261,65 @@ impl InferenceSession {
         let until = at_most.and_then(|at_most| tokio::time::Instant::now().checked_add(at_most));
         loop {
             let pushing = self.push.is_some();
-            let message = match at_most.zip(until) {
-                Some((at_most, until)) if !pushing => {
-                    match tokio::time::timeout_at(until, self.client.receive("a version")).await {
-                        Ok(message) => message,
-                        Err(_) => {
-                            let served = self.served.to_string();
-                            return Err(Error::NotYet { wanted: version, waited: at_most, served });
-                        }
+            let next = next(&mut self.client, &mut self.member, "a version");
+            let step = match at_most.zip(until) {
+                Some((at_most, until)) if !pushing => match tokio::time::timeout_at(until, next).await {
+                    Ok(step) => step,
+                    Err(_) => {
+                        let served = self.served().to_string();
+                        return Err(Error::NotYet { wanted: version, waited: at_most, served });
                     }
-                }
-                _ => self.client.receive("a version").await,
+                },
+                _ => next.await,
             };
-            let message = message.inspect_err(|_| self.receive_bytes(false))?;
-            match message {
-                ToMember::Prepare { push, version, fence } => {
-                    self.close_rails(push, &fence)?;
-                    self.receive_bytes(true);
+            let step = step.inspect_err(|_| self.receive_bytes(false))?;
+            match step {
+                InferenceStep::Prepare { version, close, .. } => {
+                    let closed = self.close_rails(&close);
+                    if closed.is_ok() {
+                        self.receive_bytes(true);
+                        let stage = Stopwatch::start("write");
+                        self.push = Some(Push { version, whole: std::time::Instant::now(), stage });
+                    }
                     // From here on a byte may change at any time.
-                    self.served = Served::Torn(version);
-                    let stage = Stopwatch::start("write");
-                    self.push = Some(Push { id: push, version, whole: std::time::Instant::now(), stage });
-                    self.client.send(ToController::Prepared { push })?;
+                    say(&self.client, self.member.prepared(closed.clone()))?;
+                    closed.map_err(FabricError::Rail)?;
                 }
-                ToMember::Fence { push, rails } => {
-                    self.close_rails(push, &rails)?;
-                    self.client.send(ToController::Fenced { push })?;
+                InferenceStep::Fence { close, .. } => {
+                    let closed = self.close_rails(&close);
+                    say(&self.client, self.member.fenced(closed.clone()))?;
+                    closed.map_err(FabricError::Rail)?;
                 }
-                ToMember::Commit { push, version: committed } => {
-                    let Some(ended) = self.push.take_if(|current| current.id == push) else {
-                        continue;
-                    };
+                InferenceStep::Commit { version: committed, .. } => {
                     self.receive_bytes(false);
-                    self.served = Served::Version(committed);
-                    self.committed = committed;
-                    self.client.send(ToController::Committed { push })?;
+                    say(&self.client, self.member.committed())?;
+                    let Some(ended) = self.push.take() else { continue };
                     let report = self.report(ended);
                     self.last = Some(report.clone());
                     if committed >= version {
                         return Ok(report);
                     }
                 }
-                ToMember::Abort { version, reason } => {
+                InferenceStep::Aborted { version, reason } => {
                     self.receive_bytes(false);
                     self.push = None;
                     return Err(Error::Aborted { version, reason });
                 }
-                ToMember::Finished => {
-                    return Err(Error::Finished { committed: self.committed });
+                InferenceStep::Finished => {
+                    return Err(Error::Finished { committed: self.member.committed_version() });
                 }
-                other => return Err(unexpected("a version", &other)),
+                _ => return Err(out_of_turn("a version")),
             }
         }
     }
 
     /// Closes rails over which bytes may still come that nobody waits for.
-    fn close_rails(&self, push: PushId, rails: &[u16]) -> Result<(), Error> {
+    fn close_rails(&self, rails: &[u16]) -> Result<(), String> {
         let Some(target) = &self.target else { return Ok(()) };
-        for rail in rails {
-            if let Err(reason) = target.close_rail(usize::from(*rail)) {
-                let reason = format!("rail {rail}, which a trainer gave up on: {reason}");
-                self.client.send(ToController::Failed { push, reason: reason.clone() })?;
-                return Err(FabricError::Rail(reason).into());
-            }
-        }
-        Ok(())
+        rails.iter().try_for_each(|rail| {
+            let failed = |reason| format!("rail {rail}, which a trainer gave up on: {reason}");
+            target.close_rail(usize::from(*rail)).map_err(failed)
+        })
     }
 
     /// Between the beginning of a push and its end the rail's thread has something to do.
@@ -351,7 +347,7 @@ impl InferenceSession {
     ///
     /// [`Error::Torn`] when the bytes are of no version, [`Error::Range`] outside the parameter.
     pub fn read(&self, id: ParamId, offset: u64, into: &mut [u8]) -> Result<(), Error> {
-        if let Served::Torn(version) = self.served {
+        if let Served::Torn(version) = self.served() {
             return Err(Error::Torn { version });
         }
         let Some(param) = self.params.get(id.0) else {

@@ -3,6 +3,7 @@
 
 mod config;
 mod connect;
+mod control;
 mod endpoint;
 mod error;
 mod fabric;

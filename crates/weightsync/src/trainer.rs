@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use efa_core::{Lease, LeaseMut, MemoryRef};
-use rendezvous::{
-    Client, Fence, GiveUp, Join, MemberManifest, PushId, RendezvousError, ToController, ToMember,
-};
+use rendezvous::member::{TrainerMember, TrainerStep};
+use rendezvous::{Client, Fence, GiveUp, Join, MemberManifest, RendezvousError};
 use tokio::sync::oneshot;
 use xfer_exec::driver::{Outcome, Sender};
 use xfer_exec::{Failure, RailUse};
@@ -17,6 +16,7 @@ use xfer_plan::{
 
 use crate::config::SessionConfig;
 use crate::connect::{Connected, ConnectedRail, Connecting};
+use crate::control::{out_of_turn, say};
 use crate::endpoint::{Endpoint, RailEndpoint};
 use crate::error::Error;
 use crate::fabric;
@@ -175,19 +175,19 @@ impl Trainer {
             rails: opened.iter().map(RailEndpoint::of_trainer).collect(),
             local: None,
         };
-        client.send(ToController::Join(Box::new(Join {
+        let (mut member, join) = TrainerMember::join(Join {
             job: config.job.clone(),
             member: Rank::Trainer(rank),
             world: config.world,
             deadline: config.deadline,
             manifest: MemberManifest::Trainer(manifest),
             endpoint: endpoint.encode()?,
-        })))?;
-        let planned = match client.receive("every rank to join").await? {
-            ToMember::Planned(planned) => *planned,
-            other => return Err(unexpected("the plan", &other)),
+        });
+        client.send(join)?;
+        let planned = match next(&mut client, &mut member, "every rank to join").await? {
+            TrainerStep::Connect(planned) => *planned,
+            _ => return Err(out_of_turn("the plan")),
         };
-        let digest = planned.digest;
         let (bound_seconds, progress) = (planned.bound_seconds, client.progress());
         let memories: Vec<MemoryRef> = regions.iter().map(|region| region.memory().clone()).collect();
         let region_bytes: Vec<u64> = regions.iter().map(|region| region.len() as u64).collect();
@@ -202,18 +202,17 @@ impl Trainer {
                     return Err(error);
                 }
             };
-        client.send(ToController::Ready { digest })?;
-        match client.receive("every rank to connect").await? {
-            ToMember::Start => {}
-            other => return Err(unexpected("the start", &other)),
-        }
+        say(&client, member.ready())?;
+        let TrainerStep::Started = next(&mut client, &mut member, "every rank to connect").await? else {
+            return Err(out_of_turn("the start"));
+        };
         Ok(TrainerSession {
             client,
+            member,
             sender,
             weights: Weights::Here(regions),
             tensors,
             rails,
-            fences: Vec::new(),
             routes,
             bound_seconds,
             pushing: false,
@@ -221,8 +220,19 @@ impl Trainer {
     }
 }
 
-pub(crate) fn unexpected(expected: &'static str, found: &ToMember) -> Error {
-    Error::Rendezvous(RendezvousError::Unexpected { expected, found: found.name().into() })
+/// What the controller has this trainer do next. `stage` is what it waits for, for errors.
+async fn next(
+    client: &mut Client,
+    member: &mut TrainerMember,
+    stage: &'static str,
+) -> Result<TrainerStep, Error> {
+    loop {
+        match member.handle(client.receive(stage).await?).map_err(RendezvousError::from)? {
+            Some(TrainerStep::Refused { reason }) => return Err(RendezvousError::Refused { reason }.into()),
+            Some(step) => return Ok(step),
+            None => {}
+        }
+    }
 }
 
 /// Where the weights are.
@@ -238,12 +248,11 @@ enum Weights {
 /// A trainer that is part of a running job.
 pub struct TrainerSession {
     client: Client,
+    member: TrainerMember,
     sender: Sender,
     weights: Weights,
     tensors: Vec<Tensor>,
     rails: Vec<ConnectedRail>,
-    /// What inference ranks have to close before the next commit or push, because a rail was given up.
-    fences: Vec<Fence>,
     routes: BTreeMap<ReceiverRank, String>,
     bound_seconds: f64,
     /// A push is under way, or was dropped in the middle.
@@ -334,29 +343,43 @@ impl TrainerSession {
         let whole = std::time::Instant::now();
         let mut stages = Vec::new();
         let mut stage = Stopwatch::start("wait for trainers");
-        self.client.send(ToController::Begin { version, fences: std::mem::take(&mut self.fences) })?;
-        let push = match self.client.receive("the other trainers and the inference ranks").await? {
-            ToMember::Write { push, version: told } if told == version => push,
-            ToMember::Abort { reason, .. } => return Err(Error::Aborted { version, reason }),
-            other => return Err(unexpected("the start of the push", &other)),
-        };
+        say(&self.client, self.member.begin(version))?;
+        match self.next("the other trainers and the inference ranks").await? {
+            TrainerStep::Write { .. } => {}
+            TrainerStep::Aborted { reason, .. } => return Err(Error::Aborted { version, reason }),
+            _ => return Err(out_of_turn("the start of the push")),
+        }
         stage.next("write", &mut stages);
-        let outcome = self.write(version).await?;
-        let delivered = match outcome.result {
-            Ok(delivered) => delivered,
-            Err(failure) => return Err(self.give_up(version, push, failure).await),
+        let (outcome, ended) = self.write(version).await?;
+        let fences = self.fences(&outcome.rails);
+        let result = match (&ended, &outcome.result) {
+            (None, Ok(delivered)) => Ok((delivered.bytes, delivered.writes)),
+            (None, Err(failure)) => Err(failure.to_string()),
+            (Some(error), _) => Err(error.to_string()),
+        };
+        let told = say(&self.client, self.member.written(result, fences));
+        let delivered = match (ended.or(told.err()), outcome.result) {
+            (None, Ok(delivered)) => delivered,
+            (None, Err(failure)) => {
+                // Until it has told everybody. Where that fails it knows more: it says which rank was lost.
+                self.next("the end of the failed push").await?;
+                return Err(Error::Push { version, failure });
+            }
+            // What failed here first says more than the abort that followed.
+            (Some(Error::Aborted { .. }), Err(failure)) if !matches!(failure, Failure::Aborted(_)) => {
+                return Err(Error::Push { version, failure });
+            }
+            (Some(error), _) => return Err(error),
         };
         stage.next("commit", &mut stages);
         let (bytes, writes) = (delivered.bytes, delivered.writes);
-        let fences = std::mem::take(&mut self.fences);
-        self.client.send(ToController::Written { push, bytes, writes, fences })?;
-        match self.client.receive("the commit").await? {
-            ToMember::Done { unconfirmed, .. } if unconfirmed.is_empty() => {}
-            ToMember::Done { unconfirmed, .. } => {
+        match self.next("the commit").await? {
+            TrainerStep::Committed { unconfirmed, .. } if unconfirmed.is_empty() => {}
+            TrainerStep::Committed { unconfirmed, .. } => {
                 return Err(Error::Unconfirmed { version, members: unconfirmed });
             }
-            ToMember::Abort { reason, .. } => return Err(Error::Aborted { version, reason }),
-            other => return Err(unexpected("the commit", &other)),
+            TrainerStep::Aborted { reason, .. } => return Err(Error::Aborted { version, reason }),
+            _ => return Err(out_of_turn("the commit")),
         }
         stages.push(stage.end());
         let write_seconds = outcome.timings.total.as_secs_f64();
@@ -382,8 +405,13 @@ impl TrainerSession {
         })
     }
 
-    /// Lends the weights to the rails and waits until they are back, whatever the controller says meanwhile.
-    async fn write(&mut self, version: u64) -> Result<Outcome, Error> {
+    async fn next(&mut self, stage: &'static str) -> Result<TrainerStep, Error> {
+        next(&mut self.client, &mut self.member, stage).await
+    }
+
+    /// Lends the weights to the rails and waits until they are back, whatever the controller says meanwhile: that comes with
+    /// the outcome, where it ended the push.
+    async fn write(&mut self, version: u64) -> Result<(Outcome, Option<Error>), Error> {
         let (reply, outcome) = oneshot::channel();
         let Weights::Here(regions) = std::mem::replace(&mut self.weights, Weights::Pushed(outcome)) else {
             return Err(Error::Broken);
@@ -397,11 +425,11 @@ impl TrainerSession {
             };
             tokio::select! {
                 outcome = outcome => break outcome,
-                message = self.client.receive("its own writes"), if ended.is_none() => {
-                    let error = match message {
-                        Ok(ToMember::Abort { reason, .. }) => Error::Aborted { version, reason },
-                        Ok(other) => unexpected("an abort or nothing", &other),
-                        Err(error) => error.into(),
+                step = next(&mut self.client, &mut self.member, "its own writes"), if ended.is_none() => {
+                    let error = match step {
+                        Ok(TrainerStep::Stop { reason }) => Error::Aborted { version, reason },
+                        Ok(_) => out_of_turn("an abort or nothing"),
+                        Err(error) => error,
                     };
                     self.sender.abort(error.to_string());
                     ended = Some(error);
@@ -413,36 +441,17 @@ impl TrainerSession {
             return Err(Error::Broken);
         };
         self.weights = thaw(std::mem::take(&mut outcome.regions));
-        self.fence(&outcome.rails);
-        match (ended, &outcome.result) {
-            (None, _) => Ok(outcome),
-            // What failed here first says more than the abort that followed.
-            (Some(Error::Aborted { .. }), Err(failure)) if !matches!(failure, Failure::Aborted(_)) => {
-                Err(Error::Push { version, failure: failure.clone() })
-            }
-            (Some(error), _) => Err(error),
-        }
+        Ok((outcome, ended))
     }
 
-    /// Remembers which rails inference ranks have to close: those over which bytes may still come that were given up on. A
-    /// kernel goes on sending what a TCP socket has taken, and a network may hold what a NIC has sent.
-    fn fence(&mut self, used: &[RailUse]) {
-        for (rail, used) in self.rails.iter().zip(used) {
-            let fence = |at: &ReceiverRank| Some(Fence { at: *at, rail: *rail.theirs.get(at)? });
-            self.fences.extend(used.unfinished.iter().filter_map(fence));
-        }
-    }
-
-    /// Tells the controller that this rank failed, and waits until it has told everybody.
-    async fn give_up(&mut self, version: u64, push: PushId, failure: Failure) -> Error {
-        let told = self.client.send(ToController::Failed { push, reason: failure.to_string() });
-        if told.is_ok()
-            && let Err(error) = self.client.receive("the end of the failed push").await
-        {
-            // The controller knows more: it says which rank was lost.
-            return error.into();
-        }
-        Error::Push { version, failure }
+    /// Which rails inference ranks have to close: those over which bytes may still come that were given up on. A kernel goes
+    /// on sending what a TCP socket has taken, and a network may hold what a NIC has sent.
+    fn fences(&self, used: &[RailUse]) -> Vec<Fence> {
+        let pairs = self.rails.iter().zip(used);
+        let fences = pairs.flat_map(|(rail, used)| {
+            used.unfinished.iter().filter_map(|at| Some(Fence { at: *at, rail: *rail.theirs.get(at)? }))
+        });
+        fences.collect()
     }
 
     /// Leaves the job in good order. The inference ranks go on serving what they have; when all trainers have left,

@@ -1,9 +1,13 @@
 //! The controller against a world of scripted and of random members, without sockets and in made-up time.
 
 use proptest::prelude::*;
-use xfer_plan::{DType, DestinationParam, ParamMap, RailDecl, RegionIndex, SourcePiece, TensorBox};
+use xfer_plan::{
+    DType, DestinationParam, ParamMap, RailDecl, ReceiverManifest, RegionIndex, SourcePiece, TensorBox,
+    TrainerManifest,
+};
 
 use super::*;
+use crate::protocol::{ENDPOINT_BYTES_MAX, Join};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 const T0: Rank = Rank::Trainer(TrainerRank(0));
@@ -70,6 +74,7 @@ impl Bench {
             world: world(),
             deadline: DEADLINE,
             options: PlanOptions::default(),
+            relays: false,
             seed: [7; 32],
         };
         Self { controller: Controller::new(config).unwrap(), now: Duration::ZERO, log: Vec::new() }
@@ -125,8 +130,8 @@ impl Bench {
     }
 
     fn begin_to_writing(&mut self, version: u64) -> PushId {
-        self.say(T0, ToController::Begin { version, fences: Vec::new() });
-        self.say(T1, ToController::Begin { version, fences: Vec::new() });
+        self.say(T0, ToController::Begin { version });
+        self.say(T1, ToController::Begin { version });
         let push = self.push_id();
         self.say(I0, ToController::Prepared { push });
         push
@@ -181,11 +186,11 @@ fn a_rail_that_a_failed_attempt_gave_up_is_closed_before_the_next() {
     let mut bench = Bench::started();
     let push = bench.begin_to_writing(1);
     bench.say(T0, FENCED(push));
-    bench.say(T1, ToController::Failed { push, reason: "no".into() });
-    bench.say(T0, ToController::Begin { version: 1, fences: Vec::new() });
     // What no inference rank has is no reason to wait.
     let fences = [(0, 1), (1, 0)].map(|(at, rail)| Fence { at: ReceiverRank(at), rail }).into();
-    bench.say(T1, ToController::Begin { version: 1, fences });
+    bench.say(T1, ToController::Failed { push, reason: "no".into(), fences });
+    bench.say(T0, ToController::Begin { version: 1 });
+    bench.say(T1, ToController::Begin { version: 1 });
     let push = bench.push_id();
     assert_eq!(bench.told(I0).last(), Some(&ToMember::Prepare { push, version: 1, fence: vec![1, 3] }));
     bench.say(I0, ToController::Prepared { push });
@@ -288,7 +293,7 @@ fn who_is_missing_is_named() {
     );
 
     let mut bench = Bench::started();
-    bench.say(T0, ToController::Begin { version: 1, fences: Vec::new() });
+    bench.say(T0, ToController::Begin { version: 1 });
     bench.pass(31, &[T0, T1, I0]);
     assert!(bench.reason(T0).contains("trainer 1 to begin the version"), "{}", bench.reason(T0));
 }
@@ -297,7 +302,7 @@ fn who_is_missing_is_named() {
 fn a_failure_that_is_no_loss_leaves_the_job_running() {
     let mut bench = Bench::started();
     let push = bench.begin_to_writing(1);
-    bench.say(T0, ToController::Failed { push, reason: "no staging".into() });
+    bench.say(T0, ToController::Failed { push, reason: "no staging".into(), fences: Vec::new() });
     assert_eq!(bench.reason(I0), "trainer 0: no staging");
     let push = bench.begin_to_writing(1);
     bench.say(T0, WRITTEN(push));
@@ -341,10 +346,10 @@ fn versions_only_rise_and_agree() {
     bench.say(T0, WRITTEN(push));
     bench.say(T1, WRITTEN(push));
     bench.say(I0, ToController::Committed { push });
-    bench.say(T0, ToController::Begin { version: 5, fences: Vec::new() });
+    bench.say(T0, ToController::Begin { version: 5 });
     assert!(bench.reason(T0).contains("not newer than the committed version 5"));
-    bench.say(T0, ToController::Begin { version: 6, fences: Vec::new() });
-    bench.say(T1, ToController::Begin { version: 7, fences: Vec::new() });
+    bench.say(T0, ToController::Begin { version: 6 });
+    bench.say(T1, ToController::Begin { version: 7 });
     assert!(bench.reason(T0).contains("trainer 1 began version 7 while others began version 6"));
 }
 
@@ -447,11 +452,11 @@ proptest! {
                     let digest = bench.controller.digest;
                     let version = committed + u64::from(what % 2);
                     let message = match what {
-                        0 | 1 => ToController::Begin { version, fences: Vec::new() },
+                        0 | 1 => ToController::Begin { version },
                         2 => ToController::Prepared { push },
                         3 => WRITTEN(push),
                         4 => ToController::Committed { push },
-                        5 => ToController::Failed { push, reason: "r".repeat(10_000) },
+                        5 => ToController::Failed { push, reason: "r".repeat(10_000), fences: Vec::new() },
                         6 => ToController::Join(Box::new(join(member))),
                         7 => ToController::Ready { digest },
                         8 => FENCED(push),
@@ -485,7 +490,7 @@ fn a_failure_after_the_decision_cannot_undo_it() {
     let push = bench.begin_to_writing(1);
     bench.say(T0, WRITTEN(push));
     bench.say(T1, WRITTEN(push));
-    bench.say(I0, ToController::Failed { push, reason: "no flush".into() });
+    bench.say(I0, ToController::Failed { push, reason: "no flush".into(), fences: Vec::new() });
     let told = bench.told(T0);
     assert!(!told.iter().any(|message| matches!(message, ToMember::Abort { .. })), "{told:?}");
     assert!(told.contains(&ToMember::Done { push, version: 1, unconfirmed: vec![I0] }), "{told:?}");

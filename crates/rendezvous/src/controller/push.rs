@@ -1,0 +1,48 @@
+//! What is known of an attempt to push a version.
+//!
+//! Stages only go forward; [`super::Controller`] says when.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use xfer_plan::Rank;
+
+use crate::protocol::PushId;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    Collecting,
+    Stopping,
+    Preparing,
+    Writing,
+    Fencing,
+    Committing,
+}
+
+impl Stage {
+    /// What a member that is waited for has not done.
+    pub(super) fn missing(self) -> &'static str {
+        match self {
+            Self::Collecting => "to begin the version",
+            Self::Stopping => "to stop passing on what the attempt before left",
+            Self::Preparing => "to stop serving and prepare",
+            Self::Writing => "to finish its writes",
+            Self::Fencing => "to close the rails that a trainer gave up on",
+            Self::Committing => "to confirm the commit",
+        }
+    }
+}
+
+pub(super) struct Push {
+    pub(super) version: u64,
+    pub(super) id: PushId,
+    pub(super) stage: Stage,
+    /// When the present stage began.
+    pub(super) since: Duration,
+    /// When all trainers had begun.
+    pub(super) began_at: Duration,
+    pub(super) waiting: BTreeSet<Rank>,
+    pub(super) unconfirmed: Vec<Rank>,
+    /// Who was lost after the decision: the job ends once the others have learnt of the commit.
+    pub(super) lost: Option<String>,
+}

@@ -1,0 +1,202 @@
+//! An inference rank's half. See the table of [`crate::member`].
+
+use super::{Admission, AdmissionStep, Attempt, Served, Unexpected, report};
+use crate::protocol::{Fence, Join, Planned, PlannedPart, PushId, ToController, ToMember};
+
+/// What an inference rank does next. A step that asks for an answer gets it before the next message is handled.
+#[derive(Debug)]
+pub enum InferenceStep {
+    /// Take this part of the plan and connect to those that it passes bytes on to, then [`InferenceMember::ready`].
+    Planned(Box<Planned>),
+    /// Every rank is ready.
+    Started,
+    /// Close these rails, then [`InferenceMember::prepared`].
+    Prepare {
+        /// The attempt.
+        push: PushId,
+        /// Its version.
+        version: u64,
+        /// The rails, as its endpoint numbers them.
+        close: Vec<u16>,
+    },
+    /// Close these rails, then [`InferenceMember::fenced`].
+    Fence {
+        /// The attempt.
+        push: PushId,
+        /// The rails, as its endpoint numbers them.
+        close: Vec<u16>,
+    },
+    /// Make the version visible, then [`InferenceMember::committed`].
+    Commit {
+        /// The attempt.
+        push: PushId,
+        /// Its version.
+        version: u64,
+    },
+    /// The attempt is over without a commit. A rank that passes bytes on stops, then [`InferenceMember::relayed`].
+    Aborted {
+        /// The version that was not committed.
+        version: u64,
+        /// Who failed at what.
+        reason: String,
+    },
+    /// All trainers have left: no version comes any more.
+    Finished,
+    /// The controller has ended the job, or refused this rank. Nothing further comes.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+}
+
+enum State {
+    Joining(Admission),
+    /// For the controller: between pushes, or while one is under way.
+    Waiting,
+    Preparing(Attempt),
+    Fencing(PushId),
+    Committing(Attempt),
+}
+
+/// An inference rank's half of the protocol.
+pub struct InferenceMember {
+    state: State,
+    /// Prepared for, and not over.
+    attempt: Option<Attempt>,
+    /// Whether the plan has it pass bytes on.
+    relays: bool,
+    /// The attempt whose bytes it passes on.
+    relaying: Option<PushId>,
+    served: Served,
+    committed: u64,
+}
+
+impl InferenceMember {
+    /// An inference rank that asks to take part, and what it says.
+    pub fn join(join: Join) -> (Self, ToController) {
+        let member = Self {
+            state: State::Joining(Admission::Joining),
+            attempt: None,
+            relays: false,
+            relaying: None,
+            served: Served::Version(0),
+            committed: 0,
+        };
+        (member, ToController::Join(Box::new(join)))
+    }
+
+    /// Which version the bytes are.
+    pub fn served(&self) -> Served {
+        self.served
+    }
+
+    /// The last version that was committed; 0 at the start.
+    pub fn committed_version(&self) -> u64 {
+        self.committed
+    }
+
+    /// It is ready for its part of the plan.
+    pub fn ready(&mut self) -> Option<ToController> {
+        match &mut self.state {
+            State::Joining(admission) => admission.ready(),
+            _ => None,
+        }
+    }
+
+    /// It has closed the rails that it was told to, or why not. Where it has, the bytes are of no version from here on, and
+    /// it passes on what arrives, if the plan has it do so: until [`InferenceMember::relayed`].
+    pub fn prepared(&mut self, closed: Result<(), String>) -> Option<ToController> {
+        let State::Preparing(attempt) = self.state else { return None };
+        self.state = State::Waiting;
+        let push = attempt.push;
+        if let Err(reason) = closed {
+            return Some(ToController::Failed { push, reason, fences: Vec::new() });
+        }
+        self.served = Served::Torn(attempt.version);
+        self.attempt = Some(attempt);
+        self.relaying = self.relays.then_some(push);
+        Some(ToController::Prepared { push })
+    }
+
+    /// It has closed the rails that it was told to, or why not.
+    pub fn fenced(&mut self, closed: Result<(), String>) -> Option<ToController> {
+        let State::Fencing(push) = self.state else { return None };
+        self.state = State::Waiting;
+        Some(match closed {
+            Ok(()) => ToController::Fenced { push },
+            Err(reason) => ToController::Failed { push, reason, fences: Vec::new() },
+        })
+    }
+
+    /// The end of what it passes on: bytes and writes delivered, or why not all were. `fences`: where bytes may still be
+    /// on their way that it has given up on. Owed once for every attempt that it prepared for, also when that is over.
+    pub fn relayed(
+        &mut self,
+        result: Result<(u64, u64), String>,
+        fences: Vec<Fence>,
+    ) -> Option<ToController> {
+        let push = self.relaying.take()?;
+        Some(report(push, result, fences))
+    }
+
+    /// The version is visible.
+    pub fn committed(&mut self) -> Option<ToController> {
+        let State::Committing(Attempt { push, version }) = self.state else { return None };
+        self.state = State::Waiting;
+        (self.served, self.committed) = (Served::Version(version), version);
+        Some(ToController::Committed { push })
+    }
+
+    /// Takes what the controller says. `None`: nothing to do.
+    pub fn handle(&mut self, message: ToMember) -> Result<Option<InferenceStep>, Unexpected> {
+        match (&mut self.state, message) {
+            (_, ToMember::Heartbeat) => Ok(None),
+            (_, ToMember::Refused { reason }) => Ok(Some(InferenceStep::Refused { reason })),
+            (State::Joining(admission), message) => match admission.handle(message)? {
+                AdmissionStep::Planned(planned) => {
+                    let PlannedPart::Inference { relay, .. } = &planned.part else {
+                        let (expected, found) = ("an inference rank's part of the plan", "a trainer's");
+                        return Err(Unexpected { expected, found });
+                    };
+                    self.relays = !relay.plan.ops.is_empty();
+                    Ok(Some(InferenceStep::Planned(planned)))
+                }
+                AdmissionStep::Started => {
+                    self.state = State::Waiting;
+                    Ok(Some(InferenceStep::Started))
+                }
+            },
+            (State::Waiting, message) => self.told(message),
+            (_, other) => Err(Unexpected::new("its own answer", &other)),
+        }
+    }
+
+    /// Takes what the controller says to a rank that owes it no answer.
+    fn told(&mut self, message: ToMember) -> Result<Option<InferenceStep>, Unexpected> {
+        let over = self.attempt.is_none() && self.relaying.is_none();
+        match message {
+            ToMember::Prepare { push, version, fence } if over => {
+                self.state = State::Preparing(Attempt { push, version });
+                Ok(Some(InferenceStep::Prepare { push, version, close: fence }))
+            }
+            ToMember::Fence { push, rails } => {
+                self.state = State::Fencing(push);
+                Ok(Some(InferenceStep::Fence { push, close: rails }))
+            }
+            ToMember::Commit { push, .. } => {
+                let Some(attempt) = self.attempt.take_if(|attempt| attempt.push == push) else {
+                    return Ok(None);
+                };
+                self.state = State::Committing(attempt);
+                Ok(Some(InferenceStep::Commit { push, version: attempt.version }))
+            }
+            ToMember::Abort { version, reason } => {
+                self.attempt = None;
+                Ok(Some(InferenceStep::Aborted { version, reason }))
+            }
+            ToMember::Finished => Ok(Some(InferenceStep::Finished)),
+            other if over => Err(Unexpected::new("a version", &other)),
+            other => Err(Unexpected::new("the end of the push", &other)),
+        }
+    }
+}

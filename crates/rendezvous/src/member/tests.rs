@@ -1,0 +1,235 @@
+//! Each half alone: what it refuses, and what survives an attempt that ends early.
+
+use proptest::prelude::*;
+use xfer_plan::{
+    Op, ParamId, Rank, RankPlan, ReceiverManifest, ReceiverPart, ReceiverRank, RegionIndex, RelayPlan,
+    Strided, TrainerManifest, TrainerRank, Transform,
+};
+
+use super::*;
+use crate::protocol::{Join, MemberManifest, PlannedPart, World};
+
+const P: PushId = PushId([1; 16]);
+const Q: PushId = PushId([2; 16]);
+
+fn join(member: Rank) -> Join {
+    let (host, regions, rails) = ("host".to_owned(), Vec::new(), Vec::new());
+    let manifest = match member {
+        Rank::Trainer(_) => {
+            MemberManifest::Trainer(TrainerManifest { host, regions, rails, pieces: Vec::new() })
+        }
+        Rank::Receiver(_) => {
+            MemberManifest::Inference(ReceiverManifest { host, regions, rails, params: Vec::new() })
+        }
+    };
+    let world = World { trainers: 1, inference: 1 };
+    let deadline = std::time::Duration::from_secs(30);
+    Join { job: "job".into(), member, world, deadline, manifest, endpoint: Vec::new() }
+}
+
+fn planned(part: PlannedPart) -> ToMember {
+    let (digest, peers) = (Digest([3; 32]), Vec::new());
+    ToMember::Planned(Box::new(Planned { digest, part, peers, bound_seconds: 0.0, bytes_total: 0 }))
+}
+
+fn for_trainer() -> ToMember {
+    planned(PlannedPart::Trainer { plan: RankPlan::default(), names: Default::default() })
+}
+
+fn for_inference(relays: bool) -> ToMember {
+    let mut relay = RelayPlan::default();
+    if relays {
+        let place = Strided { region: RegionIndex(0), offset: 0, stride: 1 };
+        relay.plan.ops.push(Op {
+            to: ReceiverRank(1),
+            param: ParamId(0),
+            row_bytes: 1,
+            rows: 1,
+            source: place,
+            destination: place,
+            gather: false,
+            transform: Transform::Copy,
+            rail: 0,
+            wave: 0,
+        });
+    }
+    planned(PlannedPart::Inference { part: ReceiverPart::default(), relay, names: Default::default() })
+}
+
+fn trainer() -> TrainerMember {
+    let (mut member, _) = TrainerMember::join(join(Rank::Trainer(TrainerRank(0))));
+    assert!(matches!(member.handle(for_trainer()), Ok(Some(TrainerStep::Connect(_)))));
+    assert_eq!(member.ready(), Some(ToController::Ready { digest: Digest([3; 32]) }));
+    assert!(matches!(member.handle(ToMember::Start), Ok(Some(TrainerStep::Started))));
+    member
+}
+
+fn inference(relays: bool) -> InferenceMember {
+    let (mut member, _) = InferenceMember::join(join(Rank::Receiver(ReceiverRank(0))));
+    assert!(matches!(member.handle(for_inference(relays)), Ok(Some(InferenceStep::Planned(_)))));
+    assert!(member.ready().is_some());
+    assert!(matches!(member.handle(ToMember::Start), Ok(Some(InferenceStep::Started))));
+    member
+}
+
+fn prepare(push: PushId, version: u64) -> ToMember {
+    ToMember::Prepare { push, version, fence: Vec::new() }
+}
+
+fn abort(version: u64) -> ToMember {
+    ToMember::Abort { version, reason: "no".into() }
+}
+
+fn prepared(relays: bool) -> InferenceMember {
+    let mut member = inference(relays);
+    assert!(matches!(member.handle(prepare(P, 1)), Ok(Some(InferenceStep::Prepare { .. }))));
+    assert_eq!(member.served(), Served::Version(0));
+    assert_eq!(member.prepared(Ok(())), Some(ToController::Prepared { push: P }));
+    assert_eq!(member.served(), Served::Torn(1));
+    member
+}
+
+#[test]
+fn a_part_for_the_other_side_is_refused() {
+    let (mut member, _) = TrainerMember::join(join(Rank::Trainer(TrainerRank(0))));
+    assert_eq!(member.handle(for_inference(false)).unwrap_err().expected, "a trainer's part of the plan");
+    let (mut member, _) = InferenceMember::join(join(Rank::Receiver(ReceiverRank(0))));
+    assert_eq!(member.handle(for_trainer()).unwrap_err().found, "a trainer's");
+}
+
+#[test]
+fn a_trainer_that_is_stopped_still_says_what_it_owes() {
+    let mut member = trainer();
+    assert_eq!(member.begin(1), Some(ToController::Begin { version: 1 }));
+    assert_eq!(member.begin(2), None);
+    assert!(member.handle(ToMember::Write { push: P, version: 2 }).is_err());
+    assert!(matches!(
+        member.handle(ToMember::Write { push: P, version: 1 }),
+        Ok(Some(TrainerStep::Write { .. }))
+    ));
+    assert!(matches!(member.handle(abort(1)), Ok(Some(TrainerStep::Stop { .. }))));
+    assert_eq!(member.begin(1), None, "it still writes");
+    let fences = vec![Fence { at: ReceiverRank(0), rail: 3 }];
+    let said = member.written(Err("stopped".into()), fences.clone());
+    assert_eq!(said, Some(ToController::Failed { push: P, reason: "stopped".into(), fences }));
+    assert_eq!(member.written(Ok((0, 0)), Vec::new()), None, "once");
+    assert!(member.begin(1).is_some());
+}
+
+#[test]
+fn a_trainer_that_failed_is_not_told_of_a_commit() {
+    let mut member = trainer();
+    member.begin(1);
+    member.handle(ToMember::Write { push: P, version: 1 }).unwrap();
+    member.written(Err("no".into()), Vec::new());
+    let done = ToMember::Done { push: P, version: 1, unconfirmed: Vec::new() };
+    assert_eq!(
+        member.handle(done).unwrap_err(),
+        Unexpected { expected: "the end of the failed push", found: "a done" }
+    );
+    assert!(matches!(member.handle(abort(1)), Ok(Some(TrainerStep::Aborted { version: 1, .. }))));
+}
+
+#[test]
+fn a_commit_of_another_attempt_changes_nothing() {
+    let mut member = prepared(false);
+    assert!(matches!(member.handle(ToMember::Commit { push: Q, version: 2 }), Ok(None)));
+    assert_eq!(member.served(), Served::Torn(1));
+    assert!(matches!(
+        member.handle(ToMember::Commit { push: P, version: 1 }),
+        Ok(Some(InferenceStep::Commit { .. }))
+    ));
+    assert!(member.handle(abort(1)).is_err(), "it is decided, and this rank has not answered");
+    assert_eq!(member.committed(), Some(ToController::Committed { push: P }));
+    assert_eq!((member.served(), member.committed_version()), (Served::Version(1), 1));
+}
+
+#[test]
+fn rails_that_do_not_close_fail_the_attempt_and_tear_nothing() {
+    let mut member = inference(true);
+    member.handle(prepare(P, 1)).unwrap();
+    let failed = ToController::Failed { push: P, reason: "stuck".into(), fences: Vec::new() };
+    assert_eq!(member.prepared(Err("stuck".into())), Some(failed));
+    assert_eq!(member.served(), Served::Version(0));
+    assert_eq!(member.relayed(Ok((0, 0)), Vec::new()), None, "it passed nothing on");
+    assert!(matches!(member.handle(abort(1)), Ok(Some(InferenceStep::Aborted { .. }))));
+    assert!(member.handle(prepare(Q, 1)).is_ok());
+}
+
+#[test]
+fn what_is_passed_on_ends_before_the_next_attempt() {
+    let mut member = prepared(true);
+    assert!(matches!(member.handle(abort(1)), Ok(Some(InferenceStep::Aborted { .. }))));
+    assert_eq!(member.handle(prepare(Q, 1)).unwrap_err().expected, "the end of the push");
+    let fences = vec![Fence { at: ReceiverRank(1), rail: 0 }];
+    let failed = ToController::Failed { push: P, reason: "stopped".into(), fences: fences.clone() };
+    assert_eq!(member.relayed(Err("stopped".into()), fences), Some(failed));
+    assert!(member.handle(prepare(Q, 1)).is_ok());
+}
+
+#[test]
+fn a_message_has_the_bytes_of_its_frame() {
+    for message in [prepare(P, u64::MAX), for_inference(true), abort(1), ToMember::Heartbeat] {
+        assert_eq!(message.encoded_bytes(), postcard::to_stdvec(&message).unwrap().len() as u64);
+    }
+    let message = ToController::Join(Box::new(join(Rank::Trainer(TrainerRank(0)))));
+    assert_eq!(message.encoded_bytes(), postcard::to_stdvec(&message).unwrap().len() as u64);
+}
+
+fn message(number: u8) -> ToMember {
+    let push = if number.is_multiple_of(2) { P } else { Q };
+    let version = u64::from(number % 3);
+    match number / 8 {
+        0 => for_trainer(),
+        1 => for_inference(number.is_multiple_of(2)),
+        2 => ToMember::Start,
+        3 => prepare(push, version),
+        4 => ToMember::Fence { push, rails: vec![0] },
+        5 => ToMember::Write { push, version },
+        6 => ToMember::Commit { push, version },
+        7 => ToMember::Done { push, version, unconfirmed: Vec::new() },
+        8 => abort(version),
+        9 => ToMember::Finished,
+        _ => ToMember::Heartbeat,
+    }
+}
+
+proptest! {
+    /// Whatever comes, and whatever the driver answers: no panic, a version is served only after its commit, and every attempt
+    /// is reported once.
+    #[test]
+    fn no_order_of_messages_is_half_obeyed(events in prop::collection::vec((0u8..96, any::<bool>()), 0..60)) {
+        let (mut trains, mut serves) = (trainer(), prepared(true));
+        // The relay of `prepared` is under way.
+        let (mut owed, mut reports) = (1, 0);
+        for (number, well) in events {
+            let result = || if well { Ok((0, 0)) } else { Err("no".to_owned()) };
+            let closed = if well { Ok(()) } else { Err("no".to_owned()) };
+            let _ = trains.handle(message(number));
+            trains.begin(u64::from(number));
+            trains.written(result(), Vec::new());
+            let committed = serves.committed_version();
+            match serves.handle(message(number)) {
+                Ok(Some(InferenceStep::Prepare { version, .. })) => {
+                    prop_assert_eq!(owed, reports, "prepared while it passes on");
+                    prop_assert!(serves.prepared(closed.clone()).is_some());
+                    if well {
+                        owed += 1;
+                        prop_assert_eq!(serves.served(), Served::Torn(version));
+                    }
+                }
+                Ok(Some(InferenceStep::Fence { .. })) => prop_assert!(serves.fenced(closed).is_some()),
+                Ok(Some(InferenceStep::Commit { version, .. })) => {
+                    prop_assert_eq!(serves.served(), Served::Torn(version));
+                    prop_assert!(serves.committed().is_some());
+                    prop_assert_eq!(serves.served(), Served::Version(version));
+                }
+                _ => prop_assert_eq!(serves.committed_version(), committed),
+            }
+            if well {
+                reports += usize::from(serves.relayed(result(), Vec::new()).is_some());
+            }
+            prop_assert!(reports <= owed);
+        }
+    }
+}

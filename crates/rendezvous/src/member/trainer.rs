@@ -1,0 +1,162 @@
+//! A trainer's half. See the table of [`crate::member`].
+
+use xfer_plan::Rank;
+
+use super::{Admission, AdmissionStep, Attempt, Unexpected, report};
+use crate::protocol::{Fence, Join, Planned, PlannedPart, PushId, ToController, ToMember};
+
+/// What a trainer does next.
+#[derive(Debug)]
+pub enum TrainerStep {
+    /// Connect and warm the rails, then [`TrainerMember::ready`].
+    Connect(Box<Planned>),
+    /// Every rank is ready: [`TrainerMember::begin`] when there is a version.
+    Started,
+    /// Write everything, then [`TrainerMember::written`].
+    Write {
+        /// The attempt.
+        push: PushId,
+        /// Its version.
+        version: u64,
+    },
+    /// The attempt is over while this rank still writes: stop, then [`TrainerMember::written`].
+    Stop {
+        /// Who failed at what.
+        reason: String,
+    },
+    /// The version is committed.
+    Committed {
+        /// The version.
+        version: u64,
+        /// Inference ranks that were lost before they confirmed it.
+        unconfirmed: Vec<Rank>,
+    },
+    /// The attempt is over; the version is not committed.
+    Aborted {
+        /// The version.
+        version: u64,
+        /// Who failed at what.
+        reason: String,
+    },
+    /// The controller has ended the job, or refused this rank. Nothing further comes.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+}
+
+enum State {
+    Joining(Admission),
+    Idle,
+    Begun(u64),
+    Writing(Attempt),
+    Stopping(PushId),
+    /// `Written` was said.
+    Deciding(Attempt),
+    /// `Failed` was said.
+    Failed(u64),
+}
+
+/// A trainer's half of the protocol.
+pub struct TrainerMember {
+    state: State,
+}
+
+impl TrainerMember {
+    /// A trainer that asks to take part, and what it says.
+    pub fn join(join: Join) -> (Self, ToController) {
+        (Self { state: State::Joining(Admission::Joining) }, ToController::Join(Box::new(join)))
+    }
+
+    /// Its rails are connected and warm.
+    pub fn ready(&mut self) -> Option<ToController> {
+        match &mut self.state {
+            State::Joining(admission) => admission.ready(),
+            _ => None,
+        }
+    }
+
+    /// Its weights of `version` are final. Between pushes.
+    pub fn begin(&mut self, version: u64) -> Option<ToController> {
+        let State::Idle = self.state else { return None };
+        self.state = State::Begun(version);
+        Some(ToController::Begin { version })
+    }
+
+    /// The end of its writes: bytes and writes delivered, or why not all were. `fences`: where bytes may still be on
+    /// their way that it has given up on.
+    pub fn written(
+        &mut self,
+        result: Result<(u64, u64), String>,
+        fences: Vec<Fence>,
+    ) -> Option<ToController> {
+        let push = match self.state {
+            State::Writing(attempt) => {
+                self.state = match result {
+                    Ok(_) => State::Deciding(attempt),
+                    Err(_) => State::Failed(attempt.version),
+                };
+                attempt.push
+            }
+            State::Stopping(push) => {
+                self.state = State::Idle;
+                push
+            }
+            _ => return None,
+        };
+        Some(report(push, result, fences))
+    }
+
+    /// Takes what the controller says. `None`: nothing to do.
+    pub fn handle(&mut self, message: ToMember) -> Result<Option<TrainerStep>, Unexpected> {
+        let (next, step) = match (&mut self.state, message) {
+            (_, ToMember::Heartbeat) => return Ok(None),
+            (_, ToMember::Refused { reason }) => return Ok(Some(TrainerStep::Refused { reason })),
+            (State::Joining(admission), message) => match admission.handle(message)? {
+                AdmissionStep::Planned(planned) if matches!(planned.part, PlannedPart::Trainer { .. }) => {
+                    return Ok(Some(TrainerStep::Connect(planned)));
+                }
+                AdmissionStep::Planned(_) => {
+                    let (expected, found) = ("a trainer's part of the plan", "an inference rank's");
+                    return Err(Unexpected { expected, found });
+                }
+                AdmissionStep::Started => (State::Idle, TrainerStep::Started),
+            },
+            (State::Begun(begun), ToMember::Write { push, version }) if *begun == version => {
+                (State::Writing(Attempt { push, version }), TrainerStep::Write { push, version })
+            }
+            (State::Begun(version) | State::Failed(version), ToMember::Abort { reason, .. }) => {
+                (State::Idle, TrainerStep::Aborted { version: *version, reason })
+            }
+            (State::Writing(attempt), ToMember::Abort { reason, .. }) => {
+                (State::Stopping(attempt.push), TrainerStep::Stop { reason })
+            }
+            (State::Deciding(attempt), ToMember::Abort { reason, .. }) => {
+                (State::Idle, TrainerStep::Aborted { version: attempt.version, reason })
+            }
+            (State::Deciding(attempt), ToMember::Done { push, version, unconfirmed })
+                if attempt.push == push && attempt.version == version =>
+            {
+                (State::Idle, TrainerStep::Committed { version, unconfirmed })
+            }
+            (state, other) => return Err(Unexpected::new(state.expects(), &other)),
+        };
+        self.state = next;
+        Ok(Some(step))
+    }
+}
+
+impl State {
+    /// What the controller may say now, for errors.
+    fn expects(&self) -> &'static str {
+        match self {
+            Self::Joining(_) => "the job",
+            Self::Idle => "its own next version",
+            Self::Begun(_) => "the start of the push",
+            Self::Writing(_) => "an abort or nothing",
+            Self::Stopping(_) => "its own writes to stop",
+            Self::Deciding(_) => "the commit",
+            Self::Failed(_) => "the end of the failed push",
+        }
+    }
+}

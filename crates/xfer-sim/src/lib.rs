@@ -11,7 +11,9 @@
 struct Readme;
 
 mod cluster;
+mod job;
 mod network;
+mod pipeline;
 mod queue;
 mod random;
 mod time;
@@ -19,6 +21,14 @@ mod time;
 pub use cluster::{
     Cluster, ClusterError, Control, Gpu, GpuId, Host, Nic, NicId, NoSuchPreset, Preset, Racks, Semantics,
 };
+pub use job::{
+    Bin, Fault, JobConfig, JobError, JobReport, NicUse, NoSuchSabotage, Progress, PushTimes, RankTimes,
+    Sabotage, Slow, Stage, StageTime, Trace, Trial, TrialEnd, simulate,
+};
 pub use network::{Done, Link, Network, NetworkError, Outcome, TransferId, Way};
+pub use pipeline::{
+    Mesh, MeshGroup, PipelineConfig, PipelineError, PipelineReport, PipelineStage, Round, Task,
+    simulate_pipeline,
+};
 pub use queue::{EventId, EventQueue};
 pub use time::Time;

@@ -109,12 +109,28 @@ impl Network {
     ///
     /// The cluster has no such way.
     pub fn start(&mut self, now: Time, way: Way, bytes: u64, tag: u64) -> Result<TransferId, NetworkError> {
-        let path = self.links.path(way, &self.cluster).ok_or(NetworkError::NoSuchWay { way })?;
-        self.run_to(now);
         let work = match way {
             Way::Nic { .. } => self.cluster.nic.wire_bytes(bytes),
             _ => bytes,
         };
+        self.start_sized(now, way, work, tag)
+    }
+
+    /// As [`Network::start`], for whoever knows what it takes of the wire: several short messages behind each other, say, that
+    /// are reported together.
+    ///
+    /// # Errors
+    ///
+    /// The cluster has no such way.
+    pub fn start_sized(
+        &mut self,
+        now: Time,
+        way: Way,
+        work: u64,
+        tag: u64,
+    ) -> Result<TransferId, NetworkError> {
+        let path = self.links.path(way, &self.cluster).ok_or(NetworkError::NoSuchWay { way })?;
+        self.run_to(now);
         let (transfer, lane) = self.transfers.push(way, work, tag);
         if self.transfers.lane(lane).waiting == 1 {
             let lane_state = self.transfers.lane_mut(lane);

@@ -8,7 +8,6 @@ use std::process::Command;
 use std::time::Duration;
 
 use serde::Serialize;
-use weightsync::PushReport;
 use weightsync_lab::{LINKS_MAX, Lab, LabOptions, Side};
 
 use crate::machine::Machine;
@@ -16,9 +15,16 @@ use crate::process::Process;
 use crate::roles::Transfer;
 use crate::series::{Better, Series};
 
+mod job;
+mod push;
 mod role;
 
+pub(crate) use job::Job;
+pub(crate) use push::Ranks;
 pub(crate) use role::{controller, inference, trainer};
+
+/// Ranks a side.
+const RANKS: u32 = 2;
 
 /// The link that is slow where one is, and the divisor of its rate.
 const SLOW_LINK: u16 = 3;
@@ -122,14 +128,13 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
             rails.push((name, pushed.by_rail));
         }
     }
-    let (trainers, inference) = (role::RANKS, role::RANKS);
     let settings = Settings {
         links: even.links,
         rate_bits: even.rate_bits,
         mtu: even.mtu,
         bytes: options.bytes(),
-        trainers,
-        inference,
+        trainers: RANKS,
+        inference: RANKS,
     };
     let results = Results { benchmark: "lab", machine: Machine::read()?, settings, series, rails };
     if options.json {
@@ -190,43 +195,34 @@ struct Pushed {
 }
 
 fn push(lab: &Lab, chunk_bytes: u64, options: &Options) -> anyhow::Result<Pushed> {
-    let here = std::env::current_exe()?;
-    let start = |side, words: &[&str]| Process::launch(lab.command(side, &here), words);
-    let mut controller = start(Side::A, &["lab-controller", &chunk_bytes.to_string()])?;
-    let address: String = controller.answer()?;
-    let (links, bytes) = (lab.options().links.to_string(), options.bytes().to_string());
-    let ranks = |side, role: &str| -> anyhow::Result<Vec<Process>> {
-        let rank = |rank: u32| start(side, &[role, &address, &rank.to_string(), &links, &bytes]);
-        (0..role::RANKS).map(rank).collect()
+    let LabOptions { links, rate_bits, mtu, .. } = *lab.options();
+    let job = Job {
+        trainers: RANKS,
+        inference: RANKS,
+        links,
+        shares_links: false,
+        is_replicated: false,
+        bytes: options.bytes(),
+        chunk_bytes,
+        rail_bytes_per_second: (rate_bits as f64 / 8.0 * Lab::payload_share(mtu)) as u64,
     };
-    let inference = ranks(Side::B, "lab-inference")?;
-    let mut trainers = ranks(Side::A, "lab-trainer")?;
+    let mut ranks = Ranks::start(lab, &job)?;
     let mut pushed = Pushed::default();
     for round in 0..=options.rounds {
-        for trainer in &mut trainers {
-            trainer.ask("push")?;
-        }
-        let reports =
-            trainers.iter_mut().map(Process::answer::<PushReport>).collect::<anyhow::Result<Vec<_>>>()?;
-        let bytes: u64 = reports.iter().map(|report| report.bytes).sum();
-        let seconds = reports.iter().map(|report| report.write_seconds).fold(0.0, f64::max);
-        let share = bytes as f64 / seconds / capacity(lab.options()) * 100.0;
+        let push = ranks.push()?;
+        let share = push.bytes() as f64 / push.write_seconds() / capacity(lab.options()) * 100.0;
         eprintln!("  {share:.1} %{}", if round == 0 { " (warm-up, not counted)" } else { "" });
         if round > 0 {
             pushed.shares.push(share);
         }
-        pushed.by_rail =
-            reports.iter().map(|report| report.rails.iter().map(|rail| rail.bytes).collect()).collect();
+        pushed.by_rail = push.by_rail();
     }
-    let ranks = || trainers.iter().chain(&inference);
-    let before: Vec<_> = ranks().map(Process::cpu_seconds).collect();
+    let before: Vec<_> = ranks.members().map(Process::cpu_seconds).collect();
     std::thread::sleep(IDLE);
-    let used =
-        ranks().map(Process::cpu_seconds).zip(before).filter_map(|(after, before)| Some(after? - before?));
+    let after = ranks.members().map(Process::cpu_seconds);
+    let used = after.zip(before).filter_map(|(after, before)| Some(after? - before?));
     pushed.idle = used.map(|seconds| seconds / IDLE.as_secs_f64() * 100.0).collect();
-    for process in trainers.into_iter().chain(inference).chain([controller]) {
-        process.finish()?;
-    }
+    ranks.finish()?;
     Ok(pushed)
 }
 

@@ -15,6 +15,7 @@ mod plan;
 mod process;
 mod roles;
 mod series;
+mod simulator;
 mod svg;
 mod table;
 mod weight_ops;
@@ -24,7 +25,8 @@ use std::process::ExitCode;
 use anyhow::bail;
 use clap::Parser as _;
 
-const USAGE: &str = "usage: weightsync-bench loopback|plan|weight-ops|lab|ladder|cluster|compare [--help]";
+const USAGE: &str =
+    "usage: weightsync-bench loopback|plan|weight-ops|lab|ladder|simulator|cluster|compare [--help]";
 
 fn main() -> anyhow::Result<ExitCode> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -34,6 +36,7 @@ fn main() -> anyhow::Result<ExitCode> {
         ["cluster", ..] => cluster::run(&cluster::Options::parse_from(&words)),
         ["loopback", ..] => loopback::run(&loopback::Options::parse_from(&words)),
         ["lab", ..] => lab::run(&lab::Options::parse_from(&words)),
+        ["simulator", ..] => simulator::run(&simulator::Options::parse_from(&words)),
         ["ladder", ..] => ladder::run(&ladder::Options::parse_from(&words)),
         ["plan", ..] => plan::run(&plan::Options::parse_from(&words)),
         ["weight-ops", ..] => weight_ops::run(&weight_ops::Options::parse_from(&words)),
@@ -41,13 +44,9 @@ fn main() -> anyhow::Result<ExitCode> {
         [cluster::RANK_COMMAND, place @ ..] => cluster::rank(place),
         ["trainer", address, bytes, fabric] => roles::trainer(address, bytes.parse()?, fabric.parse()?),
         ["inference", address, bytes, fabric] => roles::inference(address, bytes.parse()?, fabric.parse()?),
-        ["lab-controller", chunk_bytes] => lab::controller(chunk_bytes.parse()?),
-        ["lab-trainer", controller, rank, links, bytes] => {
-            lab::trainer(controller, rank.parse()?, links.parse()?, bytes.parse()?)
-        }
-        ["lab-inference", controller, rank, links, bytes] => {
-            lab::inference(controller, rank.parse()?, links.parse()?, bytes.parse()?)
-        }
+        ["lab-controller", job] => lab::controller(job),
+        ["lab-trainer", controller, rank, job] => lab::trainer(controller, rank.parse()?, job),
+        ["lab-inference", controller, rank, job] => lab::inference(controller, rank.parse()?, job),
         ["ladder-target", gpus, links, bytes] => {
             ladder::target(gpus.parse()?, links.parse()?, bytes.parse()?)
         }

@@ -7,7 +7,8 @@ use crate::libfabric::{self, Profile};
 use crate::{Failure, step, workspace};
 
 /// What can be measured.
-const BENCHMARKS: [&str; 7] = ["loopback", "plan", "weight-ops", "lab", "ladder", "cluster", "compare"];
+const BENCHMARKS: [&str; 8] =
+    ["loopback", "plan", "weight-ops", "lab", "ladder", "simulator", "cluster", "compare"];
 
 /// Tells the build which commit it is of; results carry it.
 const COMMIT_VARIABLE: &str = "WEIGHTSYNC_COMMIT";
@@ -29,7 +30,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     bench.arg(name);
     match name.as_str() {
         "loopback" | "lab" => add_plain_loop(&mut bench)?,
-        "ladder" => drop(add_libfabric(&mut bench)?),
+        "ladder" | "simulator" => drop(add_libfabric(&mut bench)?),
         // A cluster has its own libfabric, which knows its NICs.
         "cluster" if options.iter().any(|option| option.starts_with("--local")) => {
             add_libfabric(&mut bench)?;
@@ -41,7 +42,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
 }
 
 /// The commit that is checked out, marked where files differ from it; none without git.
-fn commit() -> Option<String> {
+pub(crate) fn commit() -> Option<String> {
     let git = |arguments: &[&str]| {
         let output = Command::new("git").current_dir(workspace::root()).args(arguments).output().ok()?;
         let text = String::from_utf8(output.stdout).ok()?;

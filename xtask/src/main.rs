@@ -15,6 +15,7 @@ mod libfabric;
 mod libfabric_build;
 mod real_checkpoint;
 mod rust_source;
+mod sim;
 mod step;
 mod test;
 mod workspace;
@@ -70,6 +71,14 @@ const COMMANDS: &[Command] = &[
             cluster [--help]: pushes on your own hosts, started by Slurm, MPI, torchrun or ssh (--hosts FILE, --local T:I).
             compare BEFORE.json AFTER.json [--margin PERCENT] [--force]: ends with 1 if something got slower beyond noise.",
         run: bench::run,
+    },
+    Command {
+        name: "sim",
+        arguments: "[--seeds N] [--first SEED] | --seed SEED [--trace] | --defects | --defect DEFECT ...",
+        about: "Simulate small jobs in which things go wrong, 1000 seeds unless told otherwise, and check every invariant at
+            every event. --seed SEED --trace replays one and tells of every event. --defects breaks one thing after the other on
+            purpose, and says which seed notices. The tests run the first 1000 seeds too.",
+        run: sim::run,
     },
     Command {
         name: "lab",

@@ -2,36 +2,17 @@
 
 use std::io::BufRead;
 
-use weightsync::{
-    Controller, DType, Error, Fabric, Inference, ParamMap, ServerConfig, SessionConfig, TensorSpec, Trainer,
-    World,
-};
+use weightsync::{Controller, Error, Fabric, Inference, ParamMap, ServerConfig, SessionConfig, Trainer};
 use weightsync_lab::{Lab, Side};
 
-/// Columns of a tensor in bytes: the longest WRITE that is measured.
-const ROW_BYTES: u64 = 1 << 20;
+use super::job::Job;
 
-/// Ranks a side.
-pub(super) const RANKS: u32 = 2;
-
-const WORLD: World = World { trainers: RANKS, inference: RANKS };
-
-/// What trainer `from` has for inference rank `to`.
-fn tensor(from: u32, to: u32) -> String {
-    format!("w.{from}.{to}")
-}
-
-/// Of each tensor, when all of them have `bytes`.
-fn shape(bytes: u64) -> [u64; 2] {
-    [bytes / u64::from(RANKS * RANKS) / ROW_BYTES, ROW_BYTES]
-}
-
-/// The NICs of a rank: its share of the links.
-fn config(controller: &str, rank: u32, links: u16) -> SessionConfig {
-    let mut config = SessionConfig::new(controller, WORLD, rank);
+/// A rank with its links, on a side that has `ranks`.
+fn config(controller: &str, job: &Job, rank: u32, ranks: u32) -> SessionConfig {
+    let mut config = SessionConfig::new(controller, job.world(), rank);
     config.fabric = Fabric::Tcp;
-    let each = links / RANKS as u16;
-    config.nics = (rank as u16 * each..(rank as u16 + 1) * each).map(Lab::device).collect();
+    config.nics = job.links_of(rank, ranks).map(Lab::device).collect();
+    config.rail_bytes_per_second = Some(job.rail_bytes_per_second);
     config
 }
 
@@ -40,13 +21,14 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 }
 
 /// Says where it listens, and ends with the job.
-pub(crate) fn controller(chunk_bytes: u64) -> anyhow::Result<()> {
+pub(crate) fn controller(job: &str) -> anyhow::Result<()> {
+    let job: Job = serde_json::from_str(job)?;
     runtime()?.block_on(async {
-        let mut config = ServerConfig::loopback(WORLD)?;
+        let mut config = ServerConfig::loopback(job.world())?;
         config.listen = format!("{}:0", Lab::control_address(Side::A));
         // The lab's control link leads nowhere else.
         config.insecure = true;
-        config.controller.options.chunk_bytes_max = chunk_bytes;
+        config.controller.options.chunk_bytes_max = job.chunk_bytes;
         let server = Controller::bind(config).await?.spawn(|_| {});
         println!("\"{}\"", server.local_addr());
         match server.ended().await {
@@ -57,11 +39,11 @@ pub(crate) fn controller(chunk_bytes: u64) -> anyhow::Result<()> {
 }
 
 /// Pushes once for each line of standard input, and answers with the report.
-pub(crate) fn trainer(controller: &str, rank: u32, links: u16, bytes: u64) -> anyhow::Result<()> {
+pub(crate) fn trainer(controller: &str, rank: u32, job: &str) -> anyhow::Result<()> {
+    let job: Job = serde_json::from_str(job)?;
     runtime()?.block_on(async {
-        let mut trainer = Trainer::new(config(controller, rank, links));
-        let spec = |to| TensorSpec::whole(tensor(rank, to), DType::U8, &shape(bytes));
-        let ids = trainer.allocate((0..RANKS).map(spec).collect::<Result<_, _>>()?)?;
+        let mut trainer = Trainer::new(config(controller, &job, rank, job.trainers));
+        let ids = trainer.allocate(job.sources(rank)?)?;
         for id in ids {
             if let Some(bytes) = trainer.tensor_mut(id) {
                 bytes.fill(1);
@@ -78,12 +60,13 @@ pub(crate) fn trainer(controller: &str, rank: u32, links: u16, bytes: u64) -> an
 }
 
 /// Takes versions until the trainers leave.
-pub(crate) fn inference(controller: &str, rank: u32, links: u16, bytes: u64) -> anyhow::Result<()> {
+pub(crate) fn inference(controller: &str, rank: u32, job: &str) -> anyhow::Result<()> {
+    let job: Job = serde_json::from_str(job)?;
     runtime()?.block_on(async {
-        let mut inference = Inference::new(config(controller, rank, links));
-        for from in 0..RANKS {
-            let name = tensor(from, rank);
-            inference.register(name.clone(), DType::U8, &shape(bytes), ParamMap::tensor(name))?;
+        let mut inference = Inference::new(config(controller, &job, rank, job.inference));
+        for tensor in job.wanted(rank)? {
+            let map = ParamMap::tensor(tensor.name.clone());
+            inference.register(tensor.name, tensor.dtype, &tensor.shape, map)?;
         }
         let mut session = inference.connect().await?;
         loop {

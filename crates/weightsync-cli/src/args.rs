@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use weightsync::{Fabric, PlanOptions, Secret, SessionConfig, World};
 
 use crate::commands::plan::args::PlanCommand;
+use crate::commands::simulate::args::SimulateArgs;
 use crate::commands::topo::TopoArgs;
 
 mod local_rank;
@@ -57,6 +58,11 @@ pub(crate) enum Command {
     Info(InfoArgs),
     /// Make the plan of a transfer and show what it means, without any of its machines; or compare two plans
     Plan(Box<PlanCommand>),
+    /// Play a push in virtual time on a modelled cluster, and show where its time goes
+    ///
+    /// The plan and the engine are those of a real push; hosts, NICs and their network are modelled, with numbers that
+    /// --cluster states. So a cluster of any size is tried on a laptop, with stragglers and slow NICs.
+    Simulate(Box<SimulateArgs>),
     /// Draw this host, or another from a dump: NUMA nodes, PCI switches, GPUs with their NICs, and cores for their threads
     Topo(TopoArgs),
     /// Compute what the ranks of a training job send each other in an epoch, and what a push adds to it
@@ -277,7 +283,7 @@ pub(crate) struct TrafficArgs {
 }
 
 /// A whole number from 1, also as 156e9.
-fn count(text: &str) -> Result<u64, String> {
+pub(crate) fn count(text: &str) -> Result<u64, String> {
     // Up to here a float holds every whole number.
     const EXACT_MAX: f64 = (1u64 << 53) as f64;
     let whole = |value: &f64| (1.0..=EXACT_MAX).contains(value) && value.fract() == 0.0;
@@ -291,13 +297,13 @@ fn count(text: &str) -> Result<u64, String> {
     }
 }
 
-fn seconds(text: &str) -> Result<Duration, String> {
+pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = seconds_or_none(text)?;
     let range = weightsync::DEADLINE_RANGE;
     if range.contains(&seconds) { Ok(seconds) } else { Err(format!("must be within {range:?}")) }
 }
 
-fn seconds_or_none(text: &str) -> Result<Duration, String> {
+pub(crate) fn seconds_or_none(text: &str) -> Result<Duration, String> {
     // A day is longer than anybody waits, and keeps sums of times in range.
     const SECONDS_MAX: f64 = 86_400.0;
     let seconds: f64 = text.parse().map_err(|_| "a number of seconds is expected".to_owned())?;

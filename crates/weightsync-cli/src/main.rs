@@ -8,6 +8,7 @@ mod commands;
 mod events;
 mod losses;
 mod say;
+mod spinner;
 mod table;
 mod trace;
 
@@ -20,8 +21,16 @@ use tracing_subscriber::EnvFilter;
 use crate::args::{Cli, Command};
 use crate::events::{BytesDiffer, EXIT_BYTES_DIFFER};
 
-/// A run that failed: an error, a lost rank, a deadline. clap itself ends with 2 on wrong usage.
+/// A run that failed: an error, a lost rank, a deadline.
 const EXIT_FAILED: u8 = 1;
+
+/// What clap ends with on wrong usage.
+const EXIT_USAGE: u8 = 2;
+
+/// Input of which only a look at all of it tells that it is wrong. The program ends as clap does.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct WrongInput(String);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -39,8 +48,14 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("weightsync: {}", with_causes(&error));
-            let differ = error.downcast_ref::<BytesDiffer>().is_some();
-            ExitCode::from(if differ { EXIT_BYTES_DIFFER } else { EXIT_FAILED })
+            let code = if error.is::<BytesDiffer>() {
+                EXIT_BYTES_DIFFER
+            } else if error.is::<WrongInput>() {
+                EXIT_USAGE
+            } else {
+                EXIT_FAILED
+            };
+            ExitCode::from(code)
         }
     }
 }
@@ -62,6 +77,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Serve(args) => commands::serve::run(args).await,
         Command::Info(args) => commands::info::run(&args),
         Command::Plan(args) => commands::plan::run(&args),
+        Command::Simulate(args) => commands::simulate::run(&args),
         Command::Topo(args) => commands::topo::run(&args),
         Command::Traffic(args) => commands::traffic::run(&args),
     }

@@ -67,7 +67,9 @@ fn json_has_the_facts_of_the_summary() {
         cells.iter().flat_map(|row| row.as_array().unwrap()).map(|cell| cell.as_u64().unwrap()).sum();
     assert_eq!(report["payload"]["trainer_nic_bytes"], sum);
     // Options reach the planner.
-    let chunked = json_of(&format!("{TOY} --chunk 64 --relay never --nic-gbps 200 --nics-per-gpu 1"));
+    let chunked =
+        json_of(&format!("{TOY} --chunk 64 --watermark 64 --relay never --nic-gbps 200 --nics-per-gpu 1"));
+    assert_eq!(chunked["report"]["staging"]["watermark_bytes"], 64 << 20);
     assert_eq!(chunked["report"]["payload"]["nvlink_bytes"], 0);
     assert_eq!(chunked["report"]["bound"]["bytes_per_second"], 25_000_000_000_u64);
     assert_eq!(chunked["report"]["trainers"]["sends"]["nics"]["count"], 4);

@@ -55,20 +55,25 @@ impl Plan {
         }
         let receivers = self.receivers.len();
         let first = trainer.index() * receivers / self.trainers.len().max(1);
-        Ok(in_waves(self.interleave(ops, ReceiverRank(first as u32)), options.watermark_bytes))
+        Ok(in_waves(self.interleave(&ops, ReceiverRank(first as u32)), options.watermark_bytes))
     }
 
-    fn interleave(&self, mut ops: Vec<Routed>, start: ReceiverRank) -> Vec<Routed> {
-        // Stable, and the input is in the order of transfers: equals stay in the order of their addresses.
-        ops.sort_by_key(|Routed { op, .. }| (op.to, self.priority(op.param), std::cmp::Reverse(op.bytes())));
-        let mut queues: Vec<&[Routed]> = ops.chunk_by(|a, b| a.op.to == b.op.to).collect();
+    fn interleave(&self, ops: &[Routed], start: ReceiverRank) -> Vec<Routed> {
+        // By place too, as the input is in the order of transfers: equals stay in the order of their addresses. Places are
+        // sorted and not operations, which are ten times as long.
+        let key = |(place, Routed { op, .. }): (u32, &Routed)| {
+            (op.to, self.priority(op.param), std::cmp::Reverse(op.bytes()), place)
+        };
+        let mut keys: Vec<_> = (0..).zip(ops).map(key).collect();
+        keys.sort_unstable();
+        let mut queues: Vec<&[_]> = keys.chunk_by(|a, b| a.0 == b.0).collect();
         let mut ordered = Vec::with_capacity(ops.len());
-        let first = queues.partition_point(|queue| queue.first().is_some_and(|first| first.op.to < start));
+        let first = queues.partition_point(|queue| queue.first().is_some_and(|first| first.0 < start));
         queues.rotate_left(first);
         while !queues.is_empty() {
             queues.retain_mut(|queue| {
-                if let Some((next, rest)) = queue.split_first() {
-                    ordered.push(*next);
+                if let Some(((.., place), rest)) = queue.split_first() {
+                    ordered.extend(ops.get(*place as usize));
                     *queue = rest;
                 }
                 !queue.is_empty()

@@ -1,4 +1,4 @@
-//! A cluster in virtual time: what it is made of, and how its transfers share it.
+//! A cluster in virtual time: what it is made of, how its transfers share it, and how a whole job runs on it.
 //!
 //! The README says what is modelled and what is not. Nothing here reads a clock, does I/O, starts a thread or draws a random
 //! number that does not follow from a given seed: the same calls give the same answers, everywhere.

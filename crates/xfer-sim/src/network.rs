@@ -63,6 +63,7 @@ pub struct Network {
     fair: FairShare,
     transfers: Transfers,
     events: EventQueue<Event>,
+    tolerance: f64,
     random: Random,
     now: Time,
     /// Over, and not yet told.
@@ -92,6 +93,7 @@ impl Network {
             cluster: cluster.clone(),
             transfers: Transfers::default(),
             events: EventQueue::new(),
+            tolerance,
             random: Random::new(seed),
             now: Time::ZERO,
             done: Vec::new(),
@@ -246,13 +248,13 @@ impl Network {
         if !self.fair.is_stale() {
             return;
         }
-        let Network { fair, transfers, events, now, .. } = self;
+        let Network { fair, transfers, events, now, tolerance, .. } = self;
         fair.update(|lane, rate| {
             let lane_index = LaneIndex(lane);
             let lane = transfers.lane_mut(lane_index);
             lane.settle(*now);
             lane.rate = rate;
-            schedule(events, lane, lane_index);
+            schedule(events, lane, lane_index, *tolerance);
         });
     }
 
@@ -261,6 +263,10 @@ impl Network {
         let lane = self.transfers.lane_mut(index);
         lane.settle(self.now);
         lane.event = None;
+        if self.tolerance > 0.0 && lane.ends().is_some_and(|ends| ends > self.now) {
+            // Its rate has fallen meanwhile.
+            return schedule(&mut self.events, lane, index, 0.0);
+        }
         let Some(slot) = self.transfers.pop(index) else { return };
         self.serve_next(index);
         let arrives = self.arrival(index);
@@ -275,7 +281,7 @@ impl Network {
         match work {
             Some(work) => {
                 lane.remaining += work as f64;
-                schedule(&mut self.events, lane, index);
+                schedule(&mut self.events, lane, index, 0.0);
             }
             None => self.fair.leave(index.0),
         }
@@ -320,7 +326,7 @@ impl Network {
                     let lane = self.transfers.lane_mut(index);
                     lane.settle(self.now);
                     lane.remaining = 0.0;
-                    if let Some(event) = lane.event.take() {
+                    if let Some((event, _)) = lane.event.take() {
                         self.events.cancel(event);
                     }
                     self.serve_next(index);
@@ -332,11 +338,22 @@ impl Network {
 }
 
 /// Puts the end of a lane's first transfer where its rate says; nowhere, if that is never.
-fn schedule(events: &mut EventQueue<Event>, lane: &mut Lane, index: LaneIndex) {
+///
+/// With a tolerance, an end that is near enough stays where it is: one that is too early is found out when it comes, and one
+/// that is late by a small part of the time that is left errs to the side that rates err to.
+fn schedule(events: &mut EventQueue<Event>, lane: &mut Lane, index: LaneIndex, tolerance: f64) {
     match (lane.ends(), lane.event) {
-        (Some(time), Some(event)) => drop(events.move_to(event, time)),
-        (Some(time), None) => lane.event = Some(events.push(time, Event::Served(index))),
-        (None, Some(event)) => {
+        (Some(time), Some((event, at))) => {
+            let left = time.nanos_since(lane.settled) as f64;
+            let late = at.nanos_since(time) as f64;
+            let is_near = tolerance > 0.0 && late > 0.0 && late <= left * tolerance / 4.0;
+            if !is_near {
+                events.move_to(event, time);
+                lane.event = Some((event, time));
+            }
+        }
+        (Some(time), None) => lane.event = Some((events.push(time, Event::Served(index)), time)),
+        (None, Some((event, _))) => {
             events.cancel(event);
             lane.event = None;
         }

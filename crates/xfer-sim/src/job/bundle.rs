@@ -1,11 +1,13 @@
 //! Operations in bundles: for large jobs, many short operations of one rank to one receiver are simulated as one.
 //!
-//! A model's plan has tens of WRITEs for each megabyte: scales, norms, slices. What they cost is kept exactly: time to post, room on
-//! the wire, bytes of kernels. What is lost is how finely they interleave. Operations that somebody passes on stay as they are.
+//! A model's plan has many WRITEs for each megabyte: scales, norms, slices. What they cost is kept exactly: time to post, room on
+//! the wire, bytes of kernels. What is lost is how finely they interleave. A bundle of what a receiver passes on is passed on
+//! as a bundle.
 
-use std::collections::BTreeMap;
-
-use xfer_plan::{BlockQuant, DType, NO_TAG, Op, RankPlan, ReceiverRank, RegionIndex, Strided, Transform};
+use rendezvous::PlannedPart;
+use xfer_plan::{
+    BlockQuant, DType, NO_TAG, Op, RankPlan, ReceiverRank, RegionIndex, RelayPlan, Strided, Transform,
+};
 
 use crate::cluster::Nic;
 
@@ -27,6 +29,12 @@ impl Cost {
         Cost { writes: writes as u32, wire_bytes, kernel_bytes: super::kernel_bytes(op) }
     }
 
+    /// Of one of its WRITEs.
+    fn of_one(self) -> Cost {
+        let wire_bytes = self.wire_bytes / u64::from(self.writes.max(1));
+        Cost { writes: 1, wire_bytes, ..self }
+    }
+
     fn add(&mut self, other: Cost) {
         self.writes = self.writes.saturating_add(other.writes);
         self.wire_bytes = self.wire_bytes.saturating_add(other.wire_bytes);
@@ -34,52 +42,170 @@ impl Cost {
     }
 }
 
-/// Operations go together that go to the same receiver over the same rail, and are staged or not alike.
-type Key = (ReceiverRank, u8, bool);
+/// Bundles the parts of all ranks, trainers first: bundles of up to `bytes_max`, where their first operations stood. What each
+/// costs, by rank and operation.
+pub(super) fn bundle_all(parts: &mut [PlannedPart], bytes_max: u64, nic: &Nic) -> Vec<Vec<Cost>> {
+    let trainers = parts.iter().take_while(|part| matches!(part, PlannedPart::Trainer { .. })).count();
+    let (trainers, receivers) = parts.split_at_mut(trainers);
+    let mut relays: Vec<Relay> = receivers.iter_mut().map(Relay::of).collect();
+    // Along a chain a tag leads to another: those stay as they are.
+    let chained = relays.iter().flat_map(|relay| &relay.plan.plan.tags).any(|tag| *tag != NO_TAG);
+    let mut costs = Vec::with_capacity(trainers.len() + receivers.len());
+    for part in trainers {
+        let PlannedPart::Trainer { plan, .. } = part else { continue };
+        let (bundled, own) =
+            Bundler { bytes_max, nic, chained, open: Vec::new() }.bundle(std::mem::take(plan), &mut relays);
+        *plan = bundled;
+        costs.push(own);
+    }
+    for (part, relay) in receivers.iter_mut().zip(relays) {
+        let PlannedPart::Inference { relay: into, .. } = part else { continue };
+        let (relay, own) = relay.bundled(nic);
+        *into = relay;
+        costs.push(own);
+    }
+    costs
+}
 
-/// The plan in bundles of up to `bytes_max`, and what each costs. A bundle stands where its first operation stood.
-pub(super) fn bundle(plan: RankPlan, bytes_max: u64, nic: &Nic) -> (RankPlan, Vec<Cost>) {
-    let RankPlan { ops, bytes, tags, .. } = plan;
-    let mut open: BTreeMap<Key, usize> = BTreeMap::new();
-    let mut bundled: Vec<Op> = Vec::new();
-    let mut bundled_tags = Vec::new();
-    let mut costs: Vec<Cost> = Vec::new();
-    for (at, op) in ops.iter().enumerate() {
-        let tag = tags.get(at).copied().unwrap_or(NO_TAG);
-        let cost = Cost::of(op, nic);
-        let key = (op.to, op.rail, op.staged_bytes() > 0);
-        if tag == NO_TAG
-            && let Some(&place) = open.get(&key)
-            && let Some(known) = bundled.get_mut(place)
-            && known.bytes() + op.bytes() <= bytes_max
-        {
-            known.row_bytes += op.bytes() as u32;
-            if let Some(sum) = costs.get_mut(place) {
-                sum.add(cost);
+/// What a receiver passes on, and by old tag which bundle has it.
+struct Relay {
+    plan: RelayPlan,
+    /// By new tag: the old one that it began with, and how many bytes and WRITEs it stands for.
+    bundles: Vec<(u32, u64, u32)>,
+}
+
+impl Relay {
+    fn of(part: &mut PlannedPart) -> Relay {
+        let plan = match part {
+            PlannedPart::Inference { relay, .. } => std::mem::take(relay),
+            PlannedPart::Trainer { .. } => RelayPlan::default(),
+        };
+        Relay { plan, bundles: Vec::new() }
+    }
+
+    /// What a tag releases.
+    fn released(&self, tag: u32) -> &[Op] {
+        let RelayPlan { plan, first, .. } = &self.plan;
+        let start = first.get(tag as usize).map_or(0, |first| *first as usize);
+        let end = first.get(tag as usize + 1).map_or(plan.ops.len(), |next| *next as usize);
+        plan.ops.get(start..end).unwrap_or_default()
+    }
+
+    /// To whom a tag leads: the first of them tells the others, which are the rest of a host.
+    fn leads_to(&self, tag: u32) -> Option<ReceiverRank> {
+        self.released(tag).first().map(|op| op.to)
+    }
+
+    /// With its new tags.
+    fn bundled(self, nic: &Nic) -> (RelayPlan, Vec<Cost>) {
+        if self.bundles.is_empty() {
+            let costs = self.plan.plan.ops.iter().map(|op| Cost::of(op, nic).of_one()).collect();
+            return (self.plan, costs);
+        }
+        let mut relay = RelayPlan::default();
+        let mut costs = Vec::new();
+        for &(tag, bytes, writes) in &self.bundles {
+            relay.first.push(relay.plan.ops.len() as u32);
+            relay.awaited.push(1);
+            for op in self.released(tag) {
+                let op = as_one(op, bytes);
+                costs.push(Cost { writes, wire_bytes: nic.wire_bytes(bytes), kernel_bytes: 0 });
+                relay.plan.bytes += bytes;
+                relay.plan.writes += 1;
+                relay.plan.ops.push(op);
+                relay.plan.tags.push(NO_TAG);
             }
-            continue;
         }
-        if tag == NO_TAG {
-            open.insert(key, bundled.len());
+        (relay, costs)
+    }
+}
+
+/// A bundle that may grow: which, whose bytes, and to whom they are passed on.
+#[derive(Clone, Copy)]
+struct Open {
+    place: usize,
+    leads_to: Option<ReceiverRank>,
+}
+
+/// Bundles one trainer's operations: together go those to the same receiver over the same rail, that are staged or not alike, and
+/// passed on alike.
+struct Bundler<'n> {
+    bytes_max: u64,
+    nic: &'n Nic,
+    /// Whether what is passed on stays as it is.
+    chained: bool,
+    /// By receiver, rail, and whether it is staged and passed on.
+    open: Vec<Option<Open>>,
+}
+
+/// Rails that are told apart.
+const RAILS: usize = 16;
+
+impl Bundler<'_> {
+    fn bundle(mut self, plan: RankPlan, relays: &mut [Relay]) -> (RankPlan, Vec<Cost>) {
+        let RankPlan { ops, bytes, tags, .. } = plan;
+        let mut bundled = RankPlan { bytes, ..RankPlan::default() };
+        let mut costs: Vec<Cost> = Vec::new();
+        for (at, op) in ops.iter().enumerate() {
+            let tag = tags.get(at).copied().unwrap_or(NO_TAG);
+            if tag != NO_TAG && self.chained {
+                bundled.ops.push(*op);
+                bundled.tags.push(tag);
+                costs.push(Cost::of(op, self.nic).of_one());
+                continue;
+            }
+            let relay = relays.get_mut(op.to.index()).filter(|_| tag != NO_TAG);
+            let leads_to = relay.as_ref().and_then(|relay| relay.leads_to(tag));
+            let cost = Cost::of(op, self.nic);
+            let place = self.place(op, tag != NO_TAG);
+            if let Some(Some(open)) = self.open.get(place)
+                && open.leads_to == leads_to
+                && let (Some(known), Some(sum)) = (bundled.ops.get_mut(open.place), costs.get_mut(open.place))
+                && known.bytes() + op.bytes() <= self.bytes_max
+            {
+                known.row_bytes += op.bytes() as u32;
+                sum.add(cost);
+                if let (Some(relay), Some(tag)) = (relay, bundled.tags.get(open.place))
+                    && let Some((_, bytes, writes)) = relay.bundles.get_mut(*tag as usize)
+                {
+                    (*bytes, *writes) = (*bytes + op.bytes(), *writes + cost.writes);
+                }
+                continue;
+            }
+            if let Some(open) = self.open.get_mut(place) {
+                *open = Some(Open { place: bundled.ops.len(), leads_to });
+            }
+            let tag = relay.map_or(NO_TAG, |relay| {
+                relay.bundles.push((tag, op.bytes(), cost.writes));
+                relay.bundles.len() as u32 - 1
+            });
+            bundled.ops.push(as_one(op, op.bytes()));
+            if !tags.is_empty() {
+                bundled.tags.push(tag);
+            }
+            costs.push(cost);
         }
-        bundled.push(if tag == NO_TAG { as_one(op) } else { *op });
-        bundled_tags.push(tag);
-        costs.push(cost);
+        bundled.ops.shrink_to_fit();
+        bundled.writes = bundled.ops.iter().map(Op::writes).sum();
+        (bundled, costs)
     }
-    bundled.shrink_to_fit();
-    let writes = bundled.iter().map(Op::writes).sum();
-    if tags.is_empty() {
-        bundled_tags.clear();
+
+    fn place(&mut self, op: &Op, is_passed_on: bool) -> usize {
+        let kind = usize::from(op.staged_bytes() > 0) * 2 + usize::from(is_passed_on);
+        let place = (op.to.index() * RAILS + usize::from(op.rail) % RAILS) * 4 + kind;
+        if self.open.len() <= place {
+            self.open.resize(place + 1, None);
+        }
+        place
     }
-    (RankPlan { ops: bundled, bytes, writes, tags: bundled_tags }, costs)
 }
 
 /// An operation of so many bytes, staged or not, and without a place: nothing looks at what is written.
-fn as_one(op: &Op) -> Op {
-    let place = Strided { region: RegionIndex(0), offset: 0, stride: op.bytes() };
+fn as_one(op: &Op, bytes: u64) -> Op {
+    let place = Strided { region: RegionIndex(0), offset: 0, stride: bytes };
     // Any transform that is staged as it is long: what the kernel moves is known.
     let staged = Transform::Quantize { from: DType::BF16, quant: BlockQuant::default() };
     let transform = if op.staged_bytes() > 0 { staged } else { Transform::Copy };
     let (source, destination) = (place, place);
-    Op { row_bytes: op.bytes() as u32, rows: 1, source, destination, gather: false, transform, ..*op }
+    Op { row_bytes: bytes as u32, rows: 1, source, destination, gather: false, transform, ..*op }
 }

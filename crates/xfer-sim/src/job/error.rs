@@ -59,7 +59,7 @@ pub enum JobError {
     },
     /// It did not end.
     #[error(
-        "simulated: no end after {events} events, at {at}; the last were:\n{last}raise the event budget, or find out why"
+        "simulated: no end after {events} events, at {at}: raise the event budget, or find out why{last}"
     )]
     Budget {
         /// The budget.
@@ -70,9 +70,7 @@ pub enum JobError {
         last: String,
     },
     /// Nothing more will happen, and the job is not over.
-    #[error(
-        "simulated: at {at} nothing more happens, and the job is not over; the last events were:\n{last}"
-    )]
+    #[error("simulated: at {at} nothing more happens, and the job is not over{last}")]
     Stuck {
         /// When.
         at: Time,
@@ -80,7 +78,7 @@ pub enum JobError {
         last: String,
     },
     /// An invariant does not hold.
-    #[error("simulated: at {at}: {what}; the last events were:\n{last}")]
+    #[error("simulated: at {at}: {what}{last}")]
     Invariant {
         /// When.
         at: Time,

@@ -206,7 +206,6 @@ impl World<'_> {
     }
 
     fn crash(&mut self, number: u32, silent: bool) {
-        let now = self.now;
         let rank = &mut self.ranks[number as usize];
         if !rank.alive {
             return;
@@ -217,8 +216,7 @@ impl World<'_> {
         let rank = &mut self.ranks[number as usize];
         (rank.runner, rank.pushing) = (None, None);
         if was_in && !silent {
-            let at = now.plus_nanos(self.config.cluster.control.latency_nanoseconds);
-            self.events.push(at, Event::MemberGone(number));
+            self.hangs_up(number);
         }
     }
 

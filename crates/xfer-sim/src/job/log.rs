@@ -21,8 +21,8 @@ pub(super) struct Log<'t> {
 }
 
 impl<'t> Log<'t> {
-    pub(super) fn new(trace: Option<&'t mut Trace<'t>>) -> Log<'t> {
-        Log { last: VecDeque::with_capacity(LAST), on: trace.is_some(), trace, events: 0 }
+    pub(super) fn new(trace: Option<&'t mut Trace<'t>>, on: bool) -> Log<'t> {
+        Log { last: VecDeque::with_capacity(LAST), on: on || trace.is_some(), trace, events: 0 }
     }
 
     /// Notes what happens.
@@ -40,9 +40,10 @@ impl<'t> Log<'t> {
         self.last.push_back((now, what));
     }
 
-    /// The last events, a line each.
+    /// The last events, a line each; nothing where none was described.
     pub(super) fn last(&self) -> String {
-        self.last.iter().fold(String::new(), |mut text, (at, what)| {
+        let head = if self.last.is_empty() { "" } else { "; the last events were:\n" };
+        self.last.iter().fold(head.to_owned(), |mut text, (at, what)| {
             // Writing to a string does not fail.
             let _ = writeln!(text, "  {at}  {what}");
             text

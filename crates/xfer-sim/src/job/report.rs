@@ -8,7 +8,7 @@ use xfer_plan::Rank;
 pub struct JobReport {
     /// The pushes, in order.
     pub pushes: Vec<PushTimes>,
-    /// Bytes per push that trainers write.
+    /// Bytes per push that are written, by trainers and by receivers that pass on.
     pub bytes: u64,
     /// In so many WRITEs.
     pub writes: u64,

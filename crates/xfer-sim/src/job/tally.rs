@@ -31,18 +31,21 @@ impl Timeline {
         Timeline { links, width: BIN_NANOSECONDS, bins: Vec::new() }
     }
 
-    fn add(&mut self, after_nanoseconds: u64, link: usize, bytes: u64) {
-        let mut bin = (after_nanoseconds / self.width) as usize;
-        while bin >= BINS_MAX {
+    /// Books bytes evenly over the time that they took.
+    fn spread(&mut self, [from, to]: [u64; 2], link: usize, bytes: u64) {
+        while (to / self.width) as usize >= BINS_MAX {
             self.bins = self.bins.chunks(2).map(add_up).collect();
             self.width *= 2;
-            bin = (after_nanoseconds / self.width) as usize;
         }
-        while self.bins.len() <= bin {
+        let (first, last) = ((from.min(to) / self.width) as usize, (to / self.width) as usize);
+        while self.bins.len() <= last {
             self.bins.push(vec![0.0; self.links]);
         }
-        if let Some(sum) = self.bins.get_mut(bin).and_then(|links| links.get_mut(link)) {
-            *sum += bytes as f32;
+        let share = bytes as f32 / (last - first + 1) as f32;
+        for bin in self.bins.get_mut(first..=last).into_iter().flatten() {
+            if let Some(sum) = bin.get_mut(link) {
+                *sum += share;
+            }
         }
     }
 }
@@ -120,19 +123,19 @@ impl Tally {
         }
     }
 
-    /// Payload has arrived.
-    pub(super) fn moved(&mut self, now: Time, way: Way, bytes: u64) {
+    /// Payload has arrived that was under way since `since`.
+    pub(super) fn moved(&mut self, since: Time, now: Time, way: Way, bytes: u64) {
         let Some(push) = &self.push else { return };
-        let after = now.since(push.first_begin).as_nanos() as u64;
+        let span = [since, now].map(|time| time.nanos_since(push.first_begin));
         match way {
             Way::Nic { from: NicId(from), to: NicId(to) } => {
                 let (from, to) = (from as usize, to as usize);
                 self.nic_bytes[from][0] += bytes;
                 self.nic_bytes[to][1] += bytes;
-                self.timeline.add(after, from, bytes);
-                self.timeline.add(after, self.nics + to, bytes);
+                self.timeline.spread(span, from, bytes);
+                self.timeline.spread(span, self.nics + to, bytes);
             }
-            _ => self.timeline.add(after, 2 * self.nics, bytes),
+            _ => self.timeline.spread(span, 2 * self.nics, bytes),
         }
     }
 

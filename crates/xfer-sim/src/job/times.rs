@@ -45,7 +45,7 @@ impl Times {
 
     fn settle(&mut self, now: Time) {
         if self.written.is_none() {
-            self.nanoseconds[self.waits_for() as usize] += now.since(self.since).as_nanos() as u64;
+            self.nanoseconds[self.waits_for() as usize] += now.nanos_since(self.since);
         }
         self.since = now;
     }

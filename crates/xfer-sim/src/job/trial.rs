@@ -89,13 +89,26 @@ impl Trial {
         sabotage: Option<Sabotage>,
         trace: Option<&'t mut Trace<'t>>,
     ) -> Result<TrialEnd, JobError> {
+        match trace {
+            Some(trace) => self.run_once(sabotage, Some(trace), true),
+            // Once more, to tell what came before.
+            None => self.run_once(sabotage, None, false).or_else(|_| self.run_once(sabotage, None, true)),
+        }
+    }
+
+    fn run_once<'t>(
+        &'t self,
+        sabotage: Option<Sabotage>,
+        trace: Option<&'t mut Trace<'t>>,
+        describes: bool,
+    ) -> Result<TrialEnd, JobError> {
         let Trial { config, faults, bears } = self;
         let faults = faults.clone();
         let ended = |reason: String| JobError::Ended { at: Time::ZERO, reason };
         let planned = plan(&config.manifest).map_err(|error| ended(format!("no plan: {error}")))?;
         let mut bytes = Bytes::new(&planned, &config.manifest);
         bytes.fills_wrong_slot = sabotage == Some(Sabotage::WrongSlot);
-        let extras = Extras { bytes: Some(bytes), faults, sabotage, trace, is_fine: true };
+        let extras = Extras { bytes: Some(bytes), faults, sabotage, trace, is_fine: true, describes };
         let mut world = World::new(config, extras)?;
         world.run(&mut |_| {})?;
         let end = TrialEnd {

@@ -55,6 +55,7 @@ pub(super) struct Flight {
     result: Result<(), String>,
     writes: Vec<Carried>,
     bytes: u64,
+    launched: Time,
 }
 
 /// All flights, by number.
@@ -96,6 +97,11 @@ impl Flights {
             flight.writes.clear();
             self.spare.push(flight.writes);
         }
+    }
+
+    /// Whom a flight goes to.
+    fn to(&self, number: u32) -> usize {
+        self.slots.get(number as usize).and_then(Option::as_ref).map_or(0, |flight| flight.to as usize)
     }
 
     /// Room for the WRITEs of a flight.
@@ -186,6 +192,7 @@ impl World<'_> {
             result: Ok(()),
             writes,
             bytes,
+            launched: self.now,
         }))
     }
 
@@ -210,7 +217,7 @@ impl World<'_> {
         let work = flight.writes.iter().map(wire_bytes).sum();
         let started = self.network.start_sized(now, way, work, Tag::Flight(number).pack());
         match started {
-            Ok(transfer) => flight.stage = Stage::Moving(transfer),
+            Ok(transfer) => (flight.stage, flight.launched) = (Stage::Moving(transfer), now),
             Err(error) => return self.breaks(error.to_string()),
         }
         self.ranks[from as usize].times.change(now, |under_way| {
@@ -220,6 +227,8 @@ impl World<'_> {
                 _ => under_way.over_nics += 1,
             }
         });
+        let (who, to) = (self.ranks[from as usize].rank, &self.ranks[self.flights.to(number)].rank);
+        self.log.say(now, || format!("{who} launches flight {number} to {to}: {work} bytes on the wire"));
         if self.sabotage == Some(Sabotage::EarlyCompletion) {
             self.completes(number, now, Ok(()));
         }
@@ -237,6 +246,7 @@ impl World<'_> {
         let now = self.now;
         let Some(flight) = self.flights.get_mut(number) else { return };
         let (to, stage) = (flight.to, flight.stage);
+        self.log.say(now, || format!("flight {number} ends as {outcome:?}, {stage:?}"));
         let receiver = &self.ranks[to as usize];
         let is_open = receiver.alive
             && flight
@@ -283,7 +293,7 @@ impl World<'_> {
     fn arrive(&mut self, number: u32) {
         let now = self.now;
         let Some(flight) = self.flights.get_mut(number) else { return };
-        self.tally.moved(now, flight.hop.way, flight.bytes);
+        self.tally.moved(flight.launched, now, flight.hop.way, flight.bytes);
         if let Some(bytes) = &mut self.bytes {
             let sender = self.ranks[flight.from as usize].runner.as_ref();
             let ops = sender.map(|runner| runner.engine().program().ops()).unwrap_or_default();

@@ -30,8 +30,8 @@ use crate::time::Time;
 /// What a turn of a rank's thread costs besides posting, in nanoseconds: assumed, a poll of an empty queue takes as long.
 const TURN_NANOSECONDS: u64 = 100;
 
-/// Bytes of short WRITEs that are simulated as one transfer: a NIC of 100 Gb/s takes 10 us for them.
-const BURST_BYTES: u64 = 128 << 10;
+/// Short WRITEs are simulated as one transfer while a NIC is done with them in one part in so many of a second: 10 us.
+const BURSTS_PER_SECOND: u64 = 100_000;
 
 /// How often progress is told, in events.
 const PROGRESS_EVENTS: u64 = 1 << 16;
@@ -117,6 +117,8 @@ pub(super) struct Extras<'w> {
     pub(super) trace: Option<&'w mut Trace<'w>>,
     /// Whether every WRITE is a transfer of its own.
     pub(super) is_fine: bool,
+    /// Whether events are described for an error, even if nobody is told of them.
+    pub(super) describes: bool,
 }
 
 impl<'w> World<'w> {
@@ -149,11 +151,15 @@ impl<'w> World<'w> {
             job_ended: None,
             control: protocol::Wires::new(ranks.len()),
             tally: Tally::new(config),
-            log: Log::new(extras.trace),
+            log: Log::new(extras.trace, extras.describes),
             bytes: extras.bytes,
             faults: extras.faults,
             sabotage: extras.sabotage,
-            burst_bytes_max: if extras.is_fine { 0 } else { BURST_BYTES },
+            burst_bytes_max: if extras.is_fine {
+                0
+            } else {
+                cluster.nic.bytes_per_second / BURSTS_PER_SECOND
+            },
             random: Random::new(config.seed ^ 0x5eed),
             broken: None,
             ranks,

@@ -64,8 +64,8 @@ pub(super) struct Lane {
     /// Bytes a second, since `settled`.
     pub(super) rate: f64,
     pub(super) settled: Time,
-    /// When the first one is served.
-    pub(super) event: Option<EventId>,
+    /// The event of the first one's being served, and when that comes.
+    pub(super) event: Option<(EventId, Time)>,
     /// When the one before arrives.
     pub(super) last_arrival: Time,
 }
@@ -88,7 +88,7 @@ impl Lane {
 
     /// Serves what the rate has served until `now`.
     pub(super) fn settle(&mut self, now: Time) {
-        self.remaining -= self.rate * now.since(self.settled).as_nanos() as f64 / 1e9;
+        self.remaining -= self.rate * now.nanos_since(self.settled) as f64 / 1e9;
         self.settled = now;
     }
 

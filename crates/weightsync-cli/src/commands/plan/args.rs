@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
-use clap::{ArgGroup, Args, Subcommand};
-use xfer_plan::{Relay, ScaleFormat};
+use clap::{Args, Subcommand};
+use xfer_plan::model::Machine;
 
 use crate::args::positive;
+use crate::commands::transfer::TransferArgs;
 
 /// The page's name where none is given.
 const PAGE_FILE: &str = "weightsync-plan.html";
@@ -50,58 +51,11 @@ pub(crate) struct DiffArgs {
 }
 
 #[derive(Args)]
-#[command(group = ArgGroup::new("what").required(true).args(["model", "config", "spec"]))]
 pub(crate) struct MakeArgs {
-    /// A model that is known by name, such as kimi-k2 or qwen3-0.6b
-    #[arg(long, value_name = "NAME")]
-    pub(crate) model: Option<String>,
-    /// The config.json of a model
-    #[arg(long, value_name = "FILE")]
-    pub(crate) config: Option<PathBuf>,
-    /// A job file: any model and any layout, docs/job-spec.md says how
-    #[arg(
-        long,
-        value_name = "FILE",
-        conflicts_with_all = [
-            "from", "to", "train_gpus", "infer_gpus", "fp8", "scales", "nic_gbps", "nics_per_gpu", "gpus_per_host"
-        ]
-    )]
-    pub(crate) spec: Option<PathBuf>,
-    /// How trainers hold the model: factors of fsdp, hsdp, tp, pp, ep and dp
-    #[arg(long, value_name = "LAYOUT", required_unless_present = "spec")]
-    pub(crate) from: Option<String>,
-    /// How inference ranks hold it: factors of tp, ep and replicas
-    #[arg(long, value_name = "LAYOUT", required_unless_present = "spec")]
-    pub(crate) to: Option<String>,
-    /// Trainers that there are: the product of --from must be as many
-    #[arg(long, value_name = "N")]
-    pub(crate) train_gpus: Option<u64>,
-    /// Inference ranks that there are: the product of --to must be as many
-    #[arg(long, value_name = "N")]
-    pub(crate) infer_gpus: Option<u64>,
-    /// Quantise linear layers to FP8 in blocks of 128 x 128 on the way
-    #[arg(long)]
-    pub(crate) fp8: bool,
-    /// How the scales of FP8 blocks are stored: f32 or ue8m0 [default: f32]
-    #[arg(long, value_name = "FORMAT", requires = "fp8", value_parser = scales)]
-    pub(crate) scales: Option<ScaleFormat>,
-    /// How ranks that want the same get it: never (trainers write every copy), per-host (once per host, then over
-    /// NVLink), chain (once, then from host to host) or auto (what is predicted to end first) [default: auto; with --spec,
-    /// what that says]
-    #[arg(long, value_name = "HOW", value_parser = relay)]
-    pub(crate) relay: Option<Relay>,
-    /// The longest WRITE, in KiB [default: 1024]
-    #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
-    pub(crate) chunk: Option<u64>,
-    /// Bandwidth of one NIC in Gb/s [default: 100]
-    #[arg(long, value_name = "GBPS", value_parser = positive)]
-    pub(crate) nic_gbps: Option<f64>,
-    /// NICs of one GPU [default: 4]
-    #[arg(long, value_name = "N")]
-    pub(crate) nics_per_gpu: Option<u32>,
-    /// GPUs of one host [default: 8]
-    #[arg(long, value_name = "N")]
-    pub(crate) gpus_per_host: Option<u32>,
+    #[command(flatten)]
+    pub(crate) transfer: TransferArgs,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
     /// Write the plan: FILE.bin (compact) or FILE.json
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,
@@ -122,20 +76,29 @@ pub(crate) struct MakeArgs {
     pub(crate) rank: Option<u32>,
 }
 
-fn relay(text: &str) -> Result<Relay, String> {
-    match text {
-        "never" => Ok(Relay::Never),
-        "per-host" => Ok(Relay::PerHost),
-        "chain" => Ok(Relay::Chain),
-        "auto" => Ok(Relay::Auto),
-        _ => Err("one of never, per-host, chain and auto is expected".into()),
-    }
+/// The hosts of both sides, where no job file says what they are.
+#[derive(Args)]
+pub(crate) struct MachineArgs {
+    /// Bandwidth of one NIC in Gb/s [default: 100]
+    #[arg(long, value_name = "GBPS", value_parser = positive, conflicts_with = "spec")]
+    nic_gbps: Option<f64>,
+    /// NICs of one GPU [default: 4]
+    #[arg(long, value_name = "N", conflicts_with = "spec")]
+    nics_per_gpu: Option<u32>,
+    /// GPUs of one host [default: 8]
+    #[arg(long, value_name = "N", conflicts_with = "spec")]
+    gpus_per_host: Option<u32>,
 }
 
-fn scales(text: &str) -> Result<ScaleFormat, String> {
-    match text {
-        "f32" => Ok(ScaleFormat::F32),
-        "ue8m0" => Ok(ScaleFormat::Ue8m0),
-        _ => Err("f32 or ue8m0 is expected".into()),
+impl MachineArgs {
+    pub(crate) fn machine(&self) -> Machine {
+        let standard = Machine::default();
+        Machine {
+            gpus_per_host: self.gpus_per_host.unwrap_or(standard.gpus_per_host),
+            rails_per_gpu: self.nics_per_gpu.unwrap_or(standard.rails_per_gpu),
+            bytes_per_second: self
+                .nic_gbps
+                .map_or(standard.bytes_per_second, |gbps| ((gbps * 1e9 / 8.0) as u64).max(1)),
+        }
     }
 }

@@ -5,9 +5,7 @@
 //! as a bundle.
 
 use rendezvous::PlannedPart;
-use xfer_plan::{
-    BlockQuant, DType, NO_TAG, Op, RankPlan, ReceiverRank, RegionIndex, RelayPlan, Strided, Transform,
-};
+use xfer_plan::{BlockQuant, DType, NO_TAG, Op, RankPlan, RegionIndex, RelayPlan, Strided, Transform};
 
 use crate::cluster::Nic;
 
@@ -91,9 +89,10 @@ impl Relay {
         plan.ops.get(start..end).unwrap_or_default()
     }
 
-    /// To whom a tag leads: the first of them tells the others, which are the rest of a host.
-    fn leads_to(&self, tag: u32) -> Option<ReceiverRank> {
-        self.released(tag).first().map(|op| op.to)
+    /// Whether two tags lead to the same receivers.
+    fn are_alike(&self, a: u32, b: u32) -> bool {
+        let to = |op: &Op| op.to;
+        self.released(a).iter().map(to).eq(self.released(b).iter().map(to))
     }
 
     /// With its new tags.
@@ -120,11 +119,11 @@ impl Relay {
     }
 }
 
-/// A bundle that may grow: which, whose bytes, and to whom they are passed on.
+/// A bundle that may grow: its place, and the tag that it began with.
 #[derive(Clone, Copy)]
 struct Open {
     place: usize,
-    leads_to: Option<ReceiverRank>,
+    tag: u32,
 }
 
 /// Bundles one trainer's operations: together go those to the same receiver over the same rail, that are staged or not alike, and
@@ -155,11 +154,11 @@ impl Bundler<'_> {
                 continue;
             }
             let relay = relays.get_mut(op.to.index()).filter(|_| tag != NO_TAG);
-            let leads_to = relay.as_ref().and_then(|relay| relay.leads_to(tag));
+            let alike = |other| relay.as_ref().is_none_or(|relay| relay.are_alike(tag, other));
             let cost = Cost::of(op, self.nic);
             let place = self.place(op, tag != NO_TAG);
             if let Some(Some(open)) = self.open.get(place)
-                && open.leads_to == leads_to
+                && alike(open.tag)
                 && let (Some(known), Some(sum)) = (bundled.ops.get_mut(open.place), costs.get_mut(open.place))
                 && known.bytes() + op.bytes() <= self.bytes_max
             {
@@ -173,7 +172,7 @@ impl Bundler<'_> {
                 continue;
             }
             if let Some(open) = self.open.get_mut(place) {
-                *open = Some(Open { place: bundled.ops.len(), leads_to });
+                *open = Some(Open { place: bundled.ops.len(), tag });
             }
             let tag = relay.map_or(NO_TAG, |relay| {
                 relay.bundles.push((tag, op.bytes(), cost.writes));
@@ -208,4 +207,61 @@ fn as_one(op: &Op, bytes: u64) -> Op {
     let transform = if op.staged_bytes() > 0 { staged } else { Transform::Copy };
     let (source, destination) = (place, place);
     Op { row_bytes: bytes as u32, rows: 1, source, destination, gather: false, transform, ..*op }
+}
+
+#[cfg(test)]
+mod tests {
+    use xfer_plan::{ParamId, ReceiverRank};
+
+    use super::*;
+    use crate::cluster::Preset;
+
+    fn op(to: u32, bytes: u32) -> Op {
+        let place = Strided { region: RegionIndex(0), offset: 0, stride: bytes.into() };
+        Op {
+            to: ReceiverRank(to),
+            param: ParamId(0),
+            row_bytes: bytes,
+            rows: 1,
+            source: place,
+            destination: place,
+            gather: false,
+            transform: Transform::Copy,
+            rail: 0,
+            wave: 0,
+        }
+    }
+
+    fn plan(ops: Vec<Op>, tags: Vec<u32>) -> RankPlan {
+        let (bytes, writes) = (ops.iter().map(Op::bytes).sum(), ops.iter().map(Op::writes).sum());
+        RankPlan { ops, bytes, writes, tags }
+    }
+
+    /// Receiver 0 passes two operations on to 1 and 2, and a third to 1 alone: that is no part of their bundle.
+    #[test]
+    fn what_is_passed_on_alike_is_bundled_and_every_byte_stays() {
+        let trainer =
+            plan((0..5).map(|at| op(u32::from(at == 4), 10)).collect(), vec![0, 1, 2, NO_TAG, NO_TAG]);
+        let relayed = plan([1, 2, 1, 2, 1].map(|to| op(to, 10)).into(), vec![NO_TAG; 5]);
+        let (part, names) = (Default::default(), std::collections::BTreeMap::new);
+        let relay = RelayPlan { plan: relayed, first: vec![0, 2, 4], awaited: vec![1; 3] };
+        let mut parts = [
+            PlannedPart::Trainer { plan: trainer, names: names() },
+            PlannedPart::Inference { part, relay, names: names() },
+        ];
+        let nic = Preset::P5.cluster(1, 1).nic;
+        let costs = bundle_all(&mut parts, 100, &nic);
+        let [PlannedPart::Trainer { plan, .. }, PlannedPart::Inference { relay, .. }] = &parts else {
+            panic!("{parts:?}")
+        };
+        let bytes = |plan: &RankPlan| plan.ops.iter().map(|op| (op.to.0, op.bytes())).collect::<Vec<_>>();
+        assert_eq!(bytes(plan), [(0, 20), (0, 10), (0, 10), (1, 10)]);
+        assert_eq!(plan.tags, [0, 1, NO_TAG, NO_TAG]);
+        assert_eq!(bytes(&relay.plan), [(1, 20), (2, 20), (1, 10)]);
+        assert_eq!((&relay.first[..], &relay.awaited[..], relay.plan.bytes), (&[0, 2][..], &[1, 1][..], 50));
+        // What goes over the wire is what single operations take.
+        let of_trainer: u64 = costs[0].iter().map(|cost| cost.wire_bytes).sum();
+        assert_eq!(of_trainer, 5 * nic.wire_bytes(10));
+        assert_eq!(costs[0].iter().map(|cost| cost.writes).collect::<Vec<_>>(), [2, 1, 1, 1]);
+    }
 }

@@ -113,8 +113,8 @@ pub struct RankPlan {
     pub bytes: u64,
     /// Sum of their WRITEs.
     pub writes: u64,
-    /// By operation, what each of its WRITEs tells the receiver: a place in [`RelayPlan::awaited`] there, or [`NO_TAG`] where
-    /// nobody passes it on. Empty where no operation has a tag.
+    /// By operation, what each of its WRITEs tells the receiver: a place in
+    /// [`RelayPlan::awaited`](crate::RelayPlan) there, or [`NO_TAG`](crate::NO_TAG) where nobody passes it on. Empty where no operation has a tag.
     pub tags: Vec<u32>,
 }
 

@@ -258,13 +258,11 @@ impl Program {
         }
         let ops = program.ops.len() as u32;
         // The end may be left out: the last tag releases all that is left.
-        if first.len() == awaited.len() {
-            first.push(ops);
-        }
-        if first.len() != awaited.len() + 1 || awaited.contains(&0) {
+        if first.len() != awaited.len() || awaited.contains(&0) {
             return Err(ProgramError::Relay("an operation waits for nothing"));
         }
-        if first.first() != Some(&0) || first.last() != Some(&ops) || !first.is_sorted() {
+        first.push(ops);
+        if first.first() != Some(&0) || !first.is_sorted() {
             return Err(ProgramError::Relay("an operation is not released by one tag"));
         }
         program.relay = Some(Relay { first, awaited });

@@ -139,10 +139,6 @@ impl Case {
             let tag = pass_on(item, 0, &op, &mut relays);
             add(&mut trainer, op, tag);
         }
-        // With the end and without.
-        for relay in relays.iter_mut().filter(|_| self.seed.is_multiple_of(2)) {
-            relay.first.push(relay.plan.ops.len() as u32);
-        }
         Plans { trainer, relays, source_bytes: source, region_bytes: at }
     }
 

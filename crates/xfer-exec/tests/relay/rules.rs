@@ -28,7 +28,7 @@ fn relay() -> RelayPlan {
         wave: 0,
     };
     let plan = RankPlan { bytes: op.bytes(), writes: op.writes(), ops: vec![op], tags: Vec::new() };
-    RelayPlan { plan, first: vec![0, 1], awaited: vec![2] }
+    RelayPlan { plan, first: vec![0], awaited: vec![2] }
 }
 
 fn program(relay: RelayPlan) -> Result<Program, ProgramError> {
@@ -117,9 +117,10 @@ fn a_relay_whose_operations_are_not_each_released_once_is_refused() {
         relay
     };
     let refused = [
-        RelayPlan { first: vec![1, 1], ..relay() },
+        RelayPlan { first: vec![1], ..relay() },
         RelayPlan { first: vec![0, 0], ..relay() },
-        RelayPlan { first: vec![0, 1, 0, 1], awaited: vec![1; 3], ..relay() },
+        RelayPlan { first: vec![0, 2], awaited: vec![1; 2], ..relay() },
+        RelayPlan { first: vec![0, 1, 0], awaited: vec![1; 3], ..relay() },
         RelayPlan { first: vec![], ..relay() },
         RelayPlan { first: vec![], awaited: vec![], ..relay() },
         RelayPlan { awaited: vec![0], ..relay() },

@@ -33,6 +33,7 @@ type Region = Vec<Stamp>;
 /// See the module.
 pub(super) struct Bytes {
     trainers: u32,
+    watermark_bytes: u64,
     /// By trainer, the version of its weights.
     versions: Vec<u64>,
     /// By rank, by slot.
@@ -82,6 +83,7 @@ impl Bytes {
         let ranks = manifest.trainers.len() + manifest.receivers.len();
         Bytes {
             trainers: manifest.trainers.len() as u32,
+            watermark_bytes: manifest.options.watermark_bytes,
             versions: vec![0; manifest.trainers.len()],
             slots: vec![Vec::new(); ranks],
             filling: vec![Vec::new(); ranks],
@@ -112,9 +114,17 @@ impl Bytes {
 
     // --- slots ---------------------------------------------------------------------------------------------------
 
-    pub(super) fn staging(&mut self, rank: u32, slot: Slot, index: u32, _op: &Op) -> Result<(), String> {
+    /// A slot begins to be filled: by nobody else, and within the watermark.
+    pub(super) fn staging(&mut self, rank: u32, slot: Slot, index: u32, op: &Op) -> Result<(), String> {
         let slots = &mut self.filling[rank as usize];
         let at = slot.0 as usize;
+        let (bytes, watermark_bytes) =
+            (op.staged_bytes().saturating_mul(at as u64 + 1), self.watermark_bytes);
+        if bytes > watermark_bytes {
+            return Err(format!(
+                "slot {at} of rank {rank} lies beyond the watermark of {watermark_bytes} bytes"
+            ));
+        }
         if slots.len() <= at {
             slots.resize(at + 1, None);
         }

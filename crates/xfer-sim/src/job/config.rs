@@ -86,26 +86,18 @@ impl JobConfig {
         if self.versions == 0 {
             return Err(JobError::Versions);
         }
-        let hosts_of_trainers = trainers.iter().map(|rank| rank.host.as_str());
-        let hosts_of_receivers = receivers.iter().map(|rank| rank.host.as_str());
-        for (side, hosts) in [
-            ("trainer", &mut hosts_of_trainers.into_iter() as &mut dyn Iterator<Item = &str>),
-            ("receiver", &mut hosts_of_receivers.into_iter()),
-        ] {
-            self.check_hosts(side, hosts)?;
-        }
+        self.check_hosts("trainer", trainers.iter().map(|rank| rank.host.as_str()))?;
+        self.check_hosts("receiver", receivers.iter().map(|rank| rank.host.as_str()))?;
         for slow in &self.slow {
-            let (ranks, rank) = match slow.rank {
-                Rank::Trainer(rank) => (trainers.len(), rank.index()),
-                Rank::Receiver(rank) => (receivers.len(), rank.index()),
-            };
             let gpu = match slow.rank {
                 Rank::Trainer(rank) => self.cluster.trainer_gpu(rank.0),
                 Rank::Receiver(rank) => self.cluster.receiver_gpu(rank.0),
             };
-            let nics = gpu.map_or(0, |gpu| self.cluster.nics_of(gpu).len());
-            let no_nic = slow.nic.is_some_and(|nic| nic as usize >= nics);
-            if rank >= ranks || no_nic || !(slow.factor > 0.0 && slow.factor <= 1.0) {
+            let is_there = gpu.is_some_and(|gpu| {
+                let nics = self.cluster.nics_of(gpu).len();
+                slow.nic.is_none_or(|nic| (nic as usize) < nics)
+            });
+            if !(is_there && slow.factor > 0.0 && slow.factor <= 1.0) {
                 return Err(JobError::Slow { slow: *slow });
             }
         }
@@ -113,7 +105,11 @@ impl JobConfig {
     }
 
     /// Ranks that share a host in the manifest share one in the cluster, and the other way round.
-    fn check_hosts(&self, side: &'static str, hosts: &mut dyn Iterator<Item = &str>) -> Result<(), JobError> {
+    fn check_hosts<'m>(
+        &self,
+        side: &'static str,
+        hosts: impl Iterator<Item = &'m str>,
+    ) -> Result<(), JobError> {
         let gpus = self.cluster.host.gpus as usize;
         let mut before: Option<&str> = None;
         for (rank, host) in hosts.enumerate() {

@@ -191,7 +191,7 @@ impl World<'_> {
         };
         let now = self.now;
         let rank = &mut self.ranks[number as usize];
-        (rank.half, rank.joined, rank.heard_at) = (half, true, now);
+        (rank.half, rank.heard_at) = (half, now);
         self.tell_controller(number, message);
         self.events.push(self.now.plus(heartbeat_interval(self.config.deadline)), Event::Beat(number));
     }

@@ -80,7 +80,6 @@ pub(super) struct SimRank {
     pub(super) ended: Option<String>,
     /// When the controller was last heard.
     pub(super) heard_at: Time,
-    pub(super) joined: bool,
     /// The push is over for everybody else, and its runner is to stop.
     pub(super) stopped: bool,
     pub(super) times: Times,
@@ -113,7 +112,6 @@ impl SimRank {
             alive: true,
             ended: None,
             heard_at: Time::ZERO,
-            joined: false,
             stopped: false,
             times: Times::default(),
         }

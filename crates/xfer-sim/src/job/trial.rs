@@ -2,8 +2,9 @@
 //!
 //! A seed decides the cluster, the tensors, the plan's options and the faults. What must hold: a receiver's bytes are those of
 //! the version that it serves, each written once; none of a served version changes; a version is committed everywhere or
-//! nowhere; no buffer is in use after it was given back, nor a slot filled while it is read; the job ends, with its last
-//! version committed or with a reason. And where nothing went wrong that a job has to bear, every version is committed.
+//! nowhere; no buffer is in use after it was given back, no slot filled twice at a time or beyond the watermark; the job ends,
+//! with its last version committed or with a reason. And where nothing went wrong that a job has to bear, every version is
+//! committed.
 
 use core::fmt;
 use core::time::Duration;

@@ -11,7 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use xfer_plan::{Digest, PlanOptions, Rank, ReceiverRank, TrainerRank};
+use xfer_plan::{Digest, Manifest, Parts, Plan, PlanError, PlanOptions, Rank, ReceiverRank, TrainerRank};
 
 use crate::protocol::{
     DEADLINE_RANGE, Fence, JOB_BYTES_MAX, MemberManifest, PushId, RANKS_MAX, ToController, ToMember, World,
@@ -96,9 +96,13 @@ struct Quota {
     writes: u64,
 }
 
+/// Makes the parts of all ranks of a plan.
+pub type PartsFn = Box<dyn Fn(&Plan, &Manifest) -> Result<Parts, PlanError> + Send>;
+
 /// The controller of one job.
 pub struct Controller {
     config: ControllerConfig,
+    parts: PartsFn,
     phase: Phase,
     seats: BTreeMap<Rank, Seat>,
     members: BTreeMap<ConnectionId, Rank>,
@@ -119,6 +123,11 @@ type Actions = Vec<Action>;
 impl Controller {
     /// A controller for the job, or why the job makes no sense.
     pub fn new(config: ControllerConfig) -> Result<Self, String> {
+        Self::with_parts(config, Box::new(|plan, manifest| plan.parts(manifest)))
+    }
+
+    /// As [`Controller::new`], for a simulation of so many operations that it takes some together.
+    pub fn with_parts(config: ControllerConfig, parts: PartsFn) -> Result<Self, String> {
         for (side, ranks) in
             [("trainers", config.world.trainers), ("inference ranks", config.world.inference)]
         {
@@ -134,6 +143,7 @@ impl Controller {
         }
         Ok(Self {
             config,
+            parts,
             phase: Phase::Joining(None),
             seats: BTreeMap::new(),
             members: BTreeMap::new(),

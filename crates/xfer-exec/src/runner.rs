@@ -16,6 +16,10 @@ use crate::rail::{Done, Rail, RailIndex, RailWrite};
 /// How often [`Runner::tick`] is due while a push runs. Its deadlines are of seconds.
 pub const TICK: Duration = Duration::from_millis(5);
 
+/// Entries that there is room for from the start; more is made in the first push, if it needs more. Rails may be thousands deep,
+/// and a simulation has thousands of runners.
+const ROOM_MAX: usize = 256;
+
 /// Where a rank's bytes are, and who moves them besides rails: host memory and threads, or a simulation.
 pub trait Memory {
     /// Its rails.
@@ -82,15 +86,16 @@ impl<M: Memory> Runner<M> {
             drain: (deadline / 10).max(TICK),
         };
         let depth: usize = config.rails.iter().map(|limits| limits.depth as usize).sum();
+        let room = |depth: usize| depth.min(ROOM_MAX);
         let state = |rail: Box<M::Rail>| {
-            let outbox = VecDeque::with_capacity(rail.limits().depth as usize);
+            let outbox = VecDeque::with_capacity(room(rail.limits().depth as usize));
             RailState { rail: Some(rail), outbox, refused: false }
         };
         Self {
             engine: Engine::new(program, config),
             rails: rails.into_iter().map(state).collect(),
-            done: Vec::with_capacity(depth),
-            actions: VecDeque::with_capacity(depth),
+            done: Vec::with_capacity(room(depth)),
+            actions: VecDeque::with_capacity(room(depth)),
         }
     }
 

@@ -32,7 +32,9 @@ impl Plan {
         let options = &manifest.options;
         let rails = manifest.trainers.get(trainer.index()).map_or(1, |declared| declared.rails.len());
         let mut rails = Rails::new(trainer, rails);
-        let mut ops = Vec::new();
+        // At least a WRITE each.
+        let writes = self.trainers.get(trainer.index()).map_or(0, |part| part.writes.min(OPS_MAX as u64));
+        let mut ops = Vec::with_capacity(writes as usize);
         for Placed { fill, to: group_index, param, lane, transfer, .. } in self.transfers_of(trainer) {
             let mut transfer = *transfer;
             if let Transform::Scales { .. } = transfer.transform
@@ -84,10 +86,12 @@ impl Plan {
 }
 
 /// An operation of a trainer and the way that it takes, which says who passes it on.
-#[derive(Clone, Copy)]
-pub(crate) struct Routed {
-    pub(crate) op: Op,
-    pub(crate) way: Way,
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Routed {
+    /// The operation.
+    pub op: Op,
+    /// Its way.
+    pub way: Way,
 }
 
 /// Numbers the waves: as many operations as fit under the watermark, in order.
@@ -106,7 +110,7 @@ fn in_waves(mut ops: Vec<Routed>, watermark_bytes: u64) -> Vec<Routed> {
 }
 
 /// A group and one of its lanes: transfers of one trainer with the same one take the same way.
-pub(crate) type Way = (GroupIndex, u16);
+pub type Way = (GroupIndex, u16);
 
 /// Bytes by rail. Machines have 1 to 8 a GPU.
 pub(crate) type ByRail = SmallVec<[u64; 8]>;

@@ -34,6 +34,7 @@ mod validate;
 
 pub use bound::LowerBound;
 pub use cost::{CostModel, Prediction, Resource};
+pub use cut::{Routed, Way};
 pub use diff::{Amount, Change, ParamDiff, PlanDiff, ReceiverDiff, TrainerDiff, diff};
 pub use digest::Digest;
 pub use dtype::DType;

@@ -44,17 +44,32 @@ impl Plan {
     /// # Errors
     /// When a rank has more than [`OPS_MAX`] operations.
     pub fn parts(&self, manifest: &Manifest) -> Result<Parts, PlanError> {
+        self.parts_with(manifest, |_, ops| ops)
+    }
+
+    /// As [`Plan::parts`], where `change` is shown the operations of one trainer after the other, and may put others in their
+    /// place: a simulation of a large plan takes short ones together. It must keep how many bytes take which way. Only one
+    /// trainer's operations are there before they are changed, so memory follows what is made of them.
+    ///
+    /// # Errors
+    /// As [`Plan::parts`].
+    pub fn parts_with(
+        &self,
+        manifest: &Manifest,
+        mut change: impl FnMut(TrainerRank, Vec<Routed>) -> Vec<Routed>,
+    ) -> Result<Parts, PlanError> {
         let mut relays = Relays { plan: self, receivers: vec![RelayPlan::default(); self.receivers.len()] };
         let passed_on = self.groups.iter().any(|group| group.route != Route::Direct && group.len() > 1);
         let mut trainers = Vec::with_capacity(self.trainers.len());
         for (rank, part) in (0..).map(TrainerRank).zip(&self.trainers) {
-            let routed = self.routed(rank, manifest)?;
+            let routed = change(rank, self.routed(rank, manifest)?);
             let tags = match passed_on {
                 true => routed.iter().map(|routed| relays.arrive(routed)).collect::<Result<_, _>>()?,
                 false => Vec::new(),
             };
+            let writes = routed.iter().map(|routed| routed.op.writes()).sum();
             let ops = routed.into_iter().map(|routed| routed.op).collect();
-            trainers.push(RankPlan { ops, bytes: part.bytes, writes: part.writes, tags });
+            trainers.push(RankPlan { ops, bytes: part.bytes, writes, tags });
         }
         Ok(Parts { trainers, receivers: relays.receivers })
     }

@@ -99,7 +99,7 @@ impl Controller {
             let reason = "the plan has inference ranks pass bytes on, which they cannot do yet: plan with relay `never`";
             return self.end(Some(reason.into()), actions);
         }
-        let parts = match plan.parts(&manifest) {
+        let parts = match (self.parts)(&plan, &manifest) {
             Ok(parts) => parts,
             Err(error) => return self.end(Some(format!("no plan: {error}")), actions),
         };

@@ -1,18 +1,24 @@
 //! Operations in bundles: for large jobs, many short operations of one rank to one receiver are simulated as one.
 //!
 //! A model's plan has many WRITEs for each megabyte: scales, norms, slices. What they cost is kept exactly: time to post, room on
-//! the wire, bytes of kernels. What is lost is how finely they interleave. A bundle of what a receiver passes on is passed on
-//! as a bundle.
+//! the wire, bytes of kernels. What is lost is how finely they interleave. Bundles are full: an operation may begin in one and
+//! end in the next. A bundle of what a receiver passes on is passed on as a bundle.
 
-use rendezvous::PlannedPart;
-use xfer_plan::{BlockQuant, DType, NO_TAG, Op, RankPlan, RegionIndex, RelayPlan, Strided, Transform};
+use core::hash::BuildHasherDefault;
+use std::collections::HashMap;
+use std::collections::hash_map::DefaultHasher;
+
+use xfer_plan::{
+    BlockQuant, DType, Manifest, Op, Parts, Plan, PlanError, ReceiverRank, RegionIndex, Route, Routed,
+    Strided, Transform, Way,
+};
 
 use crate::cluster::Nic;
 
 /// What an operation of a bundled program costs, besides its bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Cost {
-    /// WRITEs that it stands for.
+    /// WRITEs that it stands for: those that begin in it.
     pub(super) writes: u32,
     /// What it takes of a NIC's wire.
     pub(super) wire_bytes: u64,
@@ -33,6 +39,19 @@ impl Cost {
         Cost { writes: 1, wire_bytes, ..self }
     }
 
+    /// Takes out what belongs to `part` of `whole` bytes; its WRITEs go with the first part.
+    fn take(&mut self, part: u64, whole: u64) -> Cost {
+        let share = |of: u64| (u128::from(of) * u128::from(part) / u128::from(whole.max(1))) as u64;
+        let taken = Cost {
+            writes: std::mem::take(&mut self.writes),
+            wire_bytes: share(self.wire_bytes),
+            kernel_bytes: share(self.kernel_bytes),
+        };
+        self.wire_bytes -= taken.wire_bytes;
+        self.kernel_bytes -= taken.kernel_bytes;
+        taken
+    }
+
     fn add(&mut self, other: Cost) {
         self.writes = self.writes.saturating_add(other.writes);
         self.wire_bytes = self.wire_bytes.saturating_add(other.wire_bytes);
@@ -40,163 +59,77 @@ impl Cost {
     }
 }
 
-/// Bundles the parts of all ranks, trainers first: bundles of up to `bytes_max`, where their first operations stood. What each
-/// costs, by rank and operation.
-pub(super) fn bundle_all(parts: &mut [PlannedPart], bytes_max: u64, nic: &Nic) -> Vec<Vec<Cost>> {
-    let trainers = parts.iter().take_while(|part| matches!(part, PlannedPart::Trainer { .. })).count();
-    let (trainers, receivers) = parts.split_at_mut(trainers);
-    let mut relays: Vec<Relay> = receivers.iter_mut().map(Relay::of).collect();
-    // Along a chain a tag leads to another: those stay as they are.
-    let chained = relays.iter().flat_map(|relay| &relay.plan.plan.tags).any(|tag| *tag != NO_TAG);
-    let mut costs = Vec::with_capacity(trainers.len() + receivers.len());
-    for part in trainers {
-        let PlannedPart::Trainer { plan, .. } = part else { continue };
-        let (bundled, own) =
-            Bundler { bytes_max, nic, chained, open: Vec::new() }.bundle(std::mem::take(plan), &mut relays);
-        *plan = bundled;
-        costs.push(own);
-    }
-    for (part, relay) in receivers.iter_mut().zip(relays) {
-        let PlannedPart::Inference { relay: into, .. } = part else { continue };
-        let (relay, own) = relay.bundled(nic);
-        *into = relay;
-        costs.push(own);
-    }
-    costs
-}
-
-/// What a receiver passes on, and by old tag which bundle has it.
-struct Relay {
-    plan: RelayPlan,
-    /// By new tag: the old one that it began with, and how many bytes and WRITEs it stands for.
-    bundles: Vec<(u32, u64, u32)>,
-}
-
-impl Relay {
-    fn of(part: &mut PlannedPart) -> Relay {
-        let plan = match part {
-            PlannedPart::Inference { relay, .. } => std::mem::take(relay),
-            PlannedPart::Trainer { .. } => RelayPlan::default(),
-        };
-        Relay { plan, bundles: Vec::new() }
-    }
-
-    /// What a tag releases.
-    fn released(&self, tag: u32) -> &[Op] {
-        let RelayPlan { plan, first, .. } = &self.plan;
-        let start = first.get(tag as usize).map_or(0, |first| *first as usize);
-        let end = first.get(tag as usize + 1).map_or(plan.ops.len(), |next| *next as usize);
-        plan.ops.get(start..end).unwrap_or_default()
-    }
-
-    /// Whether two tags lead to the same receivers.
-    fn are_alike(&self, a: u32, b: u32) -> bool {
-        let to = |op: &Op| op.to;
-        self.released(a).iter().map(to).eq(self.released(b).iter().map(to))
-    }
-
-    /// With its new tags.
-    fn bundled(self, nic: &Nic) -> (RelayPlan, Vec<Cost>) {
-        if self.bundles.is_empty() {
-            let costs = self.plan.plan.ops.iter().map(|op| Cost::of(op, nic).of_one()).collect();
-            return (self.plan, costs);
-        }
-        let mut relay = RelayPlan::default();
-        let mut costs = Vec::new();
-        for &(tag, bytes, writes) in &self.bundles {
-            relay.first.push(relay.plan.ops.len() as u32);
-            relay.awaited.push(1);
-            for op in self.released(tag) {
-                let op = as_one(op, bytes);
-                costs.push(Cost { writes, wire_bytes: nic.wire_bytes(bytes), kernel_bytes: 0 });
-                relay.plan.bytes += bytes;
-                relay.plan.writes += 1;
-                relay.plan.ops.push(op);
-                relay.plan.tags.push(NO_TAG);
-            }
-        }
-        (relay, costs)
-    }
-}
-
-/// A bundle that may grow: its place, and the tag that it began with.
-#[derive(Clone, Copy)]
-struct Open {
-    place: usize,
-    tag: u32,
-}
-
-/// Bundles one trainer's operations: together go those to the same receiver over the same rail, that are staged or not alike, and
-/// passed on alike.
-struct Bundler<'n> {
+/// The parts of a plan in bundles, and by trainer and operation what each costs. What is passed on from host to host stays
+/// as it is: there each WRITE is posted by a thread again.
+pub(super) fn bundled_parts(
+    plan: &Plan,
+    manifest: &Manifest,
     bytes_max: u64,
-    nic: &'n Nic,
-    /// Whether what is passed on stays as it is.
-    chained: bool,
-    /// By receiver, rail, and whether it is staged and passed on.
-    open: Vec<Option<Open>>,
+    nic: &Nic,
+) -> Result<(Parts, Vec<Vec<Cost>>), PlanError> {
+    let mut costs = Vec::with_capacity(manifest.trainers.len());
+    let route = |way: Way| plan.group(way.0).map_or(Route::Direct, |group| group.route);
+    let mut open = Open::default();
+    let parts = plan.parts_with(manifest, |_, ops| {
+        let (ops, own) = bundle(&ops, bytes_max, nic, route, &mut open);
+        costs.push(own);
+        ops
+    })?;
+    Ok((parts, costs))
 }
 
-/// Rails that are told apart.
-const RAILS: usize = 16;
+/// Operations that may be bundled: to one receiver, staged or not, and passed on the same way or not at all. A bundle is dealt to
+/// the rail of its first one; what is staged takes any rail, and rails that have nothing left take from others.
+type Kind = (ReceiverRank, bool, Option<Way>);
 
-impl Bundler<'_> {
-    fn bundle(mut self, plan: RankPlan, relays: &mut [Relay]) -> (RankPlan, Vec<Cost>) {
-        let RankPlan { ops, bytes, tags, .. } = plan;
-        let mut bundled = RankPlan { bytes, ..RankPlan::default() };
-        let mut costs: Vec<Cost> = Vec::new();
-        for (at, op) in ops.iter().enumerate() {
-            let tag = tags.get(at).copied().unwrap_or(NO_TAG);
-            if tag != NO_TAG && self.chained {
-                bundled.ops.push(*op);
-                bundled.tags.push(tag);
-                costs.push(Cost::of(op, self.nic).of_one());
+/// The bundles that may grow.
+type Open = HashMap<Kind, usize, BuildHasherDefault<DefaultHasher>>;
+
+/// Bundles of up to `bytes_max`, where their first operations stood. What `open` holds is not looked at, only its room.
+fn bundle(
+    ops: &[Routed],
+    bytes_max: u64,
+    nic: &Nic,
+    route: impl Fn(Way) -> Route,
+    open: &mut Open,
+) -> (Vec<Routed>, Vec<Cost>) {
+    open.clear();
+    let (mut bundles, mut costs): (Vec<Routed>, Vec<Cost>) = (Vec::new(), Vec::new());
+    for Routed { op, way } in ops {
+        let mut cost = Cost::of(op, nic);
+        let passed_on = match route(*way) {
+            Route::Direct => None,
+            Route::PerHost => Some(*way),
+            Route::Chain => {
+                bundles.push(Routed { op: *op, way: *way });
+                costs.push(cost.of_one());
                 continue;
             }
-            let relay = relays.get_mut(op.to.index()).filter(|_| tag != NO_TAG);
-            let alike = |other| relay.as_ref().is_none_or(|relay| relay.are_alike(tag, other));
-            let cost = Cost::of(op, self.nic);
-            let place = self.place(op, tag != NO_TAG);
-            if let Some(Some(open)) = self.open.get(place)
-                && alike(open.tag)
-                && let (Some(known), Some(sum)) = (bundled.ops.get_mut(open.place), costs.get_mut(open.place))
-                && known.bytes() + op.bytes() <= self.bytes_max
+        };
+        let kind = (op.to, op.staged_bytes() > 0, passed_on);
+        let place = open.entry(kind).or_insert(usize::MAX);
+        let mut left = op.bytes();
+        while left > 0 {
+            let filled = bundles.get(*place).map_or(bytes_max, |bundle| bundle.op.bytes());
+            let part = left.min(bytes_max.saturating_sub(filled));
+            if part > 0
+                && let (Some(bundle), Some(sum)) = (bundles.get_mut(*place), costs.get_mut(*place))
             {
-                known.row_bytes += op.bytes() as u32;
-                sum.add(cost);
-                if let (Some(relay), Some(tag)) = (relay, bundled.tags.get(open.place))
-                    && let Some((_, bytes, writes)) = relay.bundles.get_mut(*tag as usize)
-                {
-                    (*bytes, *writes) = (*bytes + op.bytes(), *writes + cost.writes);
-                }
+                bundle.op = as_one(&bundle.op, filled + part);
+                sum.add(cost.take(part, left));
+                left -= part;
                 continue;
             }
-            if let Some(open) = self.open.get_mut(place) {
-                *open = Some(Open { place: bundled.ops.len(), tag });
-            }
-            let tag = relay.map_or(NO_TAG, |relay| {
-                relay.bundles.push((tag, op.bytes(), cost.writes));
-                relay.bundles.len() as u32 - 1
-            });
-            bundled.ops.push(as_one(op, op.bytes()));
-            if !tags.is_empty() {
-                bundled.tags.push(tag);
-            }
-            costs.push(cost);
+            let part = left.min(bytes_max);
+            *place = bundles.len();
+            bundles.push(Routed { op: as_one(op, part), way: *way });
+            costs.push(cost.take(part, left));
+            left -= part;
         }
-        bundled.ops.shrink_to_fit();
-        bundled.writes = bundled.ops.iter().map(Op::writes).sum();
-        (bundled, costs)
     }
-
-    fn place(&mut self, op: &Op, is_passed_on: bool) -> usize {
-        let kind = usize::from(op.staged_bytes() > 0) * 2 + usize::from(is_passed_on);
-        let place = (op.to.index() * RAILS + usize::from(op.rail) % RAILS) * 4 + kind;
-        if self.open.len() <= place {
-            self.open.resize(place + 1, None);
-        }
-        place
-    }
+    bundles.shrink_to_fit();
+    costs.shrink_to_fit();
+    (bundles, costs)
 }
 
 /// An operation of so many bytes, staged or not, and without a place: nothing looks at what is written.
@@ -211,14 +144,14 @@ fn as_one(op: &Op, bytes: u64) -> Op {
 
 #[cfg(test)]
 mod tests {
-    use xfer_plan::{ParamId, ReceiverRank};
+    use xfer_plan::{GroupIndex, ParamId};
 
     use super::*;
     use crate::cluster::Preset;
 
-    fn op(to: u32, bytes: u32) -> Op {
+    fn routed(to: u32, bytes: u32, group: u32) -> Routed {
         let place = Strided { region: RegionIndex(0), offset: 0, stride: bytes.into() };
-        Op {
+        let op = Op {
             to: ReceiverRank(to),
             param: ParamId(0),
             row_bytes: bytes,
@@ -229,39 +162,27 @@ mod tests {
             transform: Transform::Copy,
             rail: 0,
             wave: 0,
-        }
-    }
-
-    fn plan(ops: Vec<Op>, tags: Vec<u32>) -> RankPlan {
-        let (bytes, writes) = (ops.iter().map(Op::bytes).sum(), ops.iter().map(Op::writes).sum());
-        RankPlan { ops, bytes, writes, tags }
-    }
-
-    /// Receiver 0 passes two operations on to 1 and 2, and a third to 1 alone: that is no part of their bundle.
-    #[test]
-    fn what_is_passed_on_alike_is_bundled_and_every_byte_stays() {
-        let trainer =
-            plan((0..5).map(|at| op(u32::from(at == 4), 10)).collect(), vec![0, 1, 2, NO_TAG, NO_TAG]);
-        let relayed = plan([1, 2, 1, 2, 1].map(|to| op(to, 10)).into(), vec![NO_TAG; 5]);
-        let (part, names) = (Default::default(), std::collections::BTreeMap::new);
-        let relay = RelayPlan { plan: relayed, first: vec![0, 2, 4], awaited: vec![1; 3] };
-        let mut parts = [
-            PlannedPart::Trainer { plan: trainer, names: names() },
-            PlannedPart::Inference { part, relay, names: names() },
-        ];
-        let nic = Preset::P5.cluster(1, 1).nic;
-        let costs = bundle_all(&mut parts, 100, &nic);
-        let [PlannedPart::Trainer { plan, .. }, PlannedPart::Inference { relay, .. }] = &parts else {
-            panic!("{parts:?}")
         };
-        let bytes = |plan: &RankPlan| plan.ops.iter().map(|op| (op.to.0, op.bytes())).collect::<Vec<_>>();
-        assert_eq!(bytes(plan), [(0, 20), (0, 10), (0, 10), (1, 10)]);
-        assert_eq!(plan.tags, [0, 1, NO_TAG, NO_TAG]);
-        assert_eq!(bytes(&relay.plan), [(1, 20), (2, 20), (1, 10)]);
-        assert_eq!((&relay.first[..], &relay.awaited[..], relay.plan.bytes), (&[0, 2][..], &[1, 1][..], 50));
+        Routed { op, way: (GroupIndex(group), 0) }
+    }
+
+    /// The third is not passed on as the others are, the last two go along a chain.
+    #[test]
+    fn what_goes_the_same_way_is_bundled_and_every_byte_stays() {
+        let ops = [(0, 0), (0, 0), (0, 1), (1, 0), (0, 0), (0, 0), (0, 2), (0, 3), (0, 7), (0, 7)];
+        let ops: Vec<_> = ops.into_iter().map(|(to, group)| routed(to, 10, group)).collect();
+        let nic = Preset::P5.cluster(1, 1).nic;
+        let route = |way: Way| match way.0.0 {
+            0 | 1 => Route::PerHost,
+            7 => Route::Chain,
+            _ => Route::Direct,
+        };
+        let (bundles, costs) = bundle(&ops, 25, &nic, route, &mut Open::default());
+        let seen = bundles.iter().map(|bundle| (bundle.op.to.0, bundle.way.0.0, bundle.op.bytes()));
+        let expected = [(0, 0, 25), (0, 1, 10), (1, 0, 10), (0, 0, 15), (0, 2, 20), (0, 7, 10), (0, 7, 10)];
+        assert_eq!(seen.collect::<Vec<_>>(), expected);
         // What goes over the wire is what single operations take.
-        let of_trainer: u64 = costs[0].iter().map(|cost| cost.wire_bytes).sum();
-        assert_eq!(of_trainer, 5 * nic.wire_bytes(10));
-        assert_eq!(costs[0].iter().map(|cost| cost.writes).collect::<Vec<_>>(), [2, 1, 1, 1]);
+        assert_eq!(costs.iter().map(|cost| cost.wire_bytes).sum::<u64>(), 10 * nic.wire_bytes(10));
+        assert_eq!(costs.iter().map(|cost| cost.writes).collect::<Vec<_>>(), [3, 1, 1, 1, 2, 1, 1]);
     }
 }

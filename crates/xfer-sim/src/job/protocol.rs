@@ -4,7 +4,7 @@
 //! for is done.
 
 use core::time::Duration;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use rendezvous::controller::{Action, ConnectionId, Event as ControllerEvent, heartbeat_interval};
 use rendezvous::member::{InferenceMember, InferenceStep, Served, TrainerMember, TrainerStep};
@@ -13,9 +13,8 @@ use rendezvous::{
 };
 use xfer_exec::program::RankLimits;
 use xfer_exec::{Program, ProgramError, Runner};
-use xfer_plan::{Op, Rank, RankPlan, ReceiverRank};
+use xfer_plan::{Op, Rank, ReceiverRank};
 
-use super::bundle::bundle_all;
 use super::rail::SimRail;
 use super::rank::Half;
 use super::sabotage::Sabotage;
@@ -78,43 +77,12 @@ impl World<'_> {
         let Some(controller) = &mut self.controller else { return };
         let mut actions = Vec::new();
         controller.handle(event, now, &mut actions);
-        if self.config.bundle_bytes > 0 {
-            self.bundle(&mut actions);
-        }
         for action in actions {
             match action {
                 Action::Send(to, message) => self.tell_member(to.0 as u32, message),
                 Action::Close(to) => self.hang_up(to.0 as u32),
                 Action::Report(report) => self.report(report),
             }
-        }
-    }
-
-    /// Bundles what ranks are told to do: all are told at once.
-    fn bundle(&mut self, actions: &mut [Action]) {
-        let mut planned: Vec<(u32, &mut PlannedPart)> = Vec::new();
-        for action in actions {
-            if let Action::Send(to, ToMember::Planned(message)) = action {
-                planned.push((to.0 as u32, &mut message.part));
-            }
-        }
-        if planned.is_empty() {
-            return;
-        }
-        planned.sort_unstable_by_key(|(rank, _)| *rank);
-        let mut parts: Vec<PlannedPart> = Vec::with_capacity(planned.len());
-        for (rank, part) in &mut planned {
-            self.ranks[*rank as usize].writes = match part {
-                PlannedPart::Trainer { plan, .. } => plan.writes,
-                PlannedPart::Inference { relay, .. } => relay.plan.writes,
-            };
-            let nothing = PlannedPart::Trainer { plan: RankPlan::default(), names: BTreeMap::new() };
-            parts.push(std::mem::replace(part, nothing));
-        }
-        let costs = bundle_all(&mut parts, self.config.bundle_bytes, &self.config.cluster.nic);
-        for (((rank, into), part), costs) in planned.into_iter().zip(parts).zip(costs) {
-            *into = part;
-            self.ranks[rank as usize].costs = costs;
         }
     }
 
@@ -432,8 +400,10 @@ impl World<'_> {
 
     fn make_runner(&mut self, number: u32, part: PlannedPart) -> Result<(), ProgramError> {
         let (cluster, manifest) = (&self.config.cluster, &self.config.manifest);
+        let is_bundled = self.config.bundle_bytes > 0;
+        let costs = self.costs.lock().map(|mut all| all.get_mut(number as usize).map(std::mem::take));
         let rank = &mut self.ranks[number as usize];
-        let is_bundled = !rank.costs.is_empty();
+        rank.costs = costs.ok().flatten().unwrap_or_default();
         let (own, plan) = match (rank.rank, &part) {
             (Rank::Trainer(rank), PlannedPart::Trainer { plan, .. }) => {
                 (manifest.trainers.get(rank.index()).map(|own| &own.regions), plan)

@@ -62,8 +62,6 @@ pub(super) struct SimRank {
     pub(super) memory: SimMemory,
     /// By operation, where they are bundled.
     pub(super) costs: Vec<Cost>,
-    /// WRITEs of a push, as the plan counts them.
-    pub(super) writes: u64,
     pub(super) rails: Vec<Rc<RefCell<Queue>>>,
     /// Rails that it has closed, so that nothing comes in over them any more.
     pub(super) closed: Vec<bool>,
@@ -103,7 +101,6 @@ impl SimRank {
             runner: None,
             memory: SimMemory::default(),
             costs: Vec::new(),
-            writes: 0,
             rails: Vec::new(),
             pushing: None,
             busy_until: Time::ZERO,

@@ -238,7 +238,11 @@ impl World<'_> {
     fn completes(&mut self, number: u32, at: Time, result: Result<(), String>) {
         let Some(flight) = self.flights.get_mut(number) else { return };
         flight.result = result;
-        self.events.push(at, Event::Complete(number));
+        if at > self.now {
+            self.events.push(at, Event::Complete(number));
+        } else {
+            self.complete(number);
+        }
     }
 
     /// The network has done with a flight.

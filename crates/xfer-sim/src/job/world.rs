@@ -3,13 +3,16 @@
 //! Ranks, the controller and the network know nothing of each other; everything between them passes through here, one event
 //! at a time. It must never decide what a rank would decide.
 
-use rendezvous::controller::{Controller, ControllerConfig, Report};
+use std::sync::{Arc, Mutex};
+
+use rendezvous::controller::{Controller, ControllerConfig, PartsFn, Report};
 use rendezvous::{JOB_DEFAULT, PushId, ToController, ToMember, World as JobWorld};
 use xfer_exec::engine::Slot;
 use xfer_exec::runner::TICK;
 use xfer_exec::{Delivered, Failure, RailIndex, Turn, WriteId};
 use xfer_plan::Rank;
 
+use super::bundle::{Cost, bundled_parts};
 use super::bytes::Bytes;
 use super::config::JobConfig;
 use super::error::JobError;
@@ -95,6 +98,8 @@ pub(super) struct World<'w> {
     pub(super) committed: u64,
     pub(super) job_ended: Option<Option<String>>,
     pub(super) control: protocol::Wires,
+    /// What bundles cost, by trainer, until the trainer has its part of the plan.
+    pub(super) costs: Arc<Mutex<Vec<Vec<Cost>>>>,
     pub(super) tally: Tally,
     pub(super) log: Log<'w>,
     /// What every byte is; only where that is checked.
@@ -125,19 +130,39 @@ impl<'w> World<'w> {
     pub(super) fn new(config: &'w JobConfig, extras: Extras<'w>) -> Result<World<'w>, JobError> {
         config.check()?;
         let JobConfig { cluster, manifest, .. } = config;
-        let network = Network::new(cluster, config.tolerance, config.seed)?;
+        let mut network = cluster.clone();
+        if config.bundle_bytes > 0 {
+            // One event instead of two: a sender is told when bytes arrive, and that is when it is told.
+            network.nic.latency_nanoseconds += std::mem::take(&mut network.nic.completion_nanoseconds);
+        }
+        let network = Network::new(&network, config.tolerance, config.seed)?;
         let world =
             JobWorld { trainers: manifest.trainers.len() as u32, inference: manifest.receivers.len() as u32 };
         let mut seed = [0; 32];
         seed[..8].copy_from_slice(&config.seed.to_le_bytes());
-        let controller = Controller::new(ControllerConfig {
+        let costs: Arc<Mutex<Vec<Vec<Cost>>>> = Arc::default();
+        let parts: PartsFn = match config.bundle_bytes {
+            0 => Box::new(|plan, manifest| plan.parts(manifest)),
+            bytes_max => {
+                let (nic, costs) = (cluster.nic.clone(), costs.clone());
+                Box::new(move |plan, manifest| {
+                    let (parts, found) = bundled_parts(plan, manifest, bytes_max, &nic)?;
+                    if let Ok(mut costs) = costs.lock() {
+                        *costs = found;
+                    }
+                    Ok(parts)
+                })
+            }
+        };
+        let controller_config = ControllerConfig {
             job: JOB_DEFAULT.to_owned(),
             world,
             deadline: config.deadline,
             options: manifest.options,
             relays: true,
             seed,
-        });
+        };
+        let controller = Controller::with_parts(controller_config, parts);
         let controller = controller.map_err(|reason| JobError::Ended { at: Time::ZERO, reason })?;
         let mut ranks: Vec<SimRank> = world.members().map(|rank| SimRank::new(rank, cluster)).collect();
         ranks.iter_mut().for_each(|rank| rank.make_rails(cluster));
@@ -150,6 +175,7 @@ impl<'w> World<'w> {
             committed: 0,
             job_ended: None,
             control: protocol::Wires::new(ranks.len()),
+            costs,
             tally: Tally::new(config),
             log: Log::new(extras.trace, extras.describes),
             bytes: extras.bytes,
@@ -388,10 +414,7 @@ impl<'w> World<'w> {
         self.take_closes(number);
         match turn {
             Turn::Over(result) => {
-                let rank = &self.ranks[number as usize];
-                let is_bundled = !rank.costs.is_empty();
-                let writes = |delivered: Delivered| if is_bundled { rank.writes } else { delivered.writes };
-                let result = result.map(|delivered| (delivered.bytes, writes(delivered)));
+                let result = result.map(|Delivered { bytes, writes, .. }| (bytes, writes));
                 self.push_over(number, result);
             }
             Turn::Moved => self.wake(number),
@@ -482,7 +505,13 @@ impl<'w> World<'w> {
         let now = self.now;
         self.log.say(now, || format!("controller: {report:?}"));
         match report {
-            Report::Planned { bytes, writes, bound_seconds, limited_by, .. } => {
+            Report::Planned { bytes, mut writes, bound_seconds, limited_by, .. } => {
+                if let Ok(costs) = self.costs.lock() {
+                    // Those that bundles stand for.
+                    let bundles = costs.iter().map(Vec::len).sum::<usize>() as u64;
+                    writes += costs.iter().flatten().map(|cost| u64::from(cost.writes)).sum::<u64>();
+                    writes = writes.saturating_sub(bundles);
+                }
                 self.tally.planned(bytes, writes, bound_seconds, limited_by);
             }
             Report::Committed { version, .. } => {

@@ -6,9 +6,9 @@
 //! others, which stand still; whoever loses its bottleneck by that, or stands in a free flow's way, becomes free too, until
 //! nobody does. At worst that is everybody whom the change can reach.
 //!
-//! With a tolerance of e, a link counts as full from 1 - e of its capacity on, and a flow as fast as any from 1 - e of the
-//! fastest one's rate on. So most changes end after a step or two, whatever the size of the network. What is never
-//! tolerated is a link that is used above its capacity.
+//! With a tolerance of e, a link counts as full from 1 - e to 1 + e of its capacity, and a flow as fast as any from 1 - e of
+//! the fastest one's rate on. So most changes end after a step or two, whatever the size of the network: who leaves, leaves a
+//! little room, and who comes takes a little too much, until either is too much.
 //!
 //! There is no time here, and no bytes: only rates.
 
@@ -152,11 +152,17 @@ impl FairShare {
 
     /// Computes rates and tells of each that changed.
     pub(super) fn update(&mut self, mut changed: impl FnMut(u32, f64)) {
-        for flow in core::mem::take(&mut self.joined) {
-            if self.flows[flow as usize].active {
-                self.set_free(flow);
+        let mut joined = core::mem::take(&mut self.joined);
+        for flow in joined.drain(..) {
+            if !self.flows[flow as usize].active {
+                continue;
+            }
+            match self.place(flow) {
+                true => changed(flow, self.flows[flow as usize].rate),
+                false => self.set_free(flow),
             }
         }
+        self.joined = joined;
         let mut loosened = core::mem::take(&mut self.loosened);
         loosened.iter().for_each(|&link| self.recheck(link));
         loosened.clear();
@@ -185,6 +191,34 @@ impl FairShare {
                 changed(flow, state.rate);
             }
         }
+    }
+
+    /// Gives a new flow its rate, if that takes nothing from anybody.
+    fn place(&mut self, number: u32) -> bool {
+        let Flow { path, bottleneck, free, .. } = self.flows[number as usize];
+        if free || bottleneck != NONE {
+            return false;
+        }
+        let room = |hop: u8| {
+            let link = &self.links[path.links()[usize::from(hop)] as usize];
+            link.level(link.room(1, link.load, self.tolerance), 1)
+        };
+        let hops = (0..path.links().len() as u8).map(|hop| (room(hop), hop));
+        let Some((rate, hop)) = hops.min_by(|a, b| a.0.total_cmp(&b.0)) else { return false };
+        let link = &self.links[path.links()[usize::from(hop)] as usize];
+        let full = link.load + rate >= link.capacity * (1.0 - self.tolerance - ROUNDING);
+        let is_bottleneck = full && rate >= link.top * (1.0 - self.tolerance - ROUNDING);
+        if is_bottleneck {
+            let flow = &mut self.flows[number as usize];
+            (flow.rate, flow.bottleneck) = (rate, hop);
+            for (at, &link) in (0..).zip(path.links()) {
+                let link = &mut self.links[link as usize];
+                link.load += rate;
+                link.top = link.top.max(rate);
+                link.anchored += u32::from(at == hop);
+            }
+        }
+        is_bottleneck
     }
 
     fn set_free(&mut self, number: u32) {

@@ -12,10 +12,20 @@ pub(super) struct Stop {
 }
 
 impl LinkState {
-    /// What each unfilled flow may have, if all may have the same. Where others have their bottleneck, nobody may outrun
-    /// them.
-    fn level(&self) -> f64 {
-        let share = self.room.max(0.0) / f64::from(self.unfilled);
+    /// What so many flows may have together while others that have `standing` stay as they are. Who comes to a full link gets
+    /// what the others have, as long as that is tolerated.
+    pub(super) fn room(&self, flows: u32, standing: f64, tolerance: f64) -> f64 {
+        let idle = self.capacity - standing;
+        if flows as usize == self.flows.len() {
+            return self.capacity;
+        }
+        idle.max((f64::from(flows) * self.top).min(idle + self.capacity * tolerance))
+    }
+
+    /// What each of so many flows may have of this room, if all may have the same. Where others have their bottleneck, nobody
+    /// may outrun them.
+    pub(super) fn level(&self, room: f64, flows: u32) -> f64 {
+        let share = room.max(0.0) / f64::from(flows);
         if self.anchored > 0 { share.min(self.top) } else { share }
     }
 }
@@ -25,7 +35,8 @@ impl FairShare {
     pub(super) fn fill(&mut self) {
         self.make_room();
         for &link in &self.touched {
-            self.stops.push(Stop { level: self.links[link as usize].level(), link });
+            let state = &self.links[link as usize];
+            self.stops.push(Stop { level: state.level(state.room, state.unfilled), link });
         }
         while let Some(stop) = self.stops.pop() {
             let link = &self.links[stop.link as usize];
@@ -33,7 +44,7 @@ impl FairShare {
                 continue;
             }
             // What was taken from it since has raised the level for the rest.
-            let level = link.level();
+            let level = link.level(link.room, link.unfilled);
             if level > stop.level {
                 self.stops.push(Stop { level, link: stop.link });
                 continue;
@@ -61,11 +72,7 @@ impl FairShare {
         }
         for &link in &self.touched {
             let link = &mut self.links[link as usize];
-            // Where all are filled anew half of the tolerance is left idle: those who come next find room in it.
-            let idle = if link.anchored == 0 { self.tolerance / 2.0 } else { 0.0 };
-            let usable = link.capacity * (1.0 - idle);
-            let all = link.unfilled as usize == link.flows.len();
-            link.room = if all { usable } else { usable - link.load + link.room };
+            link.room = link.room(link.unfilled, link.load - link.room, self.tolerance);
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::device::DeviceSlice;
 use crate::error::{Errno, OpError};
 use crate::in_flight::OpId;
 use crate::memory::{Lease, LeaseMut};
@@ -38,21 +39,23 @@ pub enum Held {
     Shared(Lease),
     /// The destination of a read or a receive.
     Unique(LeaseMut),
+    /// The source of a write, in device memory.
+    Device(DeviceSlice),
 }
 
 impl Held {
-    /// The buffer of a write or a send.
+    /// The buffer of a write or a send from host memory.
     pub fn shared(self) -> Option<Lease> {
         match self {
             Self::Shared(lease) => Some(lease),
-            Self::Unique(_) => None,
+            Self::Unique(_) | Self::Device(_) => None,
         }
     }
 
     /// The buffer of a read or a receive.
     pub fn unique(self) -> Option<LeaseMut> {
         match self {
-            Self::Shared(_) => None,
+            Self::Shared(_) | Self::Device(_) => None,
             Self::Unique(lease) => Some(lease),
         }
     }
@@ -61,6 +64,12 @@ impl Held {
 impl From<Lease> for Held {
     fn from(lease: Lease) -> Self {
         Self::Shared(lease)
+    }
+}
+
+impl From<DeviceSlice> for Held {
+    fn from(slice: DeviceSlice) -> Self {
+        Self::Device(slice)
     }
 }
 

@@ -216,6 +216,14 @@ pub enum RegionError {
         /// The rail.
         on: String,
     },
+    /// The rail was opened for host memory alone.
+    #[error(
+        "{on} was not opened for device memory; ask for it with Hints::device_memory, which not every provider grants"
+    )]
+    NoDeviceMemory {
+        /// The rail.
+        on: String,
+    },
     /// The rail knows no such region, or no longer.
     #[error("{on} knows no {region}")]
     Unknown {

@@ -98,6 +98,8 @@ pub struct Facts {
     pub uses_virtual_addresses: bool,
     /// The provider chooses the keys.
     pub chooses_keys: bool,
+    /// Device memory can be registered: it was asked for, and the provider can.
+    pub reaches_device_memory: bool,
 }
 
 /// One thing that a provider offers, to open a [`Rail`](crate::Rail) on. Clones share it.
@@ -231,6 +233,7 @@ unsafe fn read_facts(info: *const sys::fi_info) -> Option<Facts> {
         needs_local_registration: domain.mr_mode & sys::FI_MR_LOCAL != 0,
         uses_virtual_addresses: domain.mr_mode & sys::FI_MR_VIRT_ADDR != 0,
         chooses_keys: domain.mr_mode & sys::FI_MR_PROV_KEY != 0,
+        reaches_device_memory: info.caps & sys::FI_HMEM != 0,
     })
 }
 

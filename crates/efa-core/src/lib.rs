@@ -16,6 +16,7 @@
 
 mod address;
 mod completion;
+mod device;
 mod error;
 mod hints;
 mod in_flight;
@@ -33,6 +34,7 @@ mod wait;
 
 pub use address::{ADDRESS_BYTES_MAX, AddressLengthError, RailAddress};
 pub use completion::{Completion, Fault, Held, OpDone, OpKind, Unfinished};
+pub use device::{DeviceMemory, DeviceRef, DeviceSlice, DmaBufRange, Interface};
 pub use error::{
     CallError, CloseFailed, Errno, InfoError, MemoryError, OpError, PeerError, PostError, RailError,
     RangeError, RegionError,
@@ -44,7 +46,7 @@ pub use libfabric_sys::{OpenError, Tried, Version};
 pub use library::Library;
 pub use memory::{Lease, LeaseMut, Memory, MemoryRef, Target, available_bytes};
 pub use peer::{PEERS_MAX, PeerId};
-pub use post::{Message, Read, Receive, RejectReason, Rejected, WRITES_PER_DOORBELL_MAX, Write};
+pub use post::{Message, Read, Receive, RejectReason, Rejected, Source, WRITES_PER_DOORBELL_MAX, Write};
 pub use queue::COMPLETIONS_PER_POLL_MAX;
 pub use rail::{Rail, RailConfig};
 pub use region::{Closed, REGIONS_MAX, RegionId, RemoteRegion, RemoteSpan};

@@ -7,11 +7,11 @@ use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::fmt;
 use std::mem::ManuallyDrop;
-use std::ptr::NonNull;
 
 use libfabric_sys as sys;
 
 use crate::completion::{Held, OpKind};
+use crate::device::DeviceSlice;
 use crate::error::PostError;
 use crate::in_flight::{Op, OpId};
 use crate::memory::{Lease, LeaseMut};
@@ -26,9 +26,9 @@ pub const WRITES_PER_DOORBELL_MAX: u32 = 16;
 
 /// Writes our bytes to a peer's region.
 #[derive(Debug)]
-pub struct Write {
-    /// The bytes.
-    pub from: Lease,
+pub struct Write<S = Lease> {
+    /// The bytes: a [`Lease`], or a [`DeviceSlice`].
+    pub from: S,
     /// The region of ours that they lie in.
     pub region: RegionId,
     /// The peer.
@@ -127,15 +127,33 @@ impl<T> fmt::Display for Rejected<T> {
 
 impl<T: fmt::Debug> std::error::Error for Rejected<T> {}
 
-/// A buffer that can be in flight.
-trait Buffer: Into<Held> {
-    fn base(&self) -> NonNull<u8>;
+/// A buffer that can be in flight. Not to be implemented elsewhere, and not named there.
+pub trait Buffer: Into<Held> {
+    #[doc(hidden)]
+    fn base(&self) -> *mut u8;
+    #[doc(hidden)]
     fn len(&self) -> usize;
 }
 
+/// What a write can come from: a [`Lease`] or a [`DeviceSlice`].
+pub trait Source: Buffer {}
+
+impl Source for Lease {}
+impl Source for DeviceSlice {}
+
+impl Buffer for DeviceSlice {
+    fn base(&self) -> *mut u8 {
+        std::ptr::without_provenance_mut(self.address())
+    }
+
+    fn len(&self) -> usize {
+        DeviceSlice::len(self)
+    }
+}
+
 impl Buffer for Lease {
-    fn base(&self) -> NonNull<u8> {
-        Lease::base(self)
+    fn base(&self) -> *mut u8 {
+        Lease::base(self).as_ptr()
     }
 
     fn len(&self) -> usize {
@@ -144,8 +162,8 @@ impl Buffer for Lease {
 }
 
 impl Buffer for LeaseMut {
-    fn base(&self) -> NonNull<u8> {
-        LeaseMut::base(self)
+    fn base(&self) -> *mut u8 {
+        LeaseMut::base(self).as_ptr()
     }
 
     fn len(&self) -> usize {
@@ -178,7 +196,7 @@ impl Rail {
     /// # Errors
     ///
     /// [`Rejected`] gives the write back: nothing is in flight.
-    pub fn write(&mut self, write: Write) -> Result<OpId, Rejected<Write>> {
+    pub fn write<S: Source>(&mut self, write: Write<S>) -> Result<OpId, Rejected<Write<S>>> {
         self.live.post_write(write, 0)
     }
 
@@ -189,7 +207,7 @@ impl Rail {
     /// # Errors
     ///
     /// When a write is refused for good. It stays at the front; those before it are in flight.
-    pub fn write_batch(&mut self, queue: &mut VecDeque<Write>) -> Result<usize, PostError> {
+    pub fn write_batch<S: Source>(&mut self, queue: &mut VecDeque<Write<S>>) -> Result<usize, PostError> {
         let mut posted = 0;
         let mut waiting = 0;
         while let Some(write) = queue.pop_front() {
@@ -277,7 +295,7 @@ impl Rail {
 }
 
 impl Live {
-    fn post_write(&mut self, write: Write, more: u64) -> Result<OpId, Rejected<Write>> {
+    fn post_write<S: Source>(&mut self, write: Write<S>, more: u64) -> Result<OpId, Rejected<Write<S>>> {
         let Write { from, region, to, remote, immediate, delivery_complete, token } = write;
         let delivery = if delivery_complete { sys::FI_DELIVERY_COMPLETE } else { 0 };
         let data = if immediate.is_some() { sys::FI_REMOTE_CQ_DATA } else { 0 };
@@ -306,7 +324,7 @@ impl Live {
         let Some(vacancy) = self.in_flight.reserve(order.kind) else {
             return Err((RejectReason::TableFull, buffer));
         };
-        let iov = sys::iovec { iov_base: buffer.base().as_ptr().cast(), iov_len: bytes };
+        let iov = sys::iovec { iov_base: buffer.base().cast(), iov_len: bytes };
         let local = Local { iov, desc, peer, context: self.in_flight.context(&vacancy) };
         let buffer = ManuallyDrop::new(buffer);
         let (call, code) = self.call(&local, &order);
@@ -396,7 +414,7 @@ impl Live {
         let (region, len) = (order.region, buffer.len());
         let registration =
             self.regions.table.get(region.0).ok_or_else(|| PostError::UnknownRegion { on: on(), region })?;
-        let address = buffer.base().as_ptr().addr();
+        let address = buffer.base().addr();
         if !registration.covers(address, len) && len > 0 {
             return Err(PostError::OutsideRegion { on: on(), region, address, len });
         }

@@ -9,6 +9,7 @@ use std::fmt;
 use libfabric_sys as sys;
 use serde::{Deserialize, Serialize};
 
+use crate::device::{DeviceRef, Interface};
 use crate::error::{CallError, Errno, RangeError, RegionError};
 use crate::memory::{Lease, MemoryRef, Target};
 use crate::object::Object;
@@ -93,6 +94,24 @@ pub(crate) enum Keep {
     Memory(#[expect(dead_code, reason = "held to keep the memory alive")] MemoryRef),
     Target(#[expect(dead_code, reason = "held to keep the memory alive, and from being reclaimed")] Target),
     Lease(#[expect(dead_code, reason = "held to keep the memory alive, and from being thawed")] Lease),
+    Device(#[expect(dead_code, reason = "held to keep the memory alive")] DeviceRef),
+    /// As `Device`, and no peer can reach it.
+    LocalDevice(#[expect(dead_code, reason = "held to keep the memory alive")] DeviceRef),
+}
+
+/// A range to register.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    pub(crate) base: *mut u8,
+    pub(crate) len: usize,
+    pub(crate) interface: Interface,
+    pub(crate) dma_buf: Option<sys::fi_mr_dmabuf>,
+}
+
+impl Place {
+    fn host(base: *mut u8, len: usize) -> Self {
+        Self { base, len, interface: Interface::Host, dma_buf: None }
+    }
 }
 
 pub(crate) struct Registration {
@@ -192,8 +211,9 @@ impl Rail {
             };
             return live.keep_region(registration);
         }
-        let mr = live.open_region(base, len, access)?;
-        live.adopt_region(mr, keep, base, len).map(|(id, _)| id)
+        let place = Place::host(base, len);
+        let mr = live.open_region(&place, access)?;
+        live.adopt_region(mr, keep, &place).map(|(id, _)| id)
     }
 
     /// Lets peers write to a target (and read it), until the region is closed.
@@ -204,7 +224,7 @@ impl Rail {
     pub fn expose(&mut self, target: &Target) -> Result<(RegionId, RemoteRegion), RegionError> {
         let access = sys::FI_REMOTE_WRITE | sys::FI_REMOTE_READ;
         let (base, len) = (target.base().as_ptr(), target.len());
-        self.live.open_remote(Keep::Target(target.clone()), base, len, access)
+        self.live.open_remote(Keep::Target(target.clone()), &Place::host(base, len), access)
     }
 
     /// Lets peers read frozen bytes, until the region is closed.
@@ -214,7 +234,7 @@ impl Rail {
     /// As [`Rail::expose`].
     pub fn share(&mut self, lease: &Lease) -> Result<(RegionId, RemoteRegion), RegionError> {
         let (base, len) = (lease.base().as_ptr(), lease.len());
-        self.live.open_remote(Keep::Lease(lease.clone()), base, len, sys::FI_REMOTE_READ)
+        self.live.open_remote(Keep::Lease(lease.clone()), &Place::host(base, len), sys::FI_REMOTE_READ)
     }
 
     /// Closes a region: our operations can no longer name it, and peers can start no new access.
@@ -235,7 +255,7 @@ impl Rail {
             return Err(CallError { call: "fi_close(mr)", on: live.name.clone(), errno }.into());
         }
         let registration = live.regions.table.remove(region.0).ok_or_else(unknown)?;
-        let remote = !matches!(registration.keep, Keep::Memory(_));
+        let remote = !matches!(registration.keep, Keep::Memory(_) | Keep::LocalDevice(_));
         if remote && !live.nic_enforces_access {
             live.regions.held.push(registration.keep);
             return Ok(Closed::HeldUntilRailCloses);
@@ -245,36 +265,51 @@ impl Rail {
 }
 
 impl Live {
-    fn open_remote(
+    pub(crate) fn open_remote(
         &mut self,
         keep: Keep,
-        base: *mut u8,
-        len: usize,
+        place: &Place,
         access: u64,
     ) -> Result<(RegionId, RemoteRegion), RegionError> {
-        if len == 0 {
+        if place.len == 0 {
             return Err(RegionError::Empty { on: self.name.clone() });
         }
-        let mr = self.open_region(base, len, access)?;
-        let (id, key) = self.adopt_region(mr, keep, base, len)?;
-        let base = if self.info.facts().uses_virtual_addresses { base.addr() as u64 } else { 0 };
-        Ok((id, RemoteRegion { base, key, len: len as u64 }))
+        let mr = self.open_region(place, access)?;
+        self.adopt_remote(mr, keep, place)
+    }
+
+    pub(crate) fn adopt_remote(
+        &mut self,
+        mr: Object<sys::fid_mr>,
+        keep: Keep,
+        place: &Place,
+    ) -> Result<(RegionId, RemoteRegion), RegionError> {
+        let (id, key) = self.adopt_region(mr, keep, place)?;
+        let base = if self.info.facts().uses_virtual_addresses { place.base.addr() as u64 } else { 0 };
+        Ok((id, RemoteRegion { base, key, len: place.len as u64 }))
     }
 
     /// Registers a range, under an unguessable key where the key is ours to choose.
-    fn open_region(
+    pub(crate) fn open_region(
         &mut self,
-        base: *mut u8,
-        len: usize,
+        place: &Place,
         access: u64,
     ) -> Result<Object<sys::fid_mr>, RegionError> {
         if self.regions.table.is_full() {
             return Err(RegionError::Full { on: self.name.clone(), max: REGIONS_MAX });
         }
         let facts = self.info.facts();
-        let iov = sys::iovec { iov_base: base.cast(), iov_len: len };
+        let iov = sys::iovec { iov_base: place.base.cast(), iov_len: place.len };
+        let (what, flags) = match &place.dma_buf {
+            Some(dma_buf) => (sys::fi_mr_what { dmabuf: std::ptr::from_ref(dma_buf) }, sys::FI_MR_DMABUF),
+            None => (sys::fi_mr_what { mr_iov: &raw const iov }, 0),
+        };
+        let (iface, device) = match place.interface {
+            Interface::Host => (sys::FI_HMEM_SYSTEM, sys::fi_mr_device { reserved: 0 }),
+            Interface::Cuda { device } => (sys::FI_HMEM_CUDA, sys::fi_mr_device { cuda: device }),
+        };
         let mut attr = sys::fi_mr_attr {
-            what: sys::fi_mr_what { mr_iov: &raw const iov },
+            what,
             iov_count: 1,
             access,
             offset: 0,
@@ -282,8 +317,8 @@ impl Live {
             context: std::ptr::null_mut(),
             auth_key_size: 0,
             auth_key: std::ptr::null_mut(),
-            iface: sys::FI_HMEM_SYSTEM,
-            device: sys::fi_mr_device { reserved: 0 },
+            iface,
+            device,
             hmem_data: std::ptr::null_mut(),
             page_size: 0,
             base_mr: std::ptr::null(),
@@ -297,8 +332,9 @@ impl Live {
             }
             let opened = Object::open(&self.library, "fi_mr_regattr", &self.name, |mr| {
                 // SAFETY: the domain is open. The range is mapped, and the registration keeps it so until the region is
-                // closed; the attributes are of the newest size, so no version reads beyond them.
-                unsafe { sys::fi_mr_regattr(self.domain.as_ptr(), &raw const attr, 0, mr) }
+                // closed; the attributes are of the newest size, so no version reads beyond them, and a dma-buf is
+                // named only to a version that knows the flag.
+                unsafe { sys::fi_mr_regattr(self.domain.as_ptr(), &raw const attr, flags, mr) }
             });
             match opened {
                 Err(error) if error.errno.code == sys::FI_ENOKEY && !facts.chooses_keys => {}
@@ -312,14 +348,14 @@ impl Live {
         &mut self,
         mr: Object<sys::fid_mr>,
         keep: Keep,
-        base: *mut u8,
-        len: usize,
+        place: &Place,
     ) -> Result<(RegionId, u64), RegionError> {
         // SAFETY: the registration is open.
         let key = unsafe { sys::fi_mr_key(mr.as_ptr()) };
         // SAFETY: as above.
         let desc = unsafe { sys::fi_mr_desc(mr.as_ptr()) };
-        let registration = Registration { mr: Some(mr), keep, desc, base: base.addr(), len, in_flight: 0 };
+        let (base, len) = (place.base.addr(), place.len);
+        let registration = Registration { mr: Some(mr), keep, desc, base, len, in_flight: 0 };
         if key == sys::FI_KEY_NOTAVAIL {
             registration.discard();
             return Err(RegionError::RawKey { on: self.name.clone() });

@@ -1,8 +1,12 @@
 #![doc = include_str!("../README.md")]
-// Only `isa` may hold `unsafe`: it calls code that is compiled for a CPU's optional instructions.
+// Only three may hold `unsafe`: `isa`, which calls code that is compiled for a CPU's optional instructions, and of `cuda`
+// `operation`, which launches kernels, and `memory`, which answers for the memory that they reach.
 #![deny(unsafe_code, unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
 mod cast;
+pub mod checksum;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod dtype;
 mod element;
 mod error;

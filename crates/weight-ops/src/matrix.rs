@@ -25,13 +25,14 @@ pub struct MatrixMut<'a, T: Element> {
 
 /// Rows and columns, and how far apart rows are: at least 1, also in an empty matrix.
 #[derive(Clone, Copy, Debug)]
-struct Layout {
-    shape: [usize; 2],
-    stride: usize,
+pub(crate) struct Layout {
+    pub(crate) shape: [usize; 2],
+    pub(crate) stride: usize,
 }
 
 impl Layout {
-    fn new(shape: [usize; 2], stride: usize, elements: usize) -> Result<Layout, Error> {
+    /// Fails unless rows do not overlap and all lie in so many elements.
+    pub(crate) fn new(shape: [usize; 2], stride: usize, elements: usize) -> Result<Layout, Error> {
         let [rows, columns] = shape;
         if columns > stride {
             return Err(Error::StrideTooShort { columns, stride });

@@ -68,7 +68,9 @@ impl Plan {
                 false => Vec::new(),
             };
             let writes = routed.iter().map(|routed| routed.op.writes()).sum();
-            let ops = routed.into_iter().map(|routed| routed.op).collect();
+            // Of their own size: collected from `routed`, they would keep its room.
+            let mut ops = Vec::with_capacity(routed.len());
+            ops.extend(routed.into_iter().map(|routed| routed.op));
             trainers.push(RankPlan { ops, bytes: part.bytes, writes, tags });
         }
         Ok(Parts { trainers, receivers: relays.receivers })

@@ -144,7 +144,7 @@ impl<'w> World<'w> {
         let parts: PartsFn = match config.bundle_bytes {
             0 => Box::new(|plan, manifest| plan.parts(manifest)),
             bytes_max => {
-                let (nic, costs) = (cluster.nic.clone(), costs.clone());
+                let (nic, costs) = (cluster.nic, costs.clone());
                 Box::new(move |plan, manifest| {
                     let (parts, found) = bundled_parts(plan, manifest, bytes_max, &nic)?;
                     if let Ok(mut costs) = costs.lock() {

@@ -1,0 +1,90 @@
+//! One launch of one kernel, ready to be repeated. The only place here that makes the device touch memory.
+
+use std::fmt;
+
+use gpu_mem::{Arg, DeviceMemory, Failed, Function, Launch, Pending, Stream};
+
+use crate::cuda::Kernels;
+use crate::cuda::error::Error;
+use crate::cuda::memory::DeviceRange;
+use crate::cuda::quantize::TileArgs;
+
+/// Blocks of threads that CUDA launches in one dimension.
+const BLOCKS_MAX: u64 = i32::MAX as u64;
+
+/// Work that a stream can do: it was checked, and holds its memory.
+pub struct Operation {
+    function: Function,
+    /// None of it where there is nothing to do.
+    blocks: u32,
+    threads: u32,
+    arguments: Vec<Argument>,
+    /// All that the kernel reaches.
+    holds: Vec<DeviceRange>,
+}
+
+/// What a kernel is passed, with the types that it declares.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Argument {
+    /// An address or a number.
+    U64(u64),
+    Tiles(TileArgs),
+}
+
+impl Kernels {
+    /// Makes an operation. `arguments` reach nothing but `holds`, and within it only what the kernel's caller has checked.
+    pub(crate) fn operation(
+        &self,
+        function: Function,
+        blocks: u64,
+        threads: u32,
+        arguments: Vec<Argument>,
+        holds: Vec<DeviceRange>,
+    ) -> Result<Operation, Error> {
+        for range in &holds {
+            self.device().enable_access(range.device())?;
+        }
+        let count = u32::try_from(blocks).ok().filter(|&count| u64::from(count) <= BLOCKS_MAX);
+        let blocks = count.ok_or(Error::TooMany { count: blocks })?;
+        Ok(Operation { function, blocks, threads, arguments, holds })
+    }
+}
+
+impl Operation {
+    /// Puts the work behind what the stream has to do already. The operation comes back when it is done, to be used again.
+    ///
+    /// # Errors
+    /// When the stream is of another device than the kernels, or CUDA refuses. The operation comes back then too.
+    #[allow(clippy::result_large_err)] // it carries the operation back
+    pub fn enqueue(self, stream: &Stream) -> Result<Pending<Self>, Failed<Self>> {
+        if self.blocks > 0 {
+            let arguments: Vec<Arg<'_>> = self.arguments.iter().map(Argument::pass).collect();
+            let launch = Launch::linear(self.blocks, self.threads);
+            // SAFETY: whoever made this operation passed arguments of the kernel's types and checked that they reach
+            // nothing but `holds`. Those stay allocated until the stream has passed this point, because `hold` below
+            // keeps the whole operation until then. What is read is bytes, of which every value will do.
+            #[allow(unsafe_code)]
+            let launched = unsafe { self.function.launch(stream, launch, &arguments) };
+            if let Err(error) = launched {
+                return Err(Failed { error, returned: Some(self) });
+            }
+        }
+        stream.hold(self)
+    }
+}
+
+impl Argument {
+    fn pass(&self) -> Arg<'_> {
+        match self {
+            Argument::U64(value) => Arg::new(value),
+            Argument::Tiles(tiles) => Arg::new(tiles),
+        }
+    }
+}
+
+impl fmt::Debug for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Operation { function, blocks, threads, holds, .. } = self;
+        write!(f, "Operation({}, {blocks} x {threads} threads, {holds:?})", function.name())
+    }
+}

@@ -106,7 +106,8 @@ impl Flights {
 
     /// Room for the WRITEs of a flight.
     fn spare(&mut self) -> Vec<Carried> {
-        self.spare.pop().unwrap_or_default()
+        // Most have one.
+        self.spare.pop().unwrap_or_else(|| Vec::with_capacity(1))
     }
 
     /// Those that a condition holds for, by number.

@@ -6,8 +6,8 @@ use super::config::JobConfig;
 use super::rank::SimRank;
 use super::report::{Bin, JobReport, NicUse, PushTimes, RankTimes, Stage, StageTime};
 use super::trial::TrialEnd;
-use crate::cluster::{Cluster, NicId};
-use crate::network::Way;
+use crate::cluster::{Cluster, GpuId, NicId};
+use crate::network::{Link, Network, NetworkError, Way};
 use crate::time::Time;
 
 /// Entries of a timeline at most; when there are more, two become one.
@@ -16,43 +16,36 @@ const BINS_MAX: usize = 240;
 /// Nanoseconds of an entry at first.
 const BIN_NANOSECONDS: u64 = 100_000;
 
-/// Payload over time, by link.
-#[derive(Default)]
+/// What links move, looked at once in so often.
 struct Timeline {
-    links: usize,
     /// Nanoseconds of an entry.
     width: u64,
-    /// By entry, by link.
+    /// By entry, by link: bytes a second.
     bins: Vec<Vec<f32>>,
 }
 
 impl Timeline {
-    fn new(links: usize) -> Timeline {
-        Timeline { links, width: BIN_NANOSECONDS, bins: Vec::new() }
+    fn new() -> Timeline {
+        Timeline { width: BIN_NANOSECONDS, bins: Vec::new() }
     }
 
-    /// Books bytes evenly over the time that they took.
-    fn spread(&mut self, [from, to]: [u64; 2], link: usize, bytes: u64) {
-        while (to / self.width) as usize >= BINS_MAX {
-            self.bins = self.bins.chunks(2).map(add_up).collect();
+    /// Nanoseconds after the start: the middle of the next entry.
+    fn due(&self) -> u64 {
+        self.bins.len() as u64 * self.width + self.width / 2
+    }
+
+    fn push(&mut self, rates: Vec<f32>) {
+        self.bins.push(rates);
+        if self.bins.len() == BINS_MAX {
+            self.bins = self.bins.chunks(2).map(mean).collect();
             self.width *= 2;
-        }
-        let (first, last) = ((from.min(to) / self.width) as usize, (to / self.width) as usize);
-        while self.bins.len() <= last {
-            self.bins.push(vec![0.0; self.links]);
-        }
-        let share = bytes as f32 / (last - first + 1) as f32;
-        for bin in self.bins.get_mut(first..=last).into_iter().flatten() {
-            if let Some(sum) = bin.get_mut(link) {
-                *sum += share;
-            }
         }
     }
 }
 
-fn add_up(pair: &[Vec<f32>]) -> Vec<f32> {
+fn mean(pair: &[Vec<f32>]) -> Vec<f32> {
     match pair {
-        [a, b] => a.iter().zip(b).map(|(a, b)| a + b).collect(),
+        [a, b] => a.iter().zip(b).map(|(a, b)| (a + b) / 2.0).collect(),
         [a, ..] => a.clone(),
         [] => Vec::new(),
     }
@@ -101,7 +94,7 @@ impl Tally {
             pushes: Vec::new(),
             nics,
             nic_bytes: vec![[0; 2]; nics],
-            timeline: Timeline::new(2 * nics + 1),
+            timeline: Timeline::new(),
         }
     }
 
@@ -118,24 +111,40 @@ impl Tally {
             _ => {
                 self.push = Some(Push { version, first_begin: now, last_begin: now, served: now });
                 self.nic_bytes.fill([0; 2]);
-                self.timeline = Timeline::new(2 * self.nics + 1);
+                self.timeline = Timeline::new();
             }
         }
     }
 
-    /// Payload has arrived that was under way since `since`.
-    pub(super) fn moved(&mut self, since: Time, now: Time, way: Way, bytes: u64) {
-        let Some(push) = &self.push else { return };
-        let span = [since, now].map(|time| time.nanos_since(push.first_begin));
-        match way {
-            Way::Nic { from: NicId(from), to: NicId(to) } => {
-                let (from, to) = (from as usize, to as usize);
-                self.nic_bytes[from][0] += bytes;
-                self.nic_bytes[to][1] += bytes;
-                self.timeline.spread(span, from, bytes);
-                self.timeline.spread(span, self.nics + to, bytes);
+    /// When [`Tally::look`] is due; only while a version is pushed.
+    pub(super) fn look_due(&self) -> Option<Time> {
+        let push = self.push.filter(|push| self.pushes.iter().all(|over| over.version != push.version))?;
+        Some(push.first_begin.plus_nanos(self.timeline.due()))
+    }
+
+    /// Notes what the links move.
+    pub(super) fn look(&mut self, network: &mut Network, cluster: &Cluster) -> Result<(), NetworkError> {
+        let payload = cluster.nic.payload_bytes_per_second() as f64 / cluster.nic.bytes_per_second as f64;
+        let mut rates = Vec::with_capacity(2 * self.nics + 1);
+        for link in [Link::NicOut, Link::NicIn] {
+            for nic in 0..self.nics as u32 {
+                rates.push((network.used(link(NicId(nic)))? * payload) as f32);
             }
-            _ => self.timeline.spread(span, 2 * self.nics, bytes),
+        }
+        let mut over_nvlink = 0.0;
+        for gpu in 0..cluster.gpus() {
+            over_nvlink += network.used(Link::NvlinkOut(GpuId(gpu)))?;
+        }
+        rates.push(over_nvlink as f32);
+        self.timeline.push(rates);
+        Ok(())
+    }
+
+    /// Payload has arrived.
+    pub(super) fn moved(&mut self, way: Way, bytes: u64) {
+        if let (Some(_), Way::Nic { from: NicId(from), to: NicId(to) }) = (&self.push, way) {
+            self.nic_bytes[from as usize][0] += bytes;
+            self.nic_bytes[to as usize][1] += bytes;
         }
     }
 
@@ -205,7 +214,7 @@ impl Tally {
     }
 
     fn timeline(&self, cluster: &Cluster, ranks: &[SimRank]) -> Vec<Bin> {
-        let full = cluster.nic.payload_bytes_per_second() as f64 * self.timeline.width as f64 / 1e9;
+        let full = cluster.nic.payload_bytes_per_second() as f64;
         let nics_of = |trainers: bool, first: usize| -> Vec<usize> {
             let side = ranks.iter().filter(|rank| matches!(rank.rank, Rank::Trainer(_)) == trainers);
             let mut nics: Vec<usize> =
@@ -218,15 +227,13 @@ impl Tally {
         let spread = |bin: &[f32], links: &[usize]| -> [f32; 3] {
             let mut used: Vec<f32> = links.iter().filter_map(|link| bin.get(*link).copied()).collect();
             used.sort_unstable_by(f32::total_cmp);
-            let part = |at: usize| used.get(at).map_or(0.0, |bytes| (f64::from(*bytes) / full) as f32);
+            let part = |at: usize| used.get(at).map_or(0.0, |rate| (f64::from(*rate) / full) as f32);
             [part(0), part(used.len() / 2), part(used.len().saturating_sub(1))]
         };
         let bins = self.timeline.bins.iter().map(|bin| Bin {
             trainers_out: spread(bin, &out),
             receivers_in: spread(bin, &into),
-            nvlink_bytes_per_second: bin
-                .last()
-                .map_or(0.0, |bytes| (f64::from(*bytes) * 1e9 / self.timeline.width as f64) as f32),
+            nvlink_bytes_per_second: bin.last().copied().unwrap_or_default(),
         });
         bins.collect()
     }

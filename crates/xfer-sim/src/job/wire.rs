@@ -55,7 +55,6 @@ pub(super) struct Flight {
     result: Result<(), String>,
     writes: Vec<Carried>,
     bytes: u64,
-    launched: Time,
 }
 
 /// All flights, by number.
@@ -193,7 +192,6 @@ impl World<'_> {
             result: Ok(()),
             writes,
             bytes,
-            launched: self.now,
         }))
     }
 
@@ -218,7 +216,7 @@ impl World<'_> {
         let work = flight.writes.iter().map(wire_bytes).sum();
         let started = self.network.start_sized(now, way, work, Tag::Flight(number).pack());
         match started {
-            Ok(transfer) => (flight.stage, flight.launched) = (Stage::Moving(transfer), now),
+            Ok(transfer) => flight.stage = Stage::Moving(transfer),
             Err(error) => return self.breaks(error.to_string()),
         }
         self.ranks[from as usize].times.change(now, |under_way| {
@@ -298,7 +296,7 @@ impl World<'_> {
     fn arrive(&mut self, number: u32) {
         let now = self.now;
         let Some(flight) = self.flights.get_mut(number) else { return };
-        self.tally.moved(flight.launched, now, flight.hop.way, flight.bytes);
+        self.tally.moved(flight.hop.way, flight.bytes);
         if let Some(bytes) = &mut self.bytes {
             let sender = self.ranks[flight.from as usize].runner.as_ref();
             let ops = sender.map(|runner| runner.engine().program().ops()).unwrap_or_default();

@@ -250,6 +250,9 @@ impl<'w> World<'w> {
                 (Some(next), None) | (None, Some(next)) => next,
                 (None, None) => return Err(JobError::Stuck { at: self.now, last: self.log.last() }),
             };
+            while self.tally.look_due().is_some_and(|due| due <= next) {
+                self.tally.look(&mut self.network, &self.config.cluster)?;
+            }
             self.now = next;
             self.network.advance(next, &mut done);
             for over in done.drain(..) {

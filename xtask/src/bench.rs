@@ -11,7 +11,7 @@ const BENCHMARKS: [&str; 8] =
     ["loopback", "plan", "weight-ops", "lab", "ladder", "simulator", "cluster", "compare"];
 
 /// Tells the build which commit it is of; results carry it.
-const COMMIT_VARIABLE: &str = "WEIGHTSYNC_COMMIT";
+pub(crate) const COMMIT_VARIABLE: &str = "WEIGHTSYNC_COMMIT";
 
 pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     let Some((name, options)) =

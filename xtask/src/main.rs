@@ -10,6 +10,7 @@ mod bench;
 mod ci;
 mod demo;
 mod firewalls;
+mod hw;
 mod lab;
 mod libfabric;
 mod libfabric_build;
@@ -71,6 +72,15 @@ const COMMANDS: &[Command] = &[
             cluster [--help]: pushes on your own hosts, started by Slurm, MPI, torchrun or ssh (--hosts FILE, --local T:I).
             compare BEFORE.json AFTER.json [--margin PERCENT] [--force]: ends with 1 if something got slower beyond noise.",
         run: bench::run,
+    },
+    Command {
+        name: "hw",
+        arguments: "[tests|bench] [--sanitize] [--json FILE] [--mib N] [--rounds N] [--arena-mib N] | --build DIR",
+        about: "On a host with GPUs: build and run the tests of memory, kernels and copies, of which none is skipped for want of
+            a GPU, then measure each beside CUDA's own copy; prints one table and writes JSON, target/hw/hw.json unless told
+            otherwise. --sanitize: the kernels' tests under compute-sanitizer too. --build DIR only builds, into a folder whose
+            run.sh does the rest on a host without Rust.",
+        run: hw::run,
     },
     Command {
         name: "sim",

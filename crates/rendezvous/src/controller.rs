@@ -3,7 +3,8 @@
 //! `handle(event, now, &mut actions)` is the whole interface. It opens no socket, reads no clock and draws no random
 //! number (the seed of the push ids is an argument), so the same code runs behind `server` and in a simulated
 //! cluster. A version is committed at one point of this file only: `Controller::commit`, reached when everyone
-//! who writes has reported every byte that the plan gives it: every trainer, and every inference rank that passes bytes on.
+//! who writes has reported every byte that the plan gives it (every trainer, and every inference rank that passes bytes on),
+//! and where the job verifies, when every inference rank has found the bytes that were sent.
 //!
 //! Policy: a member that is lost ends the job, and every other member is told who was lost and during what. A member
 //! that fails without being lost aborts the attempt; the next attempt is welcome.
@@ -17,11 +18,13 @@ use crate::protocol::{
     DEADLINE_RANGE, Fence, JOB_BYTES_MAX, MemberManifest, PushId, RANKS_MAX, ToController, ToMember, World,
     cut,
 };
+use crate::verify::Verify;
 
 mod event;
 mod joining;
 mod losses;
 mod push;
+mod verifying;
 
 pub use event::{Action, Event, Report};
 use push::{Push, Stage};
@@ -61,6 +64,8 @@ pub struct ControllerConfig {
     pub options: PlanOptions,
     /// Whether inference ranks of this job can pass bytes on. Where they cannot, a plan that has them do so ends the job.
     pub relays: bool,
+    /// Which parameters are compared, as they were sent and as they arrived, before a version is committed.
+    pub verify: Verify,
     /// Random bytes from which push ids are derived.
     pub seed: [u8; 32],
 }
@@ -109,6 +114,8 @@ pub struct Controller {
     digest: Digest,
     /// Every trainer, and the inference ranks that pass bytes on.
     quotas: BTreeMap<Rank, Quota>,
+    /// Of those, how many checksums each may report; empty where nothing is verified.
+    sums_max: BTreeMap<Rank, usize>,
     /// Inference ranks that were told to pass on what arrives in an attempt, and have not said how that ended.
     relaying: BTreeMap<Rank, PushId>,
     /// Rails that inference ranks have yet to close.
@@ -141,6 +148,7 @@ impl Controller {
         if config.job.len() > JOB_BYTES_MAX {
             return Err(format!("the job's name has {} bytes, more than {JOB_BYTES_MAX}", config.job.len()));
         }
+        config.verify.check()?;
         Ok(Self {
             config,
             parts,
@@ -149,6 +157,7 @@ impl Controller {
             members: BTreeMap::new(),
             digest: Digest([0; 32]),
             quotas: BTreeMap::new(),
+            sums_max: BTreeMap::new(),
             relaying: BTreeMap::new(),
             fences: BTreeSet::new(),
             committed: 0,
@@ -170,6 +179,11 @@ impl Controller {
     /// The longest that any stage waits without progress.
     pub fn deadline(&self) -> Duration {
         self.config.deadline
+    }
+
+    /// Which parameters are compared before a version is committed.
+    pub fn verify(&self) -> Verify {
+        self.config.verify
     }
 
     /// How often the driver owes an [`Event::Tick`], and members a heartbeat.
@@ -205,12 +219,15 @@ impl Controller {
             ToController::Ready { digest } => self.ready(member, digest, actions),
             ToController::Begin { version } => self.begin(member, version, now, actions),
             ToController::Prepared { push } => self.advance(member, push, Stage::Preparing, now, actions),
-            ToController::Written { push, bytes, writes, fences } => {
+            ToController::Written { push, bytes, writes, fences, sums } => {
                 self.owe(fences);
-                self.written(member, push, Quota { bytes, writes }, now, actions);
+                if self.summed(member, push, sums, actions) {
+                    self.written(member, push, Quota { bytes, writes }, now, actions);
+                }
                 self.stopped(member, push, now, actions);
             }
             ToController::Fenced { push } => self.advance(member, push, Stage::Fencing, now, actions),
+            ToController::Verified { push } => self.advance(member, push, Stage::Verifying, now, actions),
             ToController::Committed { push } => self.advance(member, push, Stage::Committing, now, actions),
             ToController::Failed { push, reason, fences } => {
                 self.owe(fences);
@@ -254,6 +271,7 @@ impl Controller {
                     since: now,
                     began_at: now,
                     waiting,
+                    sums: BTreeMap::new(),
                     unconfirmed: Vec::new(),
                     lost: None,
                 });
@@ -303,7 +321,10 @@ impl Controller {
                 Stage::Collecting | Stage::Stopping | Stage::Committing => self.finish(actions),
                 Stage::Preparing => self.enter(Stage::Writing, now, actions),
                 Stage::Writing if !self.fences.is_empty() => self.enter(Stage::Fencing, now, actions),
-                Stage::Writing | Stage::Fencing => self.commit(now, actions),
+                Stage::Writing | Stage::Fencing if self.config.verify.is_on() => {
+                    self.enter(Stage::Verifying, now, actions);
+                }
+                Stage::Writing | Stage::Fencing | Stage::Verifying => self.commit(now, actions),
             }
         }
     }
@@ -360,7 +381,7 @@ impl Controller {
             Stage::Collecting => self.trainers().collect(),
             // What an inference rank still passes on could arrive in the next attempt, and count for it.
             Stage::Stopping => self.relaying.keys().copied().collect(),
-            Stage::Preparing | Stage::Committing => self.receivers().collect(),
+            Stage::Preparing | Stage::Verifying | Stage::Committing => self.receivers().collect(),
             Stage::Writing => self.quotas.keys().copied().collect(),
             Stage::Fencing => self.fences.iter().map(|fence| Rank::Receiver(fence.at)).collect(),
         };
@@ -372,6 +393,10 @@ impl Controller {
         };
         (push.stage, push.since, push.waiting) = (stage, now, waiting.clone());
         let (id, version) = (push.id, push.version);
+        let mut sums = match stage {
+            Stage::Verifying => std::mem::take(&mut push.sums),
+            _ => BTreeMap::new(),
+        };
         if stage == Stage::Stopping {
             push.began_at = now;
             if waiting.is_empty() {
@@ -389,6 +414,11 @@ impl Controller {
             let rails = rails.map(|fence| fence.rail).collect();
             let message = match (stage, member) {
                 (Stage::Collecting | Stage::Stopping, _) | (Stage::Writing, Rank::Receiver(_)) => continue,
+                (Stage::Verifying, Rank::Trainer(_)) => continue,
+                (Stage::Verifying, Rank::Receiver(rank)) => {
+                    let sums = sums.remove(&rank).unwrap_or_default().into_iter().collect();
+                    ToMember::Verify { push: id, sums }
+                }
                 (Stage::Preparing, _) => ToMember::Prepare { push: id, version, fence: rails },
                 (Stage::Writing, Rank::Trainer(_)) => ToMember::Write { push: id, version },
                 (Stage::Fencing, _) => ToMember::Fence { push: id, rails },
@@ -398,7 +428,8 @@ impl Controller {
         }
     }
 
-    /// The decision: everyone who writes has reported every byte of its part. Nothing else sets `committed`.
+    /// The decision: everyone who writes has reported every byte of its part, and nobody found others. Nothing else sets
+    /// `committed`.
     fn commit(&mut self, now: Duration, actions: &mut Actions) {
         if let Phase::Pushing(push) = &self.phase {
             self.committed = push.version;

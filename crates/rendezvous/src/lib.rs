@@ -15,6 +15,7 @@ pub mod member;
 mod protocol;
 #[cfg(feature = "net")]
 pub mod server;
+mod verify;
 
 #[cfg(feature = "net")]
 pub use client::{Client, ClientConfig, GiveUp};
@@ -28,3 +29,4 @@ pub use protocol::{
 };
 #[cfg(feature = "net")]
 pub use server::{Server, ServerConfig, ServerHandle};
+pub use verify::{Checksum, ParamSum, Verify};

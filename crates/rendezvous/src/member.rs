@@ -36,6 +36,8 @@
 //! | preparing | `prepared(Err)` | `Failed` | between |
 //! | between, receiving | `Fence` | step `Fence` | fencing |
 //! | fencing | `fenced()` | `Fenced` or `Failed` | as before the fence |
+//! | receiving | `Verify` | step `Verify` | verifying |
+//! | verifying | `verified()` | `Verified` or `Failed` | receiving |
 //! | receiving | `Commit` | step `Commit` | committing |
 //! | receiving | `Commit` of another attempt | | receiving |
 //! | between | `Commit` | | between |
@@ -48,6 +50,7 @@ use std::fmt;
 use xfer_plan::Digest;
 
 use crate::protocol::{Fence, Planned, PushId, ToController, ToMember};
+use crate::verify::ParamSum;
 
 mod inference;
 mod trainer;
@@ -131,9 +134,14 @@ impl Admission {
 }
 
 /// How a rank's writes ended: bytes and writes delivered, or why not all were.
-fn report(push: PushId, result: Result<(u64, u64), String>, fences: Vec<Fence>) -> ToController {
+fn report(
+    push: PushId,
+    result: Result<(u64, u64), String>,
+    fences: Vec<Fence>,
+    sums: Vec<ParamSum>,
+) -> ToController {
     match result {
-        Ok((bytes, writes)) => ToController::Written { push, bytes, writes, fences },
+        Ok((bytes, writes)) => ToController::Written { push, bytes, writes, fences, sums },
         Err(reason) => ToController::Failed { push, reason, fences },
     }
 }

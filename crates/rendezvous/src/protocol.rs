@@ -10,18 +10,21 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use xfer_plan::{
-    Digest, ParamId, Rank, RankPlan, ReceiverManifest, ReceiverPart, ReceiverRank, RelayPlan,
+    Digest, Inbound, ParamId, Rank, RankPlan, ReceiverManifest, ReceiverPart, ReceiverRank, RelayPlan,
     TrainerManifest, TrainerRank,
 };
 
+use crate::verify::{Checksum, ParamSum, Verify};
+
 /// Raised whenever a message changes its meaning or its bytes. Both sides say theirs before anything else.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// Bytes of a frame before the peer is authenticated: the handshake's messages are under 100 bytes.
 #[cfg(feature = "net")]
 pub(crate) const HANDSHAKE_FRAME_BYTES_MAX: u32 = 256;
 
-/// Bytes of a frame from a member that has joined: a reason is the longest.
+/// Bytes of a frame from a member that has joined: a reason is the longest. Where a job verifies, the checksums of
+/// [`ToController::Written`] may be longer: as long as any frame.
 #[cfg(feature = "net")]
 pub(crate) const MEMBER_FRAME_BYTES_MAX: u32 = 16 << 10;
 
@@ -30,7 +33,7 @@ pub const DEADLINE_RANGE: RangeInclusive<Duration> = Duration::from_millis(100).
 
 /// Bytes of a frame between members: the manifest of a rank with 100 000 tensors of 100 bytes of name, shape and map,
 /// with room.
-#[cfg(feature = "net")]
+#[cfg(any(feature = "net", test))]
 pub(crate) const FRAME_BYTES_MAX: u32 = 64 << 20;
 
 /// Bytes of one rank's opaque endpoint: a rail's address and key is about 300 bytes, times 32 rails and some regions.
@@ -151,6 +154,8 @@ pub struct Planned {
     pub bound_seconds: f64,
     /// Bytes of the whole push.
     pub bytes_total: u64,
+    /// Which parameters are compared before a version is committed.
+    pub verify: Verify,
 }
 
 /// See [`Planned`].
@@ -169,8 +174,10 @@ pub enum PlannedPart {
         part: ReceiverPart,
         /// What it passes on; without operations where that is nothing.
         relay: RelayPlan,
-        /// Names of the parameters in the operations of `relay`, by their id.
+        /// Names of the parameters in the operations of `relay` and in `inbound`, by their id.
         names: BTreeMap<ParamId, String>,
+        /// Where it arrives, operation by operation; empty where nothing is verified.
+        inbound: Vec<Inbound>,
     },
 }
 
@@ -204,9 +211,16 @@ pub enum ToController {
         writes: u64,
         /// What has to be closed before the commit.
         fences: Vec<Fence>,
+        /// Of what it sent, one for each receiver and parameter that is verified.
+        sums: Vec<ParamSum>,
     },
     /// An inference rank has closed the rails that it was told to.
     Fenced {
+        /// The attempt.
+        push: PushId,
+    },
+    /// An inference rank's bytes are those that were sent.
+    Verified {
         /// The attempt.
         push: PushId,
     },
@@ -266,6 +280,13 @@ pub enum ToMember {
         push: PushId,
         /// Its version.
         version: u64,
+    },
+    /// To an inference rank: everything has been written. Are these the checksums of your bytes?
+    Verify {
+        /// The attempt.
+        push: PushId,
+        /// Of every parameter that is verified, what those who wrote it have sent.
+        sums: Vec<(ParamId, Checksum)>,
     },
     /// To inference ranks: every byte has landed everywhere; serve it.
     Commit {
@@ -331,6 +352,7 @@ impl ToMember {
             Self::Prepare { .. } => "a prepare",
             Self::Fence { .. } => "a fence",
             Self::Write { .. } => "a write",
+            Self::Verify { .. } => "a request to verify",
             Self::Commit { .. } => "a commit",
             Self::Done { .. } => "a done",
             Self::Abort { .. } => "an abort",

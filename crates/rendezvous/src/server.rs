@@ -24,6 +24,7 @@ use crate::handshake::{self, Secret, random_seed};
 use crate::protocol::{
     DEADLINE_DEFAULT, FRAME_BYTES_MAX, JOB_DEFAULT, MEMBER_FRAME_BYTES_MAX, ToController, ToMember, World,
 };
+use crate::verify::Verify;
 
 /// Connections that have not proved themselves. A full job of 65 536 ranks comes in waves; the rest wait in the backlog.
 const UNPROVED_MAX: usize = 1024;
@@ -67,6 +68,7 @@ impl ServerConfig {
             deadline: DEADLINE_DEFAULT,
             options: PlanOptions::default(),
             relays: false,
+            verify: Verify::Off,
             seed: random_seed()?,
         };
         Ok(Self { listen: "127.0.0.1:0".to_owned(), secret: Secret::none(), insecure: false, controller })
@@ -137,6 +139,10 @@ impl Server {
         let Self { listener, secret, mut controller, .. } = self;
         let start = Instant::now();
         let join_max = controller.deadline();
+        let frame_bytes_max = match controller.verify().is_on() {
+            true => FRAME_BYTES_MAX,
+            false => MEMBER_FRAME_BYTES_MAX,
+        };
         let mut ticks = interval(controller.tick_interval());
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (events_in, mut events) = mpsc::channel(EVENTS_MAX);
@@ -151,7 +157,8 @@ impl Server {
                 accepted = accept(&listener, &unproved) => {
                     let (stream, peer, permit) = accepted;
                     connections += 1;
-                    let connection = Connection { id: ConnectionId(connections), peer, events: events_in.clone(), join_max };
+                    let (id, events) = (ConnectionId(connections), events_in.clone());
+                    let connection = Connection { id, peer, events, join_max, frame_bytes_max };
                     let secret = secret.clone();
                     tasks.spawn(async move {
                         // The permit covers the handshake only.
@@ -237,6 +244,8 @@ struct Connection {
     events: mpsc::Sender<Input>,
     /// From its proof to its join.
     join_max: Duration,
+    /// Once it has joined.
+    frame_bytes_max: u32,
 }
 
 impl Connection {
@@ -267,7 +276,7 @@ impl Connection {
         let _ = self.events.send(Input::Event(Event::Received(self.id, first))).await;
         let read = async {
             loop {
-                match frame::read(&mut read_half, self.peer, MEMBER_FRAME_BYTES_MAX).await {
+                match frame::read(&mut read_half, self.peer, self.frame_bytes_max).await {
                     Ok(Some(message)) => {
                         let event = Input::Event(Event::Received(self.id, message));
                         if self.events.send(event).await.is_err() {

@@ -97,7 +97,9 @@ async fn trainer(server: &ServerHandle, rank: u32) {
     for version in 1..=3 {
         client.send(ToController::Begin { version }).unwrap();
         let ToMember::Write { push, .. } = client.receive("write").await.unwrap() else { panic!("no write") };
-        client.send(ToController::Written { push, bytes: 8, writes: 1, fences: Vec::new() }).unwrap();
+        client
+            .send(ToController::Written { push, bytes: 8, writes: 1, fences: Vec::new(), sums: Vec::new() })
+            .unwrap();
         let done = ToMember::Done { push, version, unconfirmed: vec![] };
         assert_eq!(client.receive("done").await.unwrap(), done);
     }

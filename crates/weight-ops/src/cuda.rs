@@ -23,6 +23,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod batch;
 mod boxes;
 mod cast;
 mod checksums;
@@ -34,6 +35,7 @@ mod quantize;
 
 use gpu_mem::{Device, Function, Module};
 
+pub use batch::{CopyBatch, PendingBatch};
 pub use boxes::{BoxCopy, TensorBox};
 pub use checksums::{Checksums, PendingChecksums};
 pub use copy::{Place, Span};

@@ -4,7 +4,7 @@ mod cuda;
 
 use cuda::{Gpu, POISON, Random, assert_same, devices};
 use gpu_mem::DeviceMemory;
-use weight_ops::cuda::{BoxCopy, DeviceRange, Error, Place, Span, TensorBox};
+use weight_ops::cuda::{BoxCopy, CopyBatch, DeviceRange, Error, Place, Span, TensorBox};
 
 const SOURCE: usize = 0;
 const DESTINATION: usize = 1;
@@ -24,12 +24,25 @@ fn check_spans(gpu: &Gpu, spans: &[Span], multiprocessors: &[u32]) {
         expected[to as usize..][..len].copy_from_slice(&source[from as usize..][..len]);
     }
     let on_device = gpu.upload(&source, 0);
+    let mut batch = gpu.kernels.batch().with_room(5000).unwrap();
     for &multiprocessors in multiprocessors {
         let destination = gpu.guarded(expected.len(), 0);
         let regions = [on_device.clone(), destination.range.clone()];
         gpu.run(gpu.kernels.copy_spans(&gpu.stream, &regions, spans, multiprocessors).unwrap());
         assert_same(&gpu.read(&destination), &expected, &format!("{} spans", spans.len()));
+
+        let destination = gpu.guarded(expected.len(), 0);
+        let regions = [on_device.clone(), destination.range.clone()];
+        spans.iter().for_each(|span| batch.span(&regions, span).unwrap());
+        batch = run_batch(gpu, batch, multiprocessors);
+        assert_same(&gpu.read(&destination), &expected, &format!("a batch of {} spans", spans.len()));
     }
+}
+
+/// Runs a batch, which comes back empty to be used again. Its lists take a stream of their own.
+fn run_batch(gpu: &Gpu, batch: CopyBatch, multiprocessors: u32) -> CopyBatch {
+    let uploads = gpu.device.stream().unwrap();
+    batch.enqueue(&uploads, &gpu.stream, multiprocessors).unwrap().wait().unwrap()
 }
 
 #[test]
@@ -130,12 +143,43 @@ fn check_boxes(gpu: &Gpu, source: &[u8], destination_bytes: usize, boxes: &[BoxC
         copy_on_cpu(source, &mut expected, copy);
     }
     let on_device = gpu.upload(source, 0);
+    let mut batch = gpu.kernels.batch();
     for multiprocessors in [1, gpu.kernels.multiprocessors()] {
         let destination = gpu.guarded(destination_bytes, 0);
         let regions = [on_device.clone(), destination.range.clone()];
         gpu.run(gpu.kernels.copy_boxes(&gpu.stream, &regions, boxes, multiprocessors).unwrap());
         assert_same(&gpu.read(&destination), &expected, &format!("{boxes:?}"));
+
+        // Every second box with row after row as a span, in one batch.
+        let destination = gpu.guarded(destination_bytes, 0);
+        let regions = [on_device.clone(), destination.range.clone()];
+        for (index, copy) in boxes.iter().enumerate() {
+            match index % 2 {
+                0 => batch.rows(&regions, copy).unwrap(),
+                _ => spans_of(copy).iter().for_each(|span| batch.span(&regions, span).unwrap()),
+            }
+        }
+        batch = run_batch(gpu, batch, multiprocessors);
+        assert_same(&gpu.read(&destination), &expected, &format!("a batch of {boxes:?}"));
     }
+}
+
+/// Each row of a box.
+fn spans_of(copy: &BoxCopy) -> Vec<Span> {
+    let rows = copy.counts.map(u64::from);
+    let row = |index: u64| {
+        let place = |place: Place, strides: [u64; 3]| {
+            let steps = [index / rows[2] / rows[1], index / rows[2] % rows[1], index % rows[2]];
+            let skipped: u64 = steps.iter().zip(strides).map(|(step, stride)| step * stride).sum();
+            Place { region: place.region, offset: place.offset + skipped }
+        };
+        Span {
+            source: place(copy.source, copy.source_strides),
+            destination: place(copy.destination, copy.destination_strides),
+            bytes: copy.row_bytes,
+        }
+    };
+    (0..rows.iter().product()).map(row).collect()
 }
 
 fn tensor<'a>(region: usize, offset: u64, shape: &'a [u64], origin: &'a [u64]) -> TensorBox<'a> {

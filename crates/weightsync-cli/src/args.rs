@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
-use weightsync::{Fabric, PlanOptions, Secret, SessionConfig, World};
+use weightsync::{Fabric, PlanOptions, Secret, SessionConfig, Verify, World};
 
 use crate::commands::plan::args::PlanCommand;
 use crate::commands::simulate::args::SimulateArgs;
@@ -95,6 +95,8 @@ pub(crate) struct DemoArgs {
     #[command(flatten)]
     pub(crate) plan: PlanArgs,
     #[command(flatten)]
+    pub(crate) checksums: ChecksumArgs,
+    #[command(flatten)]
     pub(crate) launch: LaunchArgs,
     /// Write a timeline of all ranks, for Perfetto (ui.perfetto.dev) or chrome://tracing
     #[arg(long, value_name = "FILE")]
@@ -166,6 +168,15 @@ impl PlanArgs {
     }
 }
 
+/// What is compared in band, without a reference.
+#[derive(Args, Clone)]
+pub(crate) struct ChecksumArgs {
+    /// Compare checksums of what trainers sent with those of what arrived, before each commit: off, full, or sampled=P,
+    /// which picks each parameter with probability P, others in every push
+    #[arg(long, default_value_t = Verify::Off, value_name = "HOW")]
+    pub(crate) verify: Verify,
+}
+
 /// A trainer's memory beside its weights.
 #[derive(Args, Clone)]
 pub(crate) struct StagingArgs {
@@ -200,6 +211,8 @@ pub(crate) struct ControllerArgs {
     pub(crate) job: JobArgs,
     #[command(flatten)]
     pub(crate) plan: PlanArgs,
+    #[command(flatten)]
+    pub(crate) checksums: ChecksumArgs,
     /// The longest that any rank may let the others wait without progress, in seconds
     #[arg(long, default_value = "30", value_name = "SECONDS", value_parser = seconds)]
     pub(crate) deadline: Duration,
@@ -229,7 +242,7 @@ pub(crate) struct PushArgs {
 pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub(crate) rank: RankArgs,
-    /// Compare every byte of every version with a reference computed from the checkpoint
+    /// Compare every byte of every version with a reference computed from the checkpoint, once it is committed
     #[arg(long)]
     pub(crate) verify: bool,
 }

@@ -171,6 +171,7 @@ fn a_wrong_command_line_is_a_usage_error() {
         ("demo --trainers 0", &["--trainers"]),
         ("demo --steps 0", &["--steps"]),
         ("demo --deadline 0", &["--deadline", "must be"]),
+        ("demo --verify sampled=2", &["--verify", "above 0 and at most 1"]),
         ("controller --trainers 1", &["--inference"]),
         (&format!("push {rank}"), &["--rank"]),
         (&format!("push {rank} --rank one"), &["--rank", "'one'"]),
@@ -198,7 +199,7 @@ fn help_says_what_matters() {
     says("demo --help", &["--trainers", "--inference", "--steps", "--fabric", "--trace", "every byte"]);
     says(
         "controller --help",
-        &["--listen", "--secret-file", "--insecure", "--deadline", "WEIGHTSYNC_SECRET"],
+        &["--listen", "--secret-file", "--insecure", "--deadline", "--verify", "WEIGHTSYNC_SECRET"],
     );
     says(
         "push --help",

@@ -16,6 +16,7 @@ use weightsync_cli::synthetic::Shape;
 over_each_fabric! {
     every_version_is_verified_and_traced,
     the_json_adds_up,
+    checksums_are_compared_before_each_commit,
     ranks_without_a_row_take_part,
     an_indexed_checkpoint_goes_to_more_ranks_than_it_comes_from,
     one_to_one,
@@ -91,6 +92,28 @@ fn the_json_adds_up(fabric: &str) {
 }
 
 /// More trainers than any tensor has rows, more inference ranks than one has, a scalar, and tensors of nothing.
+fn checksums_are_compared_before_each_commit(fabric: &str) {
+    let (job, checkpoint) = (Job::new(), tiny());
+    // Short chunks and a low watermark: many operations, gathered and not.
+    let shape = "--trainers 3 --inference 2 --steps 2 --chunk 1 --watermark 1";
+    let facts = json(&demo(&job, fabric, checkpoint.path(), &format!("{shape} --verify full --json")));
+    for version in facts["versions"].as_array().unwrap() {
+        let Value::Object(sides) = &version["checksums"] else { panic!("no checksums in {version}") };
+        for side in sides.values() {
+            assert_eq!(side["bytes"], version["bytes"], "{version}");
+            assert!(
+                side["params"].as_u64().unwrap() > 0 && side["seconds"].as_f64().unwrap() > 0.0,
+                "{side}"
+            );
+        }
+    }
+    let output = demo(&job, fabric, checkpoint.path(), &format!("{shape} --verify sampled=0.5"));
+    assert!(output.stdout.contains("checksums of version 2: "), "{output}");
+    let facts = json(&demo(&job, fabric, checkpoint.path(), &format!("{shape} --json")));
+    assert!(facts["versions"].as_array().unwrap().iter().all(|version| version.get("checksums").is_none()));
+    job.end();
+}
+
 fn ranks_without_a_row_take_part(fabric: &str) {
     let job = Job::new();
     let small: [(&str, Dtype, &[usize]); 5] = [

@@ -18,6 +18,7 @@ use crate::config::SessionConfig;
 use crate::endpoint::{Endpoint, RailEndpoint};
 use crate::error::Error;
 use crate::fabric::{self, Fabric, FabricError, OpenRail};
+use crate::verify::Outgoing;
 
 /// A rail that holds writes back for this part of the sender's deadline is given up, if other rails reach the receiver.
 const STALL_DIVISOR: u32 = 5;
@@ -46,6 +47,8 @@ pub(crate) struct Connected {
     pub(crate) rails: Vec<ConnectedRail>,
     /// The rails to each inference rank, in words.
     pub(crate) routes: BTreeMap<ReceiverRank, String>,
+    /// What to hash, where the job verifies.
+    pub(crate) outgoing: Option<Outgoing>,
 }
 
 enum Way {
@@ -101,11 +104,14 @@ impl Connecting {
         // Half: it fails, drains and says which peer is to blame before the controller gives up on this trainer.
         let deadline = config.deadline / 2;
         let limits = RankLimits { region_bytes, slot_bytes, transforms: false };
+        // Without transforms, what is sent is what stands at the source.
+        let outgoing = Outgoing::new(planned.verify, &plan.ops, &names, progress.clone());
         let program = Program::new(plan, names, &limits, routes)?;
         let stall = deadline / STALL_DIVISOR;
         let driver = DriverConfig { program, rails, staging, slot_bytes, deadline, stall };
         let thread = ThreadConfig { name: rank.to_string(), busy_poll, cpus: config.cpus, progress };
-        Ok(Connected { sender: Sender::start(driver, thread)?, rails: connected, routes: described })
+        let sender = Sender::start(driver, thread)?;
+        Ok(Connected { sender, rails: connected, routes: described, outgoing })
     }
 
     /// Staging memory: the watermark, if anything is gathered at all.

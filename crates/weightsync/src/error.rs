@@ -21,6 +21,9 @@ pub enum Error {
     /// The plan does not fit this rank.
     #[error("the controller's plan does not fit this rank: {0}")]
     Program(#[from] ProgramError),
+    /// What the plan says of the bytes that arrive here, to be verified, is not possible.
+    #[error("the controller's plan does not fit this rank: {0}; do both run the same release?")]
+    Inbound(String),
     /// A tensor or parameter is declared wrongly.
     #[error("{name}: {reason}")]
     Declaration {

@@ -10,6 +10,7 @@ use efa_core::{LeaseMut, Target};
 pub use rendezvous::member::Served;
 use rendezvous::member::{InferenceMember, InferenceStep};
 use rendezvous::{Client, Join, MemberManifest, PlannedPart, RendezvousError};
+use tokio::sync::oneshot;
 use xfer_exec::local::{Doorman, LocalError, SharedFile};
 use xfer_exec::ofi::OfiTarget;
 use xfer_plan::{DType, DestinationParam, ParamMap, Rank, ReceiverManifest, ReceiverRank, RegionIndex};
@@ -20,13 +21,16 @@ use crate::control::{out_of_turn, say};
 use crate::endpoint::{Endpoint, LocalEndpoint, RailEndpoint};
 use crate::error::Error;
 use crate::fabric::{self, FabricError};
-use crate::report::{Stopwatch, VersionReport, gb_per_second};
+use crate::report::{Span, Stopwatch, VerifyReport, VersionReport, gb_per_second};
+use crate::verify::{Compared, Incoming};
 
 /// Bytes that anybody may overwrite, for warm-ups.
 const SCRATCH_BYTES: usize = 4096;
 
 const CANNOT_PASS_ON: &str =
     "the plan has this inference rank pass bytes on, which it cannot do yet: plan with relay `never`";
+
+const NOT_COMPARED: &str = "defect: what arrived could not be hashed";
 
 /// A declared parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,13 +135,21 @@ impl Inference {
             _ => return Err(out_of_turn("the plan")),
         };
         let busy_poll = fabric::a_core_each(&host, &decode_peers(&planned.peers)?);
-        let PlannedPart::Inference { part, relay, .. } = planned.part else {
+        let PlannedPart::Inference { part, relay, names, inbound } = planned.part else {
             return Err(out_of_turn("an inference rank's part of the plan"));
         };
         if !relay.plan.ops.is_empty() {
             client.leave(Some(CANNOT_PASS_ON.into())).await;
             return Err(FabricError::Rail(CANNOT_PASS_ON.into()).into());
         }
+        let sizes = (part.bytes, bytes);
+        let incoming = match Incoming::new(planned.verify, inbound, names, sizes, client.progress()) {
+            Ok(incoming) => incoming,
+            Err(reason) => {
+                client.leave(Some(reason.clone())).await;
+                return Err(Error::Inbound(reason));
+            }
+        };
         say(&client, member.ready())?;
         let InferenceStep::Started = next(&mut client, &mut member, "every rank to connect").await? else {
             return Err(out_of_turn("the start"));
@@ -151,6 +163,8 @@ impl Inference {
             arena,
             params,
             push: None,
+            incoming,
+            verifying: None,
             last: None,
             bytes_per_push: part.bytes,
         })
@@ -210,6 +224,8 @@ struct Push {
     version: u64,
     whole: std::time::Instant,
     stage: Stopwatch,
+    stages: Vec<Span>,
+    verified: Option<VerifyReport>,
 }
 
 /// An inference rank that is part of a running job.
@@ -224,6 +240,10 @@ pub struct InferenceSession {
     arena: Target,
     params: Vec<DestinationParam>,
     push: Option<Push>,
+    /// What to hash, where the job verifies.
+    incoming: Option<Incoming>,
+    /// Under way; a call that is dropped in the middle leaves it to the next.
+    verifying: Option<oneshot::Receiver<Compared>>,
     last: Option<VersionReport>,
     bytes_per_push: u64,
     /// The rail's thread polls while a version is in flight.
@@ -260,6 +280,11 @@ impl InferenceSession {
         }
         let until = at_most.and_then(|at_most| tokio::time::Instant::now().checked_add(at_most));
         loop {
+            if let Some(verifying) = &mut self.verifying {
+                let compared = verifying.await.unwrap_or_else(|_| Err(NOT_COMPARED.into()));
+                self.verifying = None;
+                self.compared(compared)?;
+            }
             let pushing = self.push.is_some();
             let next = next(&mut self.client, &mut self.member, "a version");
             let step = match at_most.zip(until) {
@@ -278,8 +303,8 @@ impl InferenceSession {
                     let closed = self.close_rails(&close);
                     if closed.is_ok() {
                         self.receive_bytes(true);
-                        let stage = Stopwatch::start("write");
-                        self.push = Some(Push { version, whole: std::time::Instant::now(), stage });
+                        let (stage, whole) = (Stopwatch::start("write"), std::time::Instant::now());
+                        self.push = Some(Push { version, whole, stage, stages: Vec::new(), verified: None });
                     }
                     // From here on a byte may change at any time.
                     say(&self.client, self.member.prepared(closed.clone()))?;
@@ -289,6 +314,18 @@ impl InferenceSession {
                     let closed = self.close_rails(&close);
                     say(&self.client, self.member.fenced(closed.clone()))?;
                     closed.map_err(FabricError::Rail)?;
+                }
+                InferenceStep::Verify { push, version, sums } => {
+                    self.receive_bytes(false);
+                    if let Some(Push { stage, stages, .. }) = &mut self.push {
+                        stage.next("verify", stages);
+                    }
+                    match &self.incoming {
+                        Some(incoming) => {
+                            self.verifying = Some(incoming.start((push, version), sums, self.arena.clone()));
+                        }
+                        None => self.compared(Err(NOT_COMPARED.into()))?,
+                    }
                 }
                 InferenceStep::Commit { version: committed, .. } => {
                     self.receive_bytes(false);
@@ -311,6 +348,18 @@ impl InferenceSession {
                 _ => return Err(out_of_turn("a version")),
             }
         }
+    }
+
+    /// Says how a comparison ended. Where it found other bytes, the controller ends the push.
+    fn compared(&mut self, compared: Compared) -> Result<(), Error> {
+        let (report, result) = match compared {
+            Ok(report) => (Some(report), Ok(())),
+            Err(reason) => (None, Err(reason)),
+        };
+        if let Some(push) = &mut self.push {
+            push.verified = report;
+        }
+        say(&self.client, self.member.verified(result))
     }
 
     /// Closes rails over which bytes may still come that nobody waits for.
@@ -337,7 +386,8 @@ impl InferenceSession {
             bytes,
             seconds,
             gb_per_second: gb_per_second(bytes, seconds),
-            stages: vec![push.stage.end()],
+            stages: push.stages.into_iter().chain([push.stage.end()]).collect(),
+            verified: push.verified,
         }
     }
 

@@ -10,6 +10,7 @@ mod fabric;
 mod inference;
 mod report;
 mod trainer;
+mod verify;
 
 pub use config::{SessionConfig, WATERMARK_BYTES_DEFAULT};
 pub use efa_core::LeaseMut;
@@ -19,9 +20,9 @@ pub use inference::{Inference, InferenceSession, ParamId, Served};
 pub use rendezvous::controller::{ControllerConfig, Report};
 pub use rendezvous::{
     DEADLINE_DEFAULT, DEADLINE_RANGE, JOB_DEFAULT, PROTOCOL_VERSION, RendezvousError, Secret,
-    Server as Controller, ServerConfig, ServerHandle, World,
+    Server as Controller, ServerConfig, ServerHandle, Verify, World,
 };
-pub use report::{PushReport, RailReport, Span, VersionReport};
+pub use report::{PushReport, RailReport, Span, VerifyReport, VersionReport};
 pub use trainer::{TensorId, TensorSpec, Trainer, TrainerSession};
 pub use xfer_plan::{DType, DeviceMesh, ParamMap, Placement, PlanOptions, Rank, TensorBox, shard_box};
 

@@ -75,6 +75,9 @@ pub struct PushReport {
     pub rails: Vec<RailReport>,
     /// The stages, one after another.
     pub stages: Vec<Span>,
+    /// What was hashed, where the job verifies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verified: Option<VerifyReport>,
 }
 
 /// A rail's share of a push.
@@ -113,6 +116,29 @@ pub struct VersionReport {
     pub gb_per_second: f64,
     /// The stages, one after another.
     pub stages: Vec<Span>,
+    /// What was hashed, where the job verifies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verified: Option<VerifyReport>,
+}
+
+/// What one rank hashed so that a version was committed only where all bytes arrived as they were sent.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VerifyReport {
+    /// Parameters; on a trainer those of each inference rank count apart.
+    pub params: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Seconds from the first byte hashed to the last.
+    pub seconds: f64,
+    /// Of them, seconds that the push waited for: all of them on an inference rank, on a trainer those after its last
+    /// write was delivered.
+    pub exposed_seconds: f64,
+}
+
+impl VerifyReport {
+    pub(crate) fn new(params: usize, bytes: u64, took: Duration) -> Self {
+        Self { params: params as u64, bytes, seconds: took.as_secs_f64(), exposed_seconds: 0.0 }
+    }
 }
 
 /// 10^9 bytes per second; 0 where no time has passed.

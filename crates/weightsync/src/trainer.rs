@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicU64;
 
 use efa_core::{Lease, LeaseMut, MemoryRef};
 use rendezvous::member::{TrainerMember, TrainerStep};
-use rendezvous::{Client, Fence, GiveUp, Join, MemberManifest, RendezvousError};
+use rendezvous::{Client, Fence, GiveUp, Join, MemberManifest, PushId, RendezvousError};
 use tokio::sync::oneshot;
 use xfer_exec::driver::{Outcome, Sender};
 use xfer_exec::{Failure, RailUse};
@@ -21,6 +21,7 @@ use crate::endpoint::{Endpoint, RailEndpoint};
 use crate::error::Error;
 use crate::fabric;
 use crate::report::{PushReport, RailReport, Stopwatch, gb_per_second};
+use crate::verify::{Outgoing, Summed};
 
 /// A tensor, or a rank's box of it, as it is declared.
 #[derive(Debug, Clone, PartialEq)]
@@ -194,7 +195,7 @@ impl Trainer {
         let connecting =
             Connecting { config: config.clone(), endpoint, opened, memories, region_bytes, progress };
         let connected = tokio::task::spawn_blocking(move || connecting.connect(rank, planned)).await;
-        let Connected { sender, rails, routes } =
+        let Connected { sender, rails, routes, outgoing } =
             match connected.map_err(|error| std::io::Error::other(error.to_string()))? {
                 Ok(connected) => connected,
                 Err(error) => {
@@ -214,6 +215,7 @@ impl Trainer {
             tensors,
             rails,
             routes,
+            outgoing,
             bound_seconds,
             pushing: false,
         })
@@ -240,9 +242,16 @@ enum Weights {
     /// With the session.
     Here(Vec<LeaseMut>),
     /// With the rails, until this answers.
-    Pushed(oneshot::Receiver<Outcome>),
+    Pushed(oneshot::Receiver<Written>),
     /// Lost to a rail that did not close.
     Lost,
+}
+
+/// How the rails' part of a push ended.
+struct Written {
+    outcome: Outcome,
+    /// What was hashed; `None` where nothing was delivered whole, or nothing is verified.
+    summed: Option<Summed>,
 }
 
 /// A trainer that is part of a running job.
@@ -254,6 +263,7 @@ pub struct TrainerSession {
     tensors: Vec<Tensor>,
     rails: Vec<ConnectedRail>,
     routes: BTreeMap<ReceiverRank, String>,
+    outgoing: Option<Outgoing>,
     bound_seconds: f64,
     /// A push is under way, or was dropped in the middle.
     pushing: bool,
@@ -275,6 +285,8 @@ impl Drop for InPush<'_> {
     }
 }
 
+const NOT_HASHED: &str = "defect: what it sent could not be hashed";
+
 const GIVEN_UP: &str = "its push was given up half way";
 
 impl TrainerSession {
@@ -290,9 +302,9 @@ impl TrainerSession {
     /// [`Error::Busy`] while a push that was given up half way still reads them.
     pub fn tensor_mut(&mut self, id: TensorId) -> Result<&mut [u8], Error> {
         if let Weights::Pushed(outcome) = &mut self.weights
-            && let Ok(outcome) = outcome.try_recv()
+            && let Ok(written) = outcome.try_recv()
         {
-            self.weights = thaw(outcome.regions);
+            self.weights = thaw(written.outcome.regions);
         }
         let Weights::Here(regions) = &mut self.weights else {
             return Err(Error::Busy);
@@ -344,20 +356,22 @@ impl TrainerSession {
         let mut stages = Vec::new();
         let mut stage = Stopwatch::start("wait for trainers");
         say(&self.client, self.member.begin(version))?;
-        match self.next("the other trainers and the inference ranks").await? {
-            TrainerStep::Write { .. } => {}
+        let push = match self.next("the other trainers and the inference ranks").await? {
+            TrainerStep::Write { push, .. } => push,
             TrainerStep::Aborted { reason, .. } => return Err(Error::Aborted { version, reason }),
             _ => return Err(out_of_turn("the start of the push")),
-        }
+        };
         stage.next("write", &mut stages);
-        let (outcome, ended) = self.write(version).await?;
+        let (Written { outcome, summed }, ended) = self.write(push, version).await?;
         let fences = self.fences(&outcome.rails);
+        let (sums, verified) = summed.map(|Summed { sums, report }| (sums, report)).unzip();
         let result = match (&ended, &outcome.result) {
+            (None, Ok(_)) if self.outgoing.is_some() && sums.is_none() => Err(NOT_HASHED.into()),
             (None, Ok(delivered)) => Ok((delivered.bytes, delivered.writes)),
             (None, Err(failure)) => Err(failure.to_string()),
             (Some(error), _) => Err(error.to_string()),
         };
-        let told = say(&self.client, self.member.written(result, fences));
+        let told = say(&self.client, self.member.written(result, fences, sums.unwrap_or_default()));
         let delivered = match (ended.or(told.err()), outcome.result) {
             (None, Ok(delivered)) => delivered,
             (None, Err(failure)) => {
@@ -402,6 +416,7 @@ impl TrainerSession {
                 .map(|(rail, used)| RailReport::new(&rail.name, used))
                 .collect(),
             stages,
+            verified,
         })
     }
 
@@ -411,13 +426,18 @@ impl TrainerSession {
 
     /// Lends the weights to the rails and waits until they are back, whatever the controller says meanwhile: that comes with
     /// the outcome, where it ended the push.
-    async fn write(&mut self, version: u64) -> Result<(Outcome, Option<Error>), Error> {
+    async fn write(&mut self, push: PushId, version: u64) -> Result<(Written, Option<Error>), Error> {
         let (reply, outcome) = oneshot::channel();
         let Weights::Here(regions) = std::mem::replace(&mut self.weights, Weights::Pushed(outcome)) else {
             return Err(Error::Broken);
         };
-        let regions = regions.into_iter().map(LeaseMut::freeze).collect();
-        self.sender.push(regions, move |outcome| drop(reply.send(outcome)));
+        let regions: Vec<Lease> = regions.into_iter().map(LeaseMut::freeze).collect();
+        let summing = self.outgoing.as_ref().map(|outgoing| outgoing.start(push, regions.clone()));
+        self.sender.push(regions, move |outcome| {
+            // On the thread of the rails, which have nothing left to do.
+            let summed = summing.and_then(|summing| summing.end(outcome.result.is_ok()));
+            drop(reply.send(Written { outcome, summed }));
+        });
         let mut ended: Option<Error> = None;
         let outcome = loop {
             let Weights::Pushed(outcome) = &mut self.weights else {
@@ -436,12 +456,12 @@ impl TrainerSession {
                 }
             }
         };
-        let Ok(mut outcome) = outcome else {
+        let Ok(mut written) = outcome else {
             self.weights = Weights::Lost;
             return Err(Error::Broken);
         };
-        self.weights = thaw(std::mem::take(&mut outcome.regions));
-        Ok((outcome, ended))
+        self.weights = thaw(std::mem::take(&mut written.outcome.regions));
+        Ok((written, ended))
     }
 
     /// Which rails inference ranks have to close: those over which bytes may still come that were given up on. A kernel goes

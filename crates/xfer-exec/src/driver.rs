@@ -1,4 +1,4 @@
-//! Runs the engine on a rank's rails, over host memory.
+//! Runs the engine on a rank's rails, over host memory or any other [`Store`].
 //!
 //! Everything that a push touches belongs to one [`Driver`], and a driver to one thread: rails, queues, counters, staging
 //! slots. Nothing on the way of a WRITE is shared with another thread or allocated. The weights come in by value with a
@@ -12,16 +12,20 @@ use std::time::{Duration, Instant};
 
 use efa_core::{Lease, LeaseMut};
 
-use crate::engine::{Delivered, Failure, RailUse};
+use crate::engine::{Delivered, Failure, RailUse, Slot};
 use crate::program::Program;
-use crate::rail::{Armed, Rail};
-use crate::runner::{Runner, TICK, Turn};
+use crate::rail::{Armed, Rail, RailIndex};
+use crate::runner::{Memory, Runner, TICK, Turn};
 
+mod closing;
 mod gather;
 mod host;
 mod sender;
 
-use host::HostMemory;
+pub use closing::Closed;
+#[cfg(feature = "cuda")]
+pub(crate) use closing::Closings;
+pub use host::HostMemory;
 #[cfg(feature = "ofi")]
 pub(crate) use sender::pin;
 pub use sender::{Sender, ThreadConfig};
@@ -35,7 +39,48 @@ const GATHER_WAIT: Duration = Duration::from_micros(50);
 /// A rail over host memory.
 pub type HostRail = Box<dyn Rail<Buffer = Lease> + Send>;
 
-/// What a driver is made of.
+/// What rails of a memory read from.
+pub type BufferOf<M> = <<M as Memory>::Rail as Rail>::Buffer;
+
+/// Memory that a driver pushes from, and what fills its staging slots and closes its rails meanwhile. Nothing of it blocks.
+pub trait Store: Memory {
+    /// How many staging slots there are.
+    fn slots(&self) -> u32;
+
+    /// Takes the regions of a push.
+    fn begin(&mut self, regions: Vec<BufferOf<Self>>);
+
+    /// Gives them back.
+    fn end(&mut self) -> Vec<BufferOf<Self>>;
+
+    /// A slot that has been filled meanwhile, or not.
+    fn staged(&mut self) -> Option<Staged>;
+
+    /// A rail that has closed meanwhile, or has not in time.
+    fn closed(&mut self) -> Option<(RailIndex, Closed)>;
+
+    /// Appends the tags of WRITEs that have arrived at this rank meanwhile, for a rank that passes on.
+    ///
+    /// # Errors
+    ///
+    /// When that cannot be known any more, which ends the push.
+    fn arrived(&mut self, _tags: &mut Vec<u32>) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// The end of [`Memory::stage`].
+#[derive(Debug)]
+pub struct Staged {
+    /// The slot.
+    pub slot: Slot,
+    /// How long it took; others may have been filled at the same time.
+    pub took: Duration,
+    /// Filled, or why not.
+    pub result: Result<(), String>,
+}
+
+/// What a driver over host memory is made of.
 pub struct DriverConfig {
     /// What it pushes.
     pub program: Program,
@@ -56,18 +101,18 @@ pub struct DriverConfig {
 pub struct Timings {
     /// From the start of the push until its last buffer came back.
     pub total: Duration,
-    /// Time that the gather thread spent copying; overlaps with the writes.
+    /// Time that it took to fill slots; overlaps with the writes.
     pub gather: Duration,
 }
 
 /// The end of a push.
 #[derive(Debug)]
-pub struct Outcome {
+pub struct Outcome<B = Lease> {
     /// What was delivered, or why not.
     pub result: Result<Delivered, Failure>,
     /// The weights, as they came in. Where a rail could not be closed, it keeps its handles for ever, so that these
     /// do not thaw.
-    pub regions: Vec<Lease>,
+    pub regions: Vec<B>,
     /// Where the time went.
     pub timings: Timings,
     /// What each rail did, and which were closed.
@@ -75,13 +120,13 @@ pub struct Outcome {
 }
 
 /// What a step did.
-pub enum Step {
+pub enum Step<B = Lease> {
     /// Something was delivered, refused or gathered.
     Moved,
     /// Nothing.
     Still,
     /// The push is over.
-    Over(Outcome),
+    Over(Outcome<B>),
 }
 
 /// The push that runs.
@@ -93,24 +138,40 @@ struct Push {
 }
 
 /// See the module.
-pub struct Driver {
-    runner: Runner<HostMemory>,
-    memory: HostMemory,
+pub struct Driver<M: Store = HostMemory> {
+    runner: Runner<M>,
+    memory: M,
     push: Option<Push>,
+    /// Tags that have just arrived.
+    tags: Vec<u32>,
 }
 
 impl Driver {
-    /// A driver that has not pushed yet. Starts the thread that gathers.
+    /// A driver over host memory that has not pushed yet. Starts the thread that gathers.
     pub fn new(config: DriverConfig) -> io::Result<Self> {
         let DriverConfig { program, rails, staging, slot_bytes, deadline, stall } = config;
         let memory = HostMemory::new(staging, slot_bytes, deadline)?;
+        Ok(Self::over(memory, program, rails, deadline, stall))
+    }
+}
+
+impl<M: Store> Driver<M> {
+    /// A driver over any memory that has not pushed yet. For `deadline` and `stall` see
+    /// [`EngineConfig`](crate::EngineConfig).
+    pub fn over(
+        memory: M,
+        program: Program,
+        rails: Vec<Box<M::Rail>>,
+        deadline: Duration,
+        stall: Duration,
+    ) -> Self {
         let runner = Runner::new(program, rails, memory.slots(), deadline, stall);
-        Ok(Self { runner, memory, push: None })
+        Self { runner, memory, push: None, tags: Vec::new() }
     }
 
     /// Begins a push of `regions`. Then call [`Driver::step`] until it is over.
-    pub fn begin(&mut self, regions: Vec<Lease>) {
-        self.memory.regions = regions;
+    pub fn begin(&mut self, regions: Vec<BufferOf<M>>) {
+        self.memory.begin(regions);
         self.push = Some(Push { began: Instant::now(), ticked_at: Duration::ZERO, gather: Duration::ZERO });
         self.runner.start(Duration::ZERO);
     }
@@ -128,7 +189,7 @@ impl Driver {
     }
 
     /// Takes in what the threads have done, posts what is due and polls every rail once. Never blocks.
-    pub fn step(&mut self) -> Step {
+    pub fn step(&mut self) -> Step<BufferOf<M>> {
         let Some(push) = &mut self.push else { return Step::Still };
         let now = push.began.elapsed();
         let mut moved = false;
@@ -136,33 +197,40 @@ impl Driver {
             moved = true;
             self.runner.closed(rail, unfinished, result, now);
         }
-        while let Some((slot, took, result)) = self.memory.gathered() {
+        while let Some(Staged { slot, took, result }) = self.memory.staged() {
             moved = true;
             push.gather += took;
             self.runner.staged(slot, result, now);
+        }
+        if let Err(reason) = self.memory.arrived(&mut self.tags) {
+            self.runner.abort(reason, now);
+        }
+        for tag in self.tags.drain(..) {
+            moved = true;
+            self.runner.arrived(tag, now);
         }
         if now >= push.ticked_at + TICK {
             push.ticked_at = now;
             self.runner.tick(now);
         }
         match self.runner.step(&mut self.memory, now) {
-            Turn::Over(result) => self.over(result),
+            Turn::Over(result) => self.end(result),
             Turn::Still if !moved => Step::Still,
             Turn::Still | Turn::Moved => Step::Moved,
         }
     }
 
-    fn over(&mut self, result: Result<Delivered, Failure>) -> Step {
+    fn end(&mut self, result: Result<Delivered, Failure>) -> Step<BufferOf<M>> {
         let push = self.push.take();
         let timings = push.map_or_else(Timings::default, |Push { began, gather, .. }| Timings {
             total: began.elapsed(),
             gather,
         });
-        let regions = std::mem::take(&mut self.memory.regions);
+        let regions = self.memory.end();
         Step::Over(Outcome { result, regions, timings, rails: self.runner.engine().rails().collect() })
     }
 
-    /// Waits until a rail or the gather thread may have something, for a moment at most.
+    /// Waits until a rail or a slot may have something, for a moment at most.
     pub fn wait(&mut self) {
         if self.runner.engine().in_flight() == 0 {
             // Only a gather.
@@ -180,7 +248,7 @@ impl Driver {
     }
 }
 
-impl Drop for Driver {
+impl<M: Store> Drop for Driver<M> {
     fn drop(&mut self) {
         for rail in self.runner.take_rails() {
             if let Err(error) = rail.close(&mut Vec::new()) {

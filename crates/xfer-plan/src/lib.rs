@@ -11,6 +11,7 @@ mod dtype;
 mod error;
 mod explain;
 mod ids;
+mod inbound;
 mod intersect;
 pub mod limits;
 mod manifest;
@@ -41,6 +42,7 @@ pub use dtype::DType;
 pub use error::{CheckError, LayoutError, ManifestError, PlanError, TransferPlace};
 pub use explain::{ExplainError, ExplainedBox, ExplainedTransfer, Explanation, Why, explain};
 pub use ids::{GroupIndex, ParamId, Rank, ReceiverRank, RegionIndex, TrainerRank};
+pub use inbound::Inbound;
 pub use manifest::{
     DestinationParam, Manifest, PlanOptions, RailDecl, ReceiverManifest, Relay, SourcePiece, TrainerManifest,
 };

@@ -73,6 +73,10 @@ impl Plan {
             ops.extend(routed.into_iter().map(|routed| routed.op));
             trainers.push(RankPlan { ops, bytes: part.bytes, writes, tags });
         }
+        for RelayPlan { plan, first, awaited } in &mut relays.receivers {
+            plan.ops.shrink_to_fit();
+            [&mut plan.tags, first, awaited].into_iter().for_each(Vec::shrink_to_fit);
+        }
         Ok(Parts { trainers, receivers: relays.receivers })
     }
 }

@@ -110,6 +110,10 @@ impl Controller {
         let writers = trainers.chain(relays.filter(|(_, plan)| !plan.ops.is_empty()));
         self.quotas =
             writers.map(|(rank, plan)| (rank, Quota { bytes: plan.bytes, writes: plan.writes })).collect();
+        let inbound = match self.plan_verification(&parts) {
+            Ok(inbound) => inbound,
+            Err(reason) => return self.end(Some(reason), actions),
+        };
         let bytes_total = self.quotas.values().map(|quota| quota.bytes).sum();
         let bound_seconds = plan.bound.seconds();
         actions.push(Action::Report(Report::Planned {
@@ -125,20 +129,24 @@ impl Controller {
                 |member| self.seats.get(&member).map(|seat| seat.endpoint.clone()).unwrap_or_default();
             let peers = peers.into_iter().map(|member| Peer { member, endpoint: endpoint(member) }).collect();
             if let Some(seat) = self.seats.get(&member) {
-                let planned = Planned { digest: self.digest, part, peers, bound_seconds, bytes_total };
+                let verify = self.config.verify;
+                let planned =
+                    Planned { digest: self.digest, part, peers, bound_seconds, bytes_total, verify };
                 actions.push(Action::Send(seat.connection, ToMember::Planned(Box::new(planned))));
             }
         };
         for (rank, part) in (0..).map(TrainerRank).zip(parts.trainers) {
-            let (names, peers) = (names(&plan, &part.ops), destinations(&part.ops).collect());
+            let names = names(&plan, part.ops.iter().map(|op| op.param));
+            let peers = destinations(&part.ops).collect();
             send(Rank::Trainer(rank), PlannedPart::Trainer { plan: part, names }, peers);
         }
-        let receivers = plan.receivers.iter().zip(parts.receivers);
-        for (rank, (part, relay)) in (0..).map(ReceiverRank).zip(receivers) {
-            let names = names(&plan, &relay.plan.ops);
+        let receivers = plan.receivers.iter().zip(parts.receivers).zip(inbound);
+        for (rank, ((part, relay), inbound)) in (0..).map(ReceiverRank).zip(receivers) {
+            let passed_on = relay.plan.ops.iter().map(|op| op.param);
+            let names = names(&plan, passed_on.chain(inbound.iter().map(|arrives| arrives.param)));
             let from = part.arrivals.iter().map(|arrival| arrival.from);
             let peers = from.chain(destinations(&relay.plan.ops)).collect();
-            let part = PlannedPart::Inference { part: part.clone(), relay, names };
+            let part = PlannedPart::Inference { part: part.clone(), relay, names, inbound };
             send(Rank::Receiver(rank), part, peers);
         }
         self.phase = Phase::Connecting { since: now, waiting: self.config.world.members().collect() };
@@ -160,9 +168,9 @@ impl Controller {
     }
 }
 
-/// The names of the parameters in these operations.
-fn names(plan: &Plan, ops: &[Op]) -> BTreeMap<ParamId, String> {
-    let params: BTreeSet<ParamId> = ops.iter().map(|op| op.param).collect();
+/// The names of these parameters.
+fn names(plan: &Plan, params: impl Iterator<Item = ParamId>) -> BTreeMap<ParamId, String> {
+    let params: BTreeSet<ParamId> = params.collect();
     params.into_iter().map(|param| (param, plan.name(param).to_owned())).collect()
 }
 

@@ -106,7 +106,9 @@ impl Controller {
             Phase::Pushing(push) => {
                 // While it writes, a rank is late when it makes no progress; otherwise when the stage is.
                 let is_late = |member: &Rank| match push.stage {
-                    Stage::Writing => self.seats.get(member).is_some_and(|seat| late(seat.progress_at)),
+                    Stage::Writing | Stage::Verifying => {
+                        self.seats.get(member).is_some_and(|seat| late(seat.progress_at))
+                    }
                     _ => late(push.since),
                 };
                 let missing: Vec<Rank> = push.waiting.iter().copied().filter(is_late).collect();

@@ -2,12 +2,13 @@
 //!
 //! Stages only go forward; [`super::Controller`] says when.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use xfer_plan::Rank;
+use xfer_plan::{ParamId, Rank, ReceiverRank};
 
 use crate::protocol::PushId;
+use crate::verify::Checksum;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
@@ -16,6 +17,7 @@ pub(super) enum Stage {
     Preparing,
     Writing,
     Fencing,
+    Verifying,
     Committing,
 }
 
@@ -28,6 +30,7 @@ impl Stage {
             Self::Preparing => "to stop serving and prepare",
             Self::Writing => "to finish its writes",
             Self::Fencing => "to close the rails that a trainer gave up on",
+            Self::Verifying => "to compare what arrived with what was sent",
             Self::Committing => "to confirm the commit",
         }
     }
@@ -42,6 +45,8 @@ pub(super) struct Push {
     /// When all trainers had begun.
     pub(super) began_at: Duration,
     pub(super) waiting: BTreeSet<Rank>,
+    /// What was sent, by those who have written.
+    pub(super) sums: BTreeMap<ReceiverRank, BTreeMap<ParamId, Checksum>>,
     pub(super) unconfirmed: Vec<Rank>,
     /// Who was lost after the decision: the job ends once the others have learnt of the commit.
     pub(super) lost: Option<String>,

@@ -9,6 +9,8 @@ use xfer_plan::{
 use super::*;
 use crate::protocol::{ENDPOINT_BYTES_MAX, Join};
 
+mod verify;
+
 const DEADLINE: Duration = Duration::from_secs(30);
 const T0: Rank = Rank::Trainer(TrainerRank(0));
 const T1: Rank = Rank::Trainer(TrainerRank(1));
@@ -68,20 +70,25 @@ struct Bench {
 }
 
 impl Bench {
-    fn new() -> Self {
+    fn new(verify: Verify) -> Self {
         let config = ControllerConfig {
             job: "job".into(),
             world: world(),
             deadline: DEADLINE,
             options: PlanOptions::default(),
             relays: false,
+            verify,
             seed: [7; 32],
         };
         Self { controller: Controller::new(config).unwrap(), now: Duration::ZERO, log: Vec::new() }
     }
 
     fn started() -> Self {
-        let mut bench = Self::new();
+        Self::verifying(Verify::Off)
+    }
+
+    fn verifying(verify: Verify) -> Self {
+        let mut bench = Self::new(verify);
         for member in world().members() {
             bench.say(member, ToController::Join(Box::new(join(member))));
         }
@@ -146,7 +153,7 @@ impl Bench {
 }
 
 const WRITTEN: fn(PushId) -> ToController =
-    |push| ToController::Written { push, bytes: 8, writes: 1, fences: Vec::new() };
+    |push| ToController::Written { push, bytes: 8, writes: 1, fences: Vec::new(), sums: Vec::new() };
 
 #[test]
 fn a_version_is_committed_when_every_byte_is_reported_and_not_before() {
@@ -166,7 +173,7 @@ fn a_version_is_committed_when_every_byte_is_reported_and_not_before() {
 /// As above, and one rail was given up.
 const FENCED: fn(PushId) -> ToController = |push| {
     let fences = vec![Fence { at: ReceiverRank(0), rail: 3 }];
-    ToController::Written { push, bytes: 8, writes: 1, fences }
+    ToController::Written { push, bytes: 8, writes: 1, fences, sums: Vec::new() }
 };
 
 #[test]
@@ -216,7 +223,7 @@ fn fewer_bytes_than_planned_are_no_commit() {
     let mut bench = Bench::started();
     let push = bench.begin_to_writing(1);
     bench.say(T0, WRITTEN(push));
-    bench.say(T1, ToController::Written { push, bytes: 7, writes: 1, fences: Vec::new() });
+    bench.say(T1, ToController::Written { push, bytes: 7, writes: 1, fences: Vec::new(), sums: Vec::new() });
     assert_eq!(bench.controller.committed(), 0);
     assert!(
         bench.reason(T0).contains("trainer 1") && bench.reason(T0).contains("7 bytes"),
@@ -283,7 +290,7 @@ fn a_trainer_that_makes_progress_is_not_late() {
 
 #[test]
 fn who_is_missing_is_named() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::new(Verify::Off);
     bench.say(T1, ToController::Join(Box::new(join(T1))));
     bench.pass(31, &[T1]);
     assert!(
@@ -356,7 +363,7 @@ fn versions_only_rise_and_agree() {
 #[test]
 fn strangers_and_mistakes_are_refused_by_name() {
     let wrong = |change: fn(&mut Join)| {
-        let mut bench = Bench::new();
+        let mut bench = Bench::new(Verify::Off);
         let mut bad = join(T0);
         change(&mut bad);
         bench.say(T0, ToController::Join(Box::new(bad)));
@@ -369,7 +376,7 @@ fn strangers_and_mistakes_are_refused_by_name() {
     assert!(wrong(|join| join.member = I0).contains("other side's manifest"));
     assert!(wrong(|join| join.endpoint = vec![0; ENDPOINT_BYTES_MAX + 1]).contains("endpoint of"));
 
-    let mut bench = Bench::new();
+    let mut bench = Bench::new(Verify::Off);
     bench.say(T0, ToController::Join(Box::new(join(T0))));
     bench.event(Event::Received(ConnectionId(55), ToController::Join(Box::new(join(T0)))));
     assert!(bench.log.iter().any(|action| matches!(
@@ -380,7 +387,7 @@ fn strangers_and_mistakes_are_refused_by_name() {
 
 #[test]
 fn a_rank_that_dies_while_others_join_may_come_back() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::new(Verify::Off);
     bench.say(T0, ToController::Join(Box::new(join(T0))));
     bench.event(Event::Disconnected(connection(T0), "killed".into()));
     for member in world().members() {
@@ -391,7 +398,7 @@ fn a_rank_that_dies_while_others_join_may_come_back() {
 
 #[test]
 fn a_manifest_without_a_plan_ends_the_job_with_the_planners_words() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::new(Verify::Off);
     bench.say(T0, ToController::Join(Box::new(join(T0))));
     bench.say(T1, ToController::Join(Box::new(join(T1))));
     let mut bad = join(I0);
@@ -437,7 +444,7 @@ proptest! {
     /// only rise, and every ended job was reported as ended.
     #[test]
     fn no_order_of_messages_breaks_the_rules(steps in steps(), from_start in any::<bool>()) {
-        let mut bench = if from_start { Bench::new() } else { Bench::started() };
+        let mut bench = if from_start { Bench::new(Verify::Off) } else { Bench::started() };
         let members = [T0, T1, I0];
         let mut written: BTreeSet<(Rank, PushId)> = BTreeSet::new();
         let mut committed = 0;
@@ -512,7 +519,7 @@ fn a_controller_that_was_stopped_blames_nobody() {
 
 #[test]
 fn members_that_come_one_by_one_all_get_the_deadline() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::new(Verify::Off);
     bench.say(T0, ToController::Join(Box::new(join(T0))));
     bench.pass(25, &[T0]);
     bench.say(T1, ToController::Join(Box::new(join(T1))));

@@ -1,7 +1,10 @@
 //! An inference rank's half. See the table of [`crate::member`].
 
+use xfer_plan::ParamId;
+
 use super::{Admission, AdmissionStep, Attempt, Served, Unexpected, report};
 use crate::protocol::{Fence, Join, Planned, PlannedPart, PushId, ToController, ToMember};
+use crate::verify::{Checksum, ParamSum};
 
 /// What an inference rank does next. A step that asks for an answer gets it before the next message is handled.
 #[derive(Debug)]
@@ -25,6 +28,16 @@ pub enum InferenceStep {
         push: PushId,
         /// The rails, as its endpoint numbers them.
         close: Vec<u16>,
+    },
+    /// Compare these checksums with those of the bytes that are here, then [`InferenceMember::verified`]. Other messages may
+    /// be left unread meanwhile.
+    Verify {
+        /// The attempt.
+        push: PushId,
+        /// Its version.
+        version: u64,
+        /// Of every parameter that is verified, what was sent of it to this rank.
+        sums: Vec<(ParamId, Checksum)>,
     },
     /// Make the version visible, then [`InferenceMember::committed`].
     Commit {
@@ -55,6 +68,7 @@ enum State {
     Waiting,
     Preparing(Attempt),
     Fencing(PushId),
+    Verifying(PushId),
     Committing(Attempt),
 }
 
@@ -128,15 +142,27 @@ impl InferenceMember {
         })
     }
 
+    /// Its bytes are those that were sent, or which are not.
+    pub fn verified(&mut self, compared: Result<(), String>) -> Option<ToController> {
+        let State::Verifying(push) = self.state else { return None };
+        self.state = State::Waiting;
+        Some(match compared {
+            Ok(()) => ToController::Verified { push },
+            Err(reason) => ToController::Failed { push, reason, fences: Vec::new() },
+        })
+    }
+
     /// The end of what it passes on: bytes and writes delivered, or why not all were. `fences`: where bytes may still be
-    /// on their way that it has given up on. Owed once for every attempt that it prepared for, also when that is over.
+    /// on their way that it has given up on. `sums`: of what it passed on, where the job verifies. Owed once for every
+    /// attempt that it prepared for, also when that is over.
     pub fn relayed(
         &mut self,
         result: Result<(u64, u64), String>,
         fences: Vec<Fence>,
+        sums: Vec<ParamSum>,
     ) -> Option<ToController> {
         let push = self.relaying.take()?;
-        Some(report(push, result, fences))
+        Some(report(push, result, fences, sums))
     }
 
     /// The version is visible.
@@ -182,6 +208,13 @@ impl InferenceMember {
             ToMember::Fence { push, rails } => {
                 self.state = State::Fencing(push);
                 Ok(Some(InferenceStep::Fence { push, close: rails }))
+            }
+            ToMember::Verify { push, sums } => {
+                let Some(attempt) = self.attempt.filter(|attempt| attempt.push == push) else {
+                    return Ok(None);
+                };
+                self.state = State::Verifying(push);
+                Ok(Some(InferenceStep::Verify { push, version: attempt.version, sums }))
             }
             ToMember::Commit { push, .. } => {
                 let Some(attempt) = self.attempt.take_if(|attempt| attempt.push == push) else {

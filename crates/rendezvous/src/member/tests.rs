@@ -7,6 +7,7 @@ use xfer_plan::{
 };
 
 use super::*;
+use crate::Verify;
 use crate::protocol::{Join, MemberManifest, PlannedPart, World};
 
 const P: PushId = PushId([1; 16]);
@@ -28,8 +29,8 @@ fn join(member: Rank) -> Join {
 }
 
 fn planned(part: PlannedPart) -> ToMember {
-    let (digest, peers) = (Digest([3; 32]), Vec::new());
-    ToMember::Planned(Box::new(Planned { digest, part, peers, bound_seconds: 0.0, bytes_total: 0 }))
+    let (digest, peers, verify) = (Digest([3; 32]), Vec::new(), Verify::Full);
+    ToMember::Planned(Box::new(Planned { digest, part, peers, bound_seconds: 0.0, bytes_total: 0, verify }))
 }
 
 fn for_trainer() -> ToMember {
@@ -53,7 +54,8 @@ fn for_inference(relays: bool) -> ToMember {
             wave: 0,
         });
     }
-    planned(PlannedPart::Inference { part: ReceiverPart::default(), relay, names: Default::default() })
+    let (part, names, inbound) = (ReceiverPart::default(), Default::default(), Vec::new());
+    planned(PlannedPart::Inference { part, relay, names, inbound })
 }
 
 fn trainer() -> TrainerMember {
@@ -110,9 +112,9 @@ fn a_trainer_that_is_stopped_still_says_what_it_owes() {
     assert!(matches!(member.handle(abort(1)), Ok(Some(TrainerStep::Stop { .. }))));
     assert_eq!(member.begin(1), None, "it still writes");
     let fences = vec![Fence { at: ReceiverRank(0), rail: 3 }];
-    let said = member.written(Err("stopped".into()), fences.clone());
+    let said = member.written(Err("stopped".into()), fences.clone(), Vec::new());
     assert_eq!(said, Some(ToController::Failed { push: P, reason: "stopped".into(), fences }));
-    assert_eq!(member.written(Ok((0, 0)), Vec::new()), None, "once");
+    assert_eq!(member.written(Ok((0, 0)), Vec::new(), Vec::new()), None, "once");
     assert!(member.begin(1).is_some());
 }
 
@@ -121,7 +123,7 @@ fn a_trainer_that_failed_is_not_told_of_a_commit() {
     let mut member = trainer();
     member.begin(1);
     member.handle(ToMember::Write { push: P, version: 1 }).unwrap();
-    member.written(Err("no".into()), Vec::new());
+    member.written(Err("no".into()), Vec::new(), Vec::new());
     let done = ToMember::Done { push: P, version: 1, unconfirmed: Vec::new() };
     assert_eq!(
         member.handle(done).unwrap_err(),
@@ -151,7 +153,7 @@ fn rails_that_do_not_close_fail_the_attempt_and_tear_nothing() {
     let failed = ToController::Failed { push: P, reason: "stuck".into(), fences: Vec::new() };
     assert_eq!(member.prepared(Err("stuck".into())), Some(failed));
     assert_eq!(member.served(), Served::Version(0));
-    assert_eq!(member.relayed(Ok((0, 0)), Vec::new()), None, "it passed nothing on");
+    assert_eq!(member.relayed(Ok((0, 0)), Vec::new(), Vec::new()), None, "it passed nothing on");
     assert!(matches!(member.handle(abort(1)), Ok(Some(InferenceStep::Aborted { .. }))));
     assert!(member.handle(prepare(Q, 1)).is_ok());
 }
@@ -163,7 +165,7 @@ fn what_is_passed_on_ends_before_the_next_attempt() {
     assert_eq!(member.handle(prepare(Q, 1)).unwrap_err().expected, "the end of the push");
     let fences = vec![Fence { at: ReceiverRank(1), rail: 0 }];
     let failed = ToController::Failed { push: P, reason: "stopped".into(), fences: fences.clone() };
-    assert_eq!(member.relayed(Err("stopped".into()), fences), Some(failed));
+    assert_eq!(member.relayed(Err("stopped".into()), fences, Vec::new()), Some(failed));
     assert!(member.handle(prepare(Q, 1)).is_ok());
 }
 
@@ -190,6 +192,7 @@ fn message(number: u8) -> ToMember {
         7 => ToMember::Done { push, version, unconfirmed: Vec::new() },
         8 => abort(version),
         9 => ToMember::Finished,
+        10 => ToMember::Verify { push, sums: Vec::new() },
         _ => ToMember::Heartbeat,
     }
 }
@@ -207,7 +210,7 @@ proptest! {
             let closed = if well { Ok(()) } else { Err("no".to_owned()) };
             let _ = trains.handle(message(number));
             trains.begin(u64::from(number));
-            trains.written(result(), Vec::new());
+            trains.written(result(), Vec::new(), Vec::new());
             let committed = serves.committed_version();
             match serves.handle(message(number)) {
                 Ok(Some(InferenceStep::Prepare { version, .. })) => {
@@ -219,6 +222,12 @@ proptest! {
                     }
                 }
                 Ok(Some(InferenceStep::Fence { .. })) => prop_assert!(serves.fenced(closed).is_some()),
+                Ok(Some(InferenceStep::Verify { version, .. })) => {
+                    prop_assert_eq!(serves.served(), Served::Torn(version));
+                    prop_assert!(serves.handle(ToMember::Finished).is_err(), "it owes an answer");
+                    prop_assert!(serves.verified(closed).is_some());
+                    prop_assert_eq!(serves.served(), Served::Torn(version));
+                }
                 Ok(Some(InferenceStep::Commit { version, .. })) => {
                     prop_assert_eq!(serves.served(), Served::Torn(version));
                     prop_assert!(serves.committed().is_some());
@@ -227,7 +236,7 @@ proptest! {
                 _ => prop_assert_eq!(serves.committed_version(), committed),
             }
             if well {
-                reports += usize::from(serves.relayed(result(), Vec::new()).is_some());
+                reports += usize::from(serves.relayed(result(), Vec::new(), Vec::new()).is_some());
             }
             prop_assert!(reports <= owed);
         }

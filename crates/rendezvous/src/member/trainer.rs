@@ -4,6 +4,7 @@ use xfer_plan::Rank;
 
 use super::{Admission, AdmissionStep, Attempt, Unexpected, report};
 use crate::protocol::{Fence, Join, Planned, PlannedPart, PushId, ToController, ToMember};
+use crate::verify::ParamSum;
 
 /// What a trainer does next.
 #[derive(Debug)]
@@ -84,11 +85,12 @@ impl TrainerMember {
     }
 
     /// The end of its writes: bytes and writes delivered, or why not all were. `fences`: where bytes may still be on
-    /// their way that it has given up on.
+    /// their way that it has given up on. `sums`: of what it sent, where the job verifies.
     pub fn written(
         &mut self,
         result: Result<(u64, u64), String>,
         fences: Vec<Fence>,
+        sums: Vec<ParamSum>,
     ) -> Option<ToController> {
         let push = match self.state {
             State::Writing(attempt) => {
@@ -104,7 +106,7 @@ impl TrainerMember {
             }
             _ => return None,
         };
-        Some(report(push, result, fences))
+        Some(report(push, result, fences, sums))
     }
 
     /// Takes what the controller says. `None`: nothing to do.

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use rendezvous::controller::{Action, ConnectionId, Controller, ControllerConfig, Event, Report};
 use rendezvous::member::{InferenceStep, Served, TrainerStep};
-use rendezvous::{Fence, Planned, PlannedPart, PushId, ToController, ToMember, World};
-use xfer_plan::{NO_TAG, PlanOptions, Rank, RankPlan, Relay, RelayPlan, TrainerRank};
+use rendezvous::{Fence, Planned, PlannedPart, PushId, ToController, ToMember, Verify, World};
+use xfer_plan::{Inbound, NO_TAG, PlanOptions, Rank, RankPlan, Relay, RelayPlan, TrainerRank};
 
 use crate::member::{Member, Protocol, Writing};
 
@@ -39,6 +39,8 @@ pub(crate) enum Next {
     Fail(Rank),
     /// The next rails that this rank has to close do not close.
     Stick(Rank),
+    /// A byte of this rank's memory becomes another.
+    Flip(Rank),
     /// This member's connection drops.
     Drop(Rank),
     /// This member is stopped.
@@ -83,13 +85,14 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    pub(crate) fn new(relay: Relay, relays: bool) -> Self {
+    pub(crate) fn new(relay: Relay, relays: bool, verify: Verify) -> Self {
         let config = ControllerConfig {
             job: "job".into(),
             world: WORLD,
             deadline: DEADLINE,
             options: PlanOptions { relay, ..PlanOptions::default() },
             relays,
+            verify,
             seed: [7; 32],
         };
         let members = WORLD.members().map(|rank| (rank, Member::join(rank))).collect();
@@ -128,6 +131,7 @@ impl Cluster {
                 (awake && unfinished && !counted, Next::ChangeRail(rank)),
                 (awake && unfinished, Next::Fail(rank)),
                 (awake && !trainer && !member.sticks, Next::Stick(rank)),
+                (awake && member.flip_would_be_found(), Next::Flip(rank)),
                 (true, Next::Drop(rank)),
                 (awake, Next::Silence(rank)),
             ];
@@ -164,6 +168,7 @@ impl Cluster {
             }
             Next::Fail(rank) => self.member(rank).fail(),
             Next::Stick(rank) => self.member(rank).sticks = true,
+            Next::Flip(rank) => self.member(rank).flip(),
             Next::Silence(rank) => {
                 self.member(rank).silent = true;
                 self.lost.push(rank);
@@ -263,7 +268,7 @@ impl Cluster {
     /// When a version is committed its bytes are everywhere, and none of them can change any more.
     fn check_memory(&self) {
         for (rank, member) in self.members.iter().filter(|(_, member)| !member.expected.is_empty()) {
-            let pushes: BTreeSet<_> = member.expected.iter().map(|cell| member.memory.get(cell)).collect();
+            let pushes: BTreeSet<_> = member.expected.keys().map(|cell| member.memory.get(cell)).collect();
             assert!(pushes.len() == 1 && !pushes.contains(&None), "torn at {rank}");
         }
         assert!(self.network.is_empty(), "committed with writes on their way");
@@ -294,6 +299,7 @@ impl Cluster {
                 Some(InferenceStep::Prepare { push, close, .. }) => {
                     let closed = self.close(rank, &close);
                     let member = self.member(rank);
+                    (member.compared, member.flipped) = (false, false);
                     if closed.is_ok() && !member.writes.plan.ops.is_empty() {
                         member.start(push, rail);
                     }
@@ -302,6 +308,11 @@ impl Cluster {
                 Some(InferenceStep::Fence { close, .. }) => {
                     let closed = self.close(rank, &close);
                     self.member(rank).say(|protocol| protocol.inference().fenced(closed));
+                }
+                Some(InferenceStep::Verify { push, sums, .. }) => {
+                    let member = self.member(rank);
+                    let compared = member.compare(push, sums);
+                    member.say(|protocol| protocol.inference().verified(compared));
                 }
                 Some(InferenceStep::Commit { .. }) => {
                     self.member(rank).say(|protocol| protocol.inference().committed());
@@ -313,18 +324,22 @@ impl Cluster {
     }
 
     fn planned(&mut self, rank: Rank, planned: Planned) {
-        let writes = match planned.part {
-            PlannedPart::Trainer { plan, .. } => RelayPlan { plan, ..RelayPlan::default() },
-            PlannedPart::Inference { relay, .. } => relay,
+        let (writes, names) = match planned.part {
+            PlannedPart::Trainer { plan, names } => (RelayPlan { plan, ..RelayPlan::default() }, names),
+            PlannedPart::Inference { part, relay, names, inbound } => {
+                let listed: u64 = inbound.iter().map(Inbound::bytes).sum();
+                assert_eq!(listed, if planned.verify.is_on() { part.bytes } else { 0 });
+                (relay, names)
+            }
         };
         let peers: BTreeSet<Rank> = planned.peers.iter().map(|peer| peer.member).collect();
         for (number, op) in writes.plan.ops.iter().enumerate() {
             assert_eq!(op.writes(), 1);
             assert!(peers.contains(&Rank::Receiver(op.to)), "{rank} is not told how to reach {}", op.to);
-            self.member(Rank::Receiver(op.to)).expected.insert((rank, number));
+            self.member(Rank::Receiver(op.to)).expected.insert((rank, number), op.param);
         }
         let member = self.member(rank);
-        member.writes = writes;
+        (member.writes, member.names, member.verify) = (writes, names, planned.verify);
         member.say(|protocol| match protocol {
             Protocol::Trainer(protocol) => protocol.ready(),
             Protocol::Inference(protocol) => protocol.ready(),
@@ -384,10 +399,11 @@ impl Cluster {
         let writing = member.writing.take().unwrap();
         member.idle |= std::mem::take(&mut member.stopped);
         let RankPlan { bytes, writes, .. } = member.writes.plan;
+        let sums = member.sums(rank, writing.push);
         let result = if writing.failed { Err("it failed".to_owned()) } else { Ok((bytes, writes)) };
         member.say(|protocol| match protocol {
-            Protocol::Trainer(protocol) => protocol.written(result, writing.fences),
-            Protocol::Inference(protocol) => protocol.relayed(result, writing.fences),
+            Protocol::Trainer(protocol) => protocol.written(result, writing.fences, sums),
+            Protocol::Inference(protocol) => protocol.relayed(result, writing.fences, sums),
         });
     }
 

@@ -5,6 +5,7 @@ mod member;
 
 use cluster::{Cluster, Next};
 use proptest::prelude::*;
+use rendezvous::Verify;
 use rendezvous::member::Served;
 use xfer_plan::{Rank, ReceiverRank, Relay, TrainerRank};
 
@@ -57,14 +58,20 @@ fn relays() -> impl Strategy<Value = Relay> {
     prop_oneof![Just(Relay::Never), Just(Relay::PerHost), Just(Relay::Chain)]
 }
 
+fn verify() -> impl Strategy<Value = Verify> {
+    prop_oneof![Just(Verify::Off), Just(Verify::Sampled(0.5)), Just(Verify::Full)]
+}
+
 proptest! {
     /// What the cluster itself asserts at every step: no inference rank on a newer version than the controller committed,
     /// no byte of another attempt in what is committed, none that lands in what is served, none counted for another attempt
-    /// by a rank that passes it on. And here: every run ends with everybody on the last version, or with a reason that names
+    /// by a rank that passes it on, no byte in what is committed that became another where everything is verified. And here: every run ends with everybody on the last version, or with a reason that names
     /// who was lost or waited for, and who is left then agrees on what was committed.
     #[test]
-    fn every_order_of_events_ends_well_or_by_name(relay in relays(), choices in prop::collection::vec(any::<u32>(), 0..600)) {
-        let mut cluster = Cluster::new(relay, true);
+    fn every_order_of_events_ends_well_or_by_name(
+        relay in relays(), verify in verify(), choices in prop::collection::vec(any::<u32>(), 0..600),
+    ) {
+        let mut cluster = Cluster::new(relay, true, verify);
         for choice in choices {
             let next = pick(&cluster, choice);
             cluster.step(next);
@@ -89,7 +96,7 @@ proptest! {
 #[test]
 fn without_faults_every_version_is_committed_at_once() {
     for (relay, writers) in [(Relay::Never, 2), (Relay::PerHost, 6), (Relay::Chain, 6)] {
-        let mut cluster = Cluster::new(relay, true);
+        let mut cluster = Cluster::new(relay, true, Verify::Off);
         to_the_end(&mut cluster);
         assert_eq!(cluster.served(), [Served::Version(TARGET); 4]);
         assert_eq!((cluster.writers(), cluster.aborts.len()), (writers, 0));
@@ -97,9 +104,32 @@ fn without_faults_every_version_is_committed_at_once() {
 }
 
 #[test]
+fn a_byte_that_became_another_aborts_the_attempt() {
+    let rank = Rank::Receiver(ReceiverRank(2));
+    for relay in [Relay::Never, Relay::PerHost, Relay::Chain] {
+        let mut cluster = Cluster::new(relay, true, Verify::Full);
+        go_on(&mut cluster, |_| true, |cluster| cluster.known_to_trainers() == TARGET);
+        assert_eq!(cluster.aborts, [""; 0]);
+        let mut cluster = Cluster::new(relay, true, Verify::Full);
+        let flip = |cluster: &Cluster| {
+            cluster.possible(TARGET).iter().any(|next| matches!(next, Next::Flip(at) if *at == rank))
+        };
+        while !flip(&cluster) {
+            let calm = |next: &&Next| !next.is_fault() && !matches!(next, Next::Tick);
+            let next = *cluster.possible(TARGET).iter().find(calm).unwrap();
+            cluster.step(next);
+        }
+        cluster.step(Next::Flip(rank));
+        to_the_end(&mut cluster);
+        assert_eq!(cluster.aborts, ["inference 2: other bytes arrived"]);
+        assert_eq!(cluster.served(), [Served::Version(TARGET); 4]);
+    }
+}
+
+#[test]
 fn an_attempt_waits_until_the_one_before_is_passed_on_no_more() {
     let relay = Rank::Receiver(ReceiverRank(0));
-    let mut cluster = Cluster::new(Relay::PerHost, true);
+    let mut cluster = Cluster::new(Relay::PerHost, true, Verify::Off);
     // Nothing lands, so the rank goes on passing on until it is stopped; and it does not say so.
     let may =
         |next: &Next| !matches!(next, Next::Land(_)) && !matches!(next, Next::Report(rank) if *rank == relay);
@@ -118,11 +148,11 @@ fn an_attempt_waits_until_the_one_before_is_passed_on_no_more() {
 
 #[test]
 fn where_ranks_cannot_pass_on_a_plan_with_relays_ends_the_job() {
-    let mut cluster = Cluster::new(Relay::PerHost, false);
+    let mut cluster = Cluster::new(Relay::PerHost, false, Verify::Off);
     to_the_end(&mut cluster);
     let reason = cluster.ended.flatten().unwrap();
     assert!(reason.contains("pass bytes on, which they cannot do yet"), "{reason}");
-    let mut cluster = Cluster::new(Relay::Never, false);
+    let mut cluster = Cluster::new(Relay::Never, false, Verify::Off);
     to_the_end(&mut cluster);
     assert_eq!(cluster.served(), [Served::Version(TARGET); 4]);
 }

@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use rendezvous::member::{InferenceMember, TrainerMember};
-use rendezvous::{Fence, Join, MemberManifest, PushId, ToController, ToMember};
+use rendezvous::member::{InferenceMember, Served, TrainerMember};
+use rendezvous::{Checksum, Fence, Join, MemberManifest, ParamSum, PushId, ToController, ToMember, Verify};
 use xfer_plan::{
-    DType, DestinationParam, ParamMap, RailDecl, Rank, ReceiverManifest, ReceiverRank, RegionIndex,
+    DType, DestinationParam, ParamId, ParamMap, RailDecl, Rank, ReceiverManifest, ReceiverRank, RegionIndex,
     RelayPlan, SourcePiece, TensorBox, TrainerManifest, TrainerRank,
 };
 
@@ -34,9 +34,14 @@ pub(crate) struct Member {
     /// What it writes; for a trainer nothing releases it.
     pub(crate) writes: RelayPlan,
     /// What is written here, by writer and operation.
-    pub(crate) expected: BTreeSet<(Rank, usize)>,
+    pub(crate) expected: BTreeMap<(Rank, usize), ParamId>,
     pub(crate) memory: BTreeMap<(Rank, usize), PushId>,
     pub(crate) writing: Option<Writing>,
+    pub(crate) verify: Verify,
+    pub(crate) names: BTreeMap<ParamId, String>,
+    /// It has compared its bytes in this attempt, so that what changes now is not seen.
+    pub(crate) compared: bool,
+    pub(crate) flipped: bool,
     pub(crate) rail: u16,
     /// For a trainer: between versions.
     pub(crate) idle: bool,
@@ -82,9 +87,13 @@ impl Member {
             said: [joins].into(),
             told: VecDeque::new(),
             writes: RelayPlan::default(),
-            expected: BTreeSet::new(),
+            expected: BTreeMap::new(),
             memory: BTreeMap::new(),
             writing: None,
+            verify: Verify::Off,
+            names: BTreeMap::new(),
+            compared: false,
+            flipped: false,
             rail: 0,
             idle: false,
             stopped: false,
@@ -109,11 +118,61 @@ impl Member {
         self.writing = Some(Writing { push, posted: 0, landed, arrived, failed: false, fences: Vec::new() });
     }
 
+    /// What it sent in an attempt, summed.
+    pub(crate) fn sums(&self, from: Rank, push: PushId) -> Vec<ParamSum> {
+        let mut sums: BTreeMap<_, Checksum> = BTreeMap::new();
+        for (number, op) in self.writes.plan.ops.iter().enumerate() {
+            if self.verify.covers(push, &self.names[&op.param]) {
+                sums.entry((op.to, op.param)).or_default().add(hash((from, number), push));
+            }
+        }
+        sums.into_iter().map(|((to, param), sum)| ParamSum { to, param, sum }).collect()
+    }
+
+    /// Compares what is here with what was sent. Only a byte that became another makes a difference.
+    pub(crate) fn compare(&mut self, push: PushId, sent: Vec<(ParamId, Checksum)>) -> Result<(), String> {
+        let mut found: BTreeMap<_, Checksum> = BTreeMap::new();
+        for (cell, param) in &self.expected {
+            if self.verify.covers(push, &self.names[param]) {
+                found.entry(*param).or_default().add(hash(*cell, self.memory[cell]));
+            }
+        }
+        self.compared = true;
+        let same = found == sent.into_iter().collect();
+        assert!(same || self.flipped, "other bytes than were sent");
+        if same { Ok(()) } else { Err("other bytes arrived".into()) }
+    }
+
+    /// Whether a byte that becomes another now is either overwritten or found.
+    pub(crate) fn flip_would_be_found(&self) -> bool {
+        let torn = match &self.protocol {
+            Protocol::Trainer(_) => false,
+            Protocol::Inference(protocol) => matches!(protocol.served(), Served::Torn(_)),
+        };
+        torn && self.verify == Verify::Full && !self.compared && !self.memory.is_empty()
+    }
+
+    pub(crate) fn flip(&mut self) {
+        self.flipped = true;
+        if let Some(mut cell) = self.memory.first_entry() {
+            cell.insert(PushId([0; 16]));
+        }
+    }
+
     pub(crate) fn fail(&mut self) {
         if let Some(writing) = &mut self.writing {
             writing.failed = true;
         }
     }
+}
+
+/// Stands for the hash of what an operation wrote in an attempt.
+fn hash((from, op): (Rank, usize), push: PushId) -> Checksum {
+    let from = match from {
+        Rank::Trainer(TrainerRank(rank)) => u128::from(rank),
+        Rank::Receiver(ReceiverRank(rank)) => 100 + u128::from(rank),
+    };
+    (u128::from_le_bytes(push.0) ^ from << 64 ^ op as u128).into()
 }
 
 /// Two trainers with a row each of two tensors that all inference ranks need whole, two of them on each host.

@@ -42,7 +42,7 @@ pub struct TensorBox<'a> {
 /// `Box` of copy.cu.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
-struct Descriptor {
+pub(super) struct Descriptor {
     source: u64,
     destination: u64,
     source_strides: [u64; 3],
@@ -55,7 +55,7 @@ struct Descriptor {
 /// `BoxPiece` of copy.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
-struct Piece {
+pub(super) struct Piece {
     offset: u64,
     index: u32,
     first_row: u32,
@@ -123,7 +123,7 @@ impl BoxCopy {
     }
 
     /// How many rows there are, if a u32 counts them.
-    fn rows(&self) -> Result<u32, Error> {
+    pub(super) fn rows(&self) -> Result<u32, Error> {
         let rows = self.counts.iter().try_fold(1_u32, |rows, &count| rows.checked_mul(count));
         rows.ok_or(Error::TooMany { count: u64::from(u32::MAX) + 1 })
     }
@@ -135,7 +135,7 @@ impl BoxCopy {
         })
     }
 
-    fn describe(&self, regions: &[DeviceRange], index: usize) -> Result<Descriptor, Error> {
+    pub(super) fn describe(&self, regions: &[DeviceRange], index: usize) -> Result<Descriptor, Error> {
         // What overflows is outside of any region.
         let reach = |strides| self.reach(strides).unwrap_or(u64::MAX);
         let source = address_of(regions, self.source, reach(self.source_strides), "box", index)?;
@@ -227,7 +227,7 @@ impl Kernels {
 }
 
 /// Cuts a box into pieces: some whole rows, or a part of one.
-fn cut(index: u32, rows: u32, row_bytes: u64, pieces: &mut Vec<Piece>) {
+pub(super) fn cut(index: u32, rows: u32, row_bytes: u64, pieces: &mut Vec<Piece>) {
     let piece_rows = u32::try_from(PIECE_BYTES / row_bytes).unwrap_or(u32::MAX).max(1);
     let mut first_row = 0;
     while first_row < rows {

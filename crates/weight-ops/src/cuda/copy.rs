@@ -43,7 +43,7 @@ pub struct Span {
 /// `Piece` of copy.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
-struct Piece {
+pub(super) struct Piece {
     source: u64,
     destination: u64,
     bytes: u64,
@@ -113,7 +113,7 @@ pub(crate) fn address_of(
 }
 
 /// Cuts a span into pieces. All but the first are written from a multiple of 16 on.
-fn cut(mut source: u64, mut destination: u64, mut bytes: u64, pieces: &mut Vec<Piece>) {
+pub(super) fn cut(mut source: u64, mut destination: u64, mut bytes: u64, pieces: &mut Vec<Piece>) {
     while bytes > 0 {
         let len = bytes.min(PIECE_BYTES - destination % 16);
         pieces.push(Piece { source, destination, bytes: len });

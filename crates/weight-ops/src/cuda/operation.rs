@@ -1,6 +1,7 @@
 //! One launch of one kernel, ready to be repeated. The only place here that makes the device touch memory.
 
 use std::fmt;
+use std::sync::Arc;
 
 use gpu_mem::{Arg, DeviceMemory, Failed, Function, Launch, Pending, Stream};
 
@@ -20,7 +21,7 @@ pub struct Operation {
     threads: u32,
     arguments: Vec<Argument>,
     /// All that the kernel reaches.
-    holds: Vec<DeviceRange>,
+    holds: Arc<[DeviceRange]>,
 }
 
 /// What a kernel is passed, with the types that it declares.
@@ -39,9 +40,10 @@ impl Kernels {
         blocks: u64,
         threads: u32,
         arguments: Vec<Argument>,
-        holds: Vec<DeviceRange>,
+        holds: impl Into<Arc<[DeviceRange]>>,
     ) -> Result<Operation, Error> {
-        for range in &holds {
+        let holds = holds.into();
+        for range in holds.iter() {
             self.device().enable_access(range.device())?;
         }
         let count = u32::try_from(blocks).ok().filter(|&count| u64::from(count) <= BLOCKS_MAX);

@@ -20,6 +20,7 @@ pub(crate) async fn run(args: ControllerArgs) -> anyhow::Result<()> {
     server.controller.job = args.job.job;
     server.controller.deadline = args.deadline;
     server.controller.options = args.plan.options();
+    server.controller.verify = args.checksums.verify;
     let controller = Controller::bind(server).await?;
     let address = controller.local_addr();
     if args.json {

@@ -111,6 +111,7 @@ impl Demo {
         };
         server.controller.deadline = args.rail.deadline;
         server.controller.options = args.plan.options();
+        server.controller.verify = args.checksums.verify;
         let controller = Controller::bind(server).await?.spawn(move |report| drop(reports_in.send(report)));
         let address = controller.local_addr();
         if address.ip().is_unspecified() {

@@ -1,20 +1,19 @@
-//! Host memory as the runner sees it: the regions of the push and the staging slots, a thread that gathers, and threads that
-//! close rails.
+//! Host memory as the runner sees it: the regions of the push and the staging slots, and a thread that gathers.
 //!
 //! A slot is a lease that is either free, away with the gather thread, or read by rails. None is given to the gather thread
 //! while a rail still holds a slice of it.
 
-use std::collections::VecDeque;
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender as ChannelSender, TryRecvError, bounded};
+use crossbeam_channel::{Receiver, Sender as ChannelSender};
 use efa_core::{Lease, LeaseMut};
 use xfer_plan::Op;
 
+use super::closing::{Closed, Closings};
 use super::gather::{self, Gathered, Job};
+use super::{Staged, Store};
 use crate::engine::{Post, Slot, Source};
-use crate::program::WriteId;
 use crate::rail::{Rail, RailIndex};
 use crate::runner::Memory;
 
@@ -29,26 +28,14 @@ enum SlotMemory {
     Filled(Lease),
 }
 
-/// What a rail had in flight when it was closed, and whether it closed.
-type Closed = (Vec<WriteId>, Result<(), String>);
-
-/// A rail that is being closed.
-struct Closing {
-    number: RailIndex,
-    since: Instant,
-    result: Receiver<Closed>,
-}
-
 /// See the module.
-pub(super) struct HostMemory {
+pub struct HostMemory {
     /// Of the push that runs.
-    pub(super) regions: Vec<Lease>,
+    regions: Vec<Lease>,
     slots: Vec<SlotMemory>,
     to_gather: ChannelSender<Job>,
     from_gather: Receiver<Gathered>,
-    closing: VecDeque<Closing>,
-    /// How long a rail may take to close.
-    close_max: Duration,
+    closing: Closings,
 }
 
 impl HostMemory {
@@ -62,40 +49,8 @@ impl HostMemory {
             slots.push(SlotMemory::Free(slot));
         }
         let (to_gather, from_gather) = gather::start("rows", slots.len())?;
-        let (regions, closing) = (Vec::new(), VecDeque::new());
-        Ok(Self { regions, slots, to_gather, from_gather, closing, close_max })
-    }
-
-    /// How many slots there are.
-    pub(super) fn slots(&self) -> u32 {
-        self.slots.len() as u32
-    }
-
-    /// A gather that has ended: its slot, the time that it took, and whether the rows fitted.
-    pub(super) fn gathered(&mut self) -> Option<(Slot, Duration, Result<(), String>)> {
-        let Gathered { slot, lease, took, ok } = self.from_gather.try_recv().ok()?;
-        if let Some(memory) = self.slots.get_mut(slot.0 as usize) {
-            *memory = SlotMemory::Filled(lease.freeze());
-        }
-        let result = if ok { Ok(()) } else { Err("the plan gathers outside this rank's memory".into()) };
-        Some((slot, took, result))
-    }
-
-    /// A rail that has closed meanwhile, or has not in time.
-    pub(super) fn closed(&mut self) -> Option<(RailIndex, Closed)> {
-        for at in 0..self.closing.len() {
-            let Closing { number, since, result } = self.closing.get(at)?;
-            let number = *number;
-            let closed = match result.try_recv() {
-                Ok(closed) => closed,
-                Err(TryRecvError::Empty) if since.elapsed() < self.close_max => continue,
-                // Its thread keeps what it holds for as long as that takes.
-                Err(_) => (Vec::new(), Err(format!("it did not close within {:?}", self.close_max))),
-            };
-            self.closing.remove(at);
-            return Some((number, closed));
-        }
-        None
+        let (regions, closing) = (Vec::new(), Closings::new(close_max));
+        Ok(Self { regions, slots, to_gather, from_gather, closing })
     }
 
     /// The slot's memory, if no rail reads it: it is away afterwards.
@@ -112,6 +67,33 @@ impl HostMemory {
             },
             SlotMemory::Gathering => None,
         }
+    }
+}
+
+impl Store for HostMemory {
+    fn slots(&self) -> u32 {
+        self.slots.len() as u32
+    }
+
+    fn begin(&mut self, regions: Vec<Lease>) {
+        self.regions = regions;
+    }
+
+    fn end(&mut self) -> Vec<Lease> {
+        std::mem::take(&mut self.regions)
+    }
+
+    fn staged(&mut self) -> Option<Staged> {
+        let Gathered { slot, lease, took, ok } = self.from_gather.try_recv().ok()?;
+        if let Some(memory) = self.slots.get_mut(slot.0 as usize) {
+            *memory = SlotMemory::Filled(lease.freeze());
+        }
+        let result = if ok { Ok(()) } else { Err("the plan gathers outside this rank's memory".into()) };
+        Some(Staged { slot, took, result })
+    }
+
+    fn closed(&mut self) -> Option<(RailIndex, Closed)> {
+        self.closing.over()
     }
 }
 
@@ -146,20 +128,7 @@ impl Memory for HostMemory {
         if sent { Ok(()) } else { Err("defect: a gather without memory".into()) }
     }
 
-    /// On a thread of its own: closing an endpoint of EFA waits for what is in flight, and the other rails must not wait with it.
     fn close(&mut self, number: RailIndex, rail: Box<Self::Rail>) {
-        tracing::warn!(rail = rail.name(), "closing after a failure");
-        let (closed, result) = bounded(1);
-        self.closing.push_back(Closing { number, since: Instant::now(), result });
-        let failed = closed.clone();
-        let close = move || {
-            let mut unfinished = Vec::new();
-            let result = rail.close(&mut unfinished).map_err(|error| error.to_string());
-            let _ = closed.send((unfinished, result));
-        };
-        if let Err(error) = std::thread::Builder::new().name("close rail".into()).spawn(close) {
-            // The rail went with the closure, so it has been dropped and with it closed; what it held is not known.
-            let _ = failed.send((Vec::new(), Err(format!("no thread to close it: {error}"))));
-        }
+        self.closing.begin(number, rail);
     }
 }

@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender as ChannelSender, bounded};
 use efa_core::Lease;
 
-use super::{Driver, DriverConfig, Outcome, Step};
+use crate::rail::Rail;
+
+use super::{BufferOf, Driver, DriverConfig, Outcome, Step, Store};
 
 /// How long the thread polls without a result before it waits. On a host with fewer cores than busy threads a longer
 /// spin takes the core from the peer that it waits for.
@@ -37,24 +39,34 @@ pub struct ThreadConfig {
     pub progress: Arc<AtomicU64>,
 }
 
-type Reply = Box<dyn FnOnce(Outcome) + Send>;
+type Reply<B> = Box<dyn FnOnce(Outcome<B>) + Send>;
 
-enum Command {
-    Push(Vec<Lease>, Reply),
+enum Command<B> {
+    Push(Vec<B>, Reply<B>),
     Abort(String),
 }
 
 /// A handle on the thread. Dropping it ends the thread after the present push, without waiting for it.
-pub struct Sender {
-    commands: ChannelSender<Command>,
+pub struct Sender<B = Lease> {
+    commands: ChannelSender<Command<B>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Sender {
-    /// Starts the thread.
+    /// Starts the thread of a driver over host memory.
     pub fn start(driver: DriverConfig, thread: ThreadConfig) -> io::Result<Self> {
+        Self::drive(Driver::new(driver)?, thread)
+    }
+}
+
+impl<B: Send + 'static> Sender<B> {
+    /// Starts the thread of any driver.
+    pub fn drive<M>(mut driver: Driver<M>, thread: ThreadConfig) -> io::Result<Self>
+    where
+        M: Store<Rail: Rail<Buffer = B>> + Send + 'static,
+        Driver<M>: Send,
+    {
         let (commands, inbox) = bounded(COMMANDS_MAX);
-        let mut driver = Driver::new(driver)?;
         let handle = std::thread::Builder::new().name(format!("rails {}", thread.name)).spawn(move || {
             pin(&thread.name, &thread.cpus);
             serve(&mut driver, &thread, &inbox);
@@ -64,7 +76,7 @@ impl Sender {
 
     /// Begins a push of `regions`, which are this rank's regions in the order of its manifest. `reply` is called from
     /// the thread when it is over; if the thread is gone, it is dropped.
-    pub fn push(&self, regions: Vec<Lease>, reply: impl FnOnce(Outcome) + Send + 'static) {
+    pub fn push(&self, regions: Vec<B>, reply: impl FnOnce(Outcome<B>) + Send + 'static) {
         let _ = self.commands.try_send(Command::Push(regions, Box::new(reply)));
     }
 
@@ -97,7 +109,7 @@ pub(crate) fn pin(name: &str, cpus: &[usize]) {
     }
 }
 
-fn serve(driver: &mut Driver, thread: &ThreadConfig, inbox: &Receiver<Command>) {
+fn serve<M: Store>(driver: &mut Driver<M>, thread: &ThreadConfig, inbox: &Receiver<Command<BufferOf<M>>>) {
     while let Ok(command) = inbox.recv() {
         if let Command::Push(regions, reply) = command {
             thread.progress.store(0, Ordering::Relaxed);
@@ -109,7 +121,11 @@ fn serve(driver: &mut Driver, thread: &ThreadConfig, inbox: &Receiver<Command>) 
     }
 }
 
-fn push(driver: &mut Driver, thread: &ThreadConfig, inbox: &Receiver<Command>) -> Outcome {
+fn push<M: Store>(
+    driver: &mut Driver<M>,
+    thread: &ThreadConfig,
+    inbox: &Receiver<Command<BufferOf<M>>>,
+) -> Outcome<BufferOf<M>> {
     let (mut moved_at, mut looked_at) = (Instant::now(), Instant::now());
     loop {
         let step = driver.step();

@@ -1,10 +1,10 @@
-//! How a sender gets a receiver's file descriptors: a Unix socket with an abstract name, which vanishes with its
-//! process. It serves only processes of the same user (or root) that present the key, which the control plane tells to
-//! authenticated peers.
+//! How a sender gets what leads to a receiver's memory, file descriptors above all: a Unix socket with an abstract name,
+//! which vanishes with its process. It serves only processes of the same user (or root) that present the key, which the
+//! control plane tells to authenticated peers.
 
 use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::thread::JoinHandle;
@@ -29,8 +29,35 @@ const CLIENT_TIMEOUT: Duration = Duration::from_secs(1);
 /// The key, then the region's index.
 const REQUEST_BYTES: usize = KEY_BYTES + 4;
 
-/// Comes with the descriptor.
+/// Comes first, and with the descriptors.
 const GRANTED: u8 = 1;
+
+/// Descriptors of one region at most; the kernel passes 253 at a time.
+pub(crate) const FILES_MAX: usize = 64;
+
+/// Bytes that are said about a region at most: 64 lengths and what names them fit twice.
+pub(crate) const MESSAGE_BYTES_MAX: usize = 2048;
+
+/// What leads to a region.
+pub(crate) struct Offer<'a> {
+    /// For the peer to understand; at most [`MESSAGE_BYTES_MAX`] bytes.
+    pub(crate) message: &'a [u8],
+    /// At most [`FILES_MAX`].
+    pub(crate) files: Vec<BorrowedFd<'a>>,
+}
+
+/// Regions that can be offered.
+pub(crate) trait Offers: Send + 'static {
+    /// What leads to a region, if there is one of this number.
+    fn offer(&self, region: u32) -> Option<Offer<'_>>;
+}
+
+impl Offers for Vec<SharedFile> {
+    fn offer(&self, region: u32) -> Option<Offer<'_>> {
+        let file = self.get(region as usize)?;
+        Some(Offer { message: &[], files: vec![file.as_fd()] })
+    }
+}
 
 /// What a sender needs to know to fetch a receiver's files.
 #[derive(Clone, PartialEq, Eq)]
@@ -58,6 +85,11 @@ pub struct Doorman {
 impl Doorman {
     /// Serves `files`, by region index. Name and key are random.
     pub fn open(files: Vec<SharedFile>) -> Result<Self, LocalError> {
+        Self::serving(files)
+    }
+
+    /// Serves whatever can be offered.
+    pub(crate) fn serving(regions: impl Offers) -> Result<Self, LocalError> {
         let mut random = [0; 2 * KEY_BYTES];
         getrandom::fill(&mut random)
             .map_err(|_| LocalError::Call { call: "getrandom", source: rustix::io::Errno::IO })?;
@@ -76,7 +108,7 @@ impl Doorman {
             loop {
                 match serving.accept() {
                     Ok((stream, _)) => {
-                        if let Err(error) = serve(stream, &key, &files) {
+                        if let Err(error) = serve(stream, &key, &regions) {
                             tracing::warn!(%error, "refused a request for shared memory");
                         }
                     }
@@ -110,7 +142,7 @@ impl Drop for Doorman {
     }
 }
 
-fn serve(mut stream: UnixStream, key: &[u8; KEY_BYTES], files: &[SharedFile]) -> Result<(), LocalError> {
+fn serve(mut stream: UnixStream, key: &[u8; KEY_BYTES], regions: &impl Offers) -> Result<(), LocalError> {
     let refused = |reason: String| LocalError::Doorman { address: "this process".into(), reason };
     check_user(&stream).map_err(refused)?;
     let io = |error: std::io::Error| refused(error.to_string());
@@ -122,16 +154,17 @@ fn serve(mut stream: UnixStream, key: &[u8; KEY_BYTES], files: &[SharedFile]) ->
     // All bytes are compared, so the time tells nothing of where they differ.
     let differs = presented.iter().zip(key).fold(0, |differs, (a, b)| differs | (a ^ b));
     let region = region.try_into().map_or(u32::MAX, u32::from_le_bytes);
-    let Some(file) = files.get(region as usize).filter(|_| differs == 0) else {
+    let Some(Offer { message, files }) = (differs == 0).then(|| regions.offer(region)).flatten() else {
         return Err(refused(format!("wrong key or no region {region}")));
     };
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    let files = [file.as_fd()];
-    control.push(SendAncillaryMessage::ScmRights(&files));
+    if !files.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&files)) {
+        return Err(refused(format!("region {region} has {} files, more than {FILES_MAX}", files.len())));
+    }
     retry_on_intr(|| sendmsg(&stream, &[IoSlice::new(&[GRANTED])], &mut control, SendFlags::NOSIGNAL))
         .map_err(call("sendmsg"))?;
-    Ok(())
+    stream.write_all(message).map_err(io)
 }
 
 /// Both ends must run as the same user, or the other as root: abstract names are there for everybody to take.
@@ -146,6 +179,22 @@ fn check_user(stream: &UnixStream) -> Result<(), String> {
 
 /// Fetches the file of a peer's region. Each of its few steps takes `deadline` at most.
 pub fn fetch(address: &DoormanAddress, region: u32, deadline: Duration) -> Result<OwnedFd, LocalError> {
+    let (message, mut files) = fetch_all(address, region, deadline)?;
+    match files.pop() {
+        Some(file) if message.is_empty() && files.is_empty() => Ok(file),
+        _ => Err(LocalError::Doorman {
+            address: address.name.clone(),
+            reason: format!("region {region} is no shared host memory"),
+        }),
+    }
+}
+
+/// Fetches what leads to a peer's region: what it says about it, and files. As [`fetch`].
+pub(crate) fn fetch_all(
+    address: &DoormanAddress,
+    region: u32,
+    deadline: Duration,
+) -> Result<(Vec<u8>, Vec<OwnedFd>), LocalError> {
     let failed = |reason: String| LocalError::Doorman { address: address.name.clone(), reason };
     let io = |error: std::io::Error| failed(error.to_string());
     let socket = SocketAddr::from_abstract_name(&address.name).map_err(io)?;
@@ -157,21 +206,28 @@ pub fn fetch(address: &DoormanAddress, region: u32, deadline: Duration) -> Resul
     request[..KEY_BYTES].copy_from_slice(&address.key);
     request[KEY_BYTES..].copy_from_slice(&region.to_le_bytes());
     stream.write_all(&request).map_err(io)?;
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut answer = [0];
     let received = retry_on_intr(|| {
         recvmsg(&stream, &mut [IoSliceMut::new(&mut answer)], &mut control, RecvFlags::CMSG_CLOEXEC)
     });
     let received = received.map_err(call("recvmsg"))?;
-    let file = control.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut files) => files.next(),
-        _ => None,
-    });
-    match file {
-        Some(file) if answer == [GRANTED] && !received.flags.contains(ReturnFlags::CTRUNC) => Ok(file),
-        _ => Err(failed("it refused".into())),
+    let mut files = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            files.extend(received);
+        }
     }
+    if received.bytes == 0 || answer != [GRANTED] || received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(failed("it refused".into()));
+    }
+    let mut message = Vec::new();
+    stream.take(MESSAGE_BYTES_MAX as u64 + 1).read_to_end(&mut message).map_err(io)?;
+    if message.len() > MESSAGE_BYTES_MAX {
+        return Err(failed(format!("it says more than {MESSAGE_BYTES_MAX} bytes about region {region}")));
+    }
+    Ok((message, files))
 }
 
 #[cfg(test)]

@@ -13,6 +13,8 @@ mod rail;
 mod shared;
 
 pub use doorman::{Doorman, DoormanAddress, KEY_BYTES, fetch};
+#[cfg(feature = "cuda")]
+pub(crate) use doorman::{FILES_MAX, MESSAGE_BYTES_MAX, Offer, Offers, fetch_all};
 pub use rail::LocalRail;
 pub use shared::{Attached, SharedFile};
 

@@ -305,6 +305,13 @@ impl World<'_> {
                     self.answer(number, message);
                 }
             }
+            InferenceStep::Verify { version, .. } => {
+                let compared = self.bytes.as_ref().map_or(Ok(()), |bytes| bytes.check(number, version));
+                if let Half::Receiver(member) = &mut self.ranks[number as usize].half {
+                    let message = member.verified(compared);
+                    self.answer(number, message);
+                }
+            }
             InferenceStep::Commit { version, .. } => {
                 self.tally.serves(version, self.now);
                 let message = match &mut self.ranks[number as usize].half {
@@ -346,8 +353,8 @@ impl World<'_> {
         let rank = &mut self.ranks[number as usize];
         let stopped = std::mem::take(&mut rank.stopped);
         let message = match &mut rank.half {
-            Half::Trainer(member) => member.written(result, fences),
-            Half::Receiver(member) => member.relayed(result, fences),
+            Half::Trainer(member) => member.written(result, fences, Vec::new()),
+            Half::Receiver(member) => member.relayed(result, fences, Vec::new()),
             Half::Out => None,
         };
         self.answer(number, message);
@@ -363,7 +370,7 @@ impl World<'_> {
         let program = runner.engine().program();
         let said = (program.bytes(), program.writes());
         let Half::Trainer(member) = &mut rank.half else { return };
-        let message = member.written(Ok(said), Vec::new());
+        let message = member.written(Ok(said), Vec::new(), Vec::new());
         self.answer(number, message);
     }
 

@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex};
 
 use rendezvous::controller::{Controller, ControllerConfig, PartsFn, Report};
-use rendezvous::{JOB_DEFAULT, PushId, ToController, ToMember, World as JobWorld};
+use rendezvous::{JOB_DEFAULT, PushId, ToController, ToMember, Verify, World as JobWorld};
 use xfer_exec::engine::Slot;
 use xfer_exec::runner::TICK;
 use xfer_exec::{Delivered, Failure, RailIndex, Turn, WriteId};
@@ -160,6 +160,7 @@ impl<'w> World<'w> {
             deadline: config.deadline,
             options: manifest.options,
             relays: true,
+            verify: Verify::Off,
             seed,
         };
         let controller = Controller::with_parts(controller_config, parts);

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::bail;
 use serde::Serialize;
-use weightsync::{PushReport, RailReport, Rank, VersionReport, World};
+use weightsync::{PushReport, RailReport, Rank, VerifyReport, VersionReport, World};
 
 use crate::losses::{Loss, Losses};
 use crate::say::say;
@@ -66,6 +66,38 @@ struct VersionFacts {
     bound_fraction: f64,
     verified_bytes: u64,
     verified_ranks: u32,
+    /// Where the job verifies in band, by side.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    checksums: Option<ChecksumFacts>,
+}
+
+/// What was hashed to compare a version in band.
+#[derive(Default, Serialize)]
+struct ChecksumFacts {
+    trainers: HashedFacts,
+    inference: HashedFacts,
+}
+
+/// What the ranks of one side hashed.
+#[derive(Default, Serialize)]
+struct HashedFacts {
+    /// Parameters of all ranks.
+    params: u64,
+    /// Their bytes.
+    bytes: u64,
+    /// Of the slowest rank.
+    seconds: f64,
+    /// What of that the push waited for, on the rank that made it wait longest.
+    exposed_seconds: f64,
+}
+
+impl HashedFacts {
+    fn add(&mut self, report: &VerifyReport) {
+        self.params += report.params;
+        self.bytes += report.bytes;
+        self.seconds = self.seconds.max(report.seconds);
+        self.exposed_seconds = self.exposed_seconds.max(report.exposed_seconds);
+    }
 }
 
 #[derive(Serialize)]
@@ -150,6 +182,9 @@ impl Facts {
             facts.gb_per_second = facts.bytes as f64 / facts.write_seconds / 1e9;
             facts.bound_fraction = facts.bound_seconds / facts.write_seconds;
         }
+        if let Some(report) = &report.verified {
+            facts.checksums.get_or_insert_default().trainers.add(report);
+        }
         let rank = self.ranks.get_mut(number);
         rank.map_or(&[], |rank| rank.add(report.version, &report.rails))
     }
@@ -157,6 +192,9 @@ impl Facts {
     pub(super) fn served(&mut self, report: &VersionReport) {
         let facts = self.version(report.version);
         facts.pause_seconds = facts.pause_seconds.max(report.seconds);
+        if let Some(report) = &report.verified {
+            facts.checksums.get_or_insert_default().inference.add(report);
+        }
     }
 
     /// Adds what an inference rank has verified; whether it was the last to verify this version.
@@ -235,6 +273,20 @@ impl Facts {
         for (number, RankLoss { rank, loss }) in self.given_up().enumerate() {
             let gap = if number == 0 { "\n" } else { "" };
             say!("{gap}rail given up: {rank}: {loss}");
+        }
+        let checksums =
+            self.versions.values().filter_map(|facts| Some((facts.version, facts.checksums.as_ref()?)));
+        for (number, (version, ChecksumFacts { trainers, inference })) in checksums.enumerate() {
+            let gap = if number == 0 { "\n" } else { "" };
+            say!(
+                "{gap}checksums of version {version}: {} as sent and {} as they arrived; trainers hashed for {}, {} of it \
+                 beyond their writes, inference ranks for {}",
+                bytes_text(trainers.bytes),
+                bytes_text(inference.bytes),
+                seconds_text(trainers.seconds),
+                seconds_text(trainers.exposed_seconds),
+                seconds_text(inference.seconds),
+            );
         }
         let bytes: u64 = self.versions.values().map(|facts| facts.verified_bytes).sum();
         say!(

@@ -39,7 +39,7 @@ impl Settings {
     /// The examples in the documentation, which nextest does not run.
     pub(crate) fn documentation_tests(&self) -> Result<(), Failure> {
         let mut cargo = workspace::cargo();
-        cargo.args(["test", "--doc", "--workspace"]);
+        cargo.args(["test", "--doc", "--workspace", "--all-features"]);
         step::shown("documentation tests", self.apply(&mut cargo))
     }
 
@@ -48,6 +48,8 @@ impl Settings {
         let mut cargo = workspace::cargo();
         // The workspace has no root package, so without a selection this is every member.
         cargo.args(if has_nextest() { &["nextest", "run"][..] } else { &["test"][..] });
+        // Tests of GPUs always compile; where there is none they say that they were skipped.
+        cargo.arg("--all-features");
         println!("==> tests");
         // All failures of one run are worth more than the first a few seconds sooner.
         match self.apply(cargo.arg("--no-fail-fast").args(arguments)).status() {

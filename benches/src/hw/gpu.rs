@@ -75,7 +75,7 @@ impl Gpu {
         start: impl FnOnce(&Stream) -> anyhow::Result<P>,
         wait: impl FnOnce(P) -> anyhow::Result<T>,
     ) -> anyhow::Result<(T, Duration)> {
-        let (before, after) = (self.device.timing_event()?, self.device.timing_event()?);
+        let (mut before, mut after) = (self.device.timing_event()?, self.device.timing_event()?);
         before.record(&self.stream)?;
         let pending = start(&self.stream)?;
         after.record(&self.stream)?;

@@ -93,7 +93,7 @@ impl Pipeline {
 
     /// From the first copy's start to the last chunk's end.
     fn run(&mut self) -> anyhow::Result<Duration> {
-        let (before, after) = (self.device.timing_event()?, self.device.timing_event()?);
+        let (mut before, mut after) = (self.device.timing_event()?, self.device.timing_event()?);
         let (mut copied, mut quantized) = (Vec::new(), Vec::new());
         let mut from = 0;
         let total = self.host.bytes().len() as u64;

@@ -79,6 +79,7 @@ fn register(
 
 /// Finding the segments behind a GPU's memory and exporting each as a dma-buf: what a NIC is then told of.
 pub(crate) fn device(report: &mut Report, device: &Device, bytes_max: u64) -> anyhow::Result<()> {
+    device.reclaim();
     let free = device.memory()?.free.saturating_sub(DEVICE_BYTES_LEFT);
     let bytes = DEVICE_BYTES_MAX.min(bytes_max).min(free);
     if !device.has_dma_buf()? {

@@ -182,6 +182,22 @@ struct Order {
     token: u64,
 }
 
+impl Order {
+    fn of_write<S>(write: &Write<S>, more: u64) -> Self {
+        let delivery = if write.delivery_complete { sys::FI_DELIVERY_COMPLETE } else { 0 };
+        let data = if write.immediate.is_some() { sys::FI_REMOTE_CQ_DATA } else { 0 };
+        Self {
+            kind: OpKind::Write,
+            peer: Some(write.to),
+            region: write.region,
+            remote: Some(write.remote),
+            immediate: write.immediate,
+            flags: sys::FI_COMPLETION | delivery | data | more,
+            token: write.token,
+        }
+    }
+}
+
 /// What the provider is told about the local side and the peer.
 struct Local {
     iov: sys::iovec,
@@ -211,9 +227,12 @@ impl Rail {
         let mut posted = 0;
         let mut waiting = 0;
         while let Some(write) = queue.pop_front() {
-            // The doorbell waits only for a write that is going to be posted right after this one, to the same peer.
-            let follows = queue.front().is_some_and(|next| next.to == write.to)
-                && self.live.in_flight.room(OpKind::Write) > 1;
+            // The doorbell waits only for a write that is going to be posted right after this one, to the same peer. One
+            // that would be refused for good would leave those before it without any.
+            let follows = self.live.in_flight.room(OpKind::Write) > 1
+                && queue.front().is_some_and(|next| {
+                    next.to == write.to && self.live.admit(&next.from, &Order::of_write(next, 0)).is_ok()
+                });
             waiting = if follows && waiting + 1 < WRITES_PER_DOORBELL_MAX { waiting + 1 } else { 0 };
             let more = if waiting > 0 { sys::FI_MORE } else { 0 };
             match self.live.post_write(write, more) {
@@ -296,18 +315,8 @@ impl Rail {
 
 impl Live {
     fn post_write<S: Source>(&mut self, write: Write<S>, more: u64) -> Result<OpId, Rejected<Write<S>>> {
+        let order = Order::of_write(&write, more);
         let Write { from, region, to, remote, immediate, delivery_complete, token } = write;
-        let delivery = if delivery_complete { sys::FI_DELIVERY_COMPLETE } else { 0 };
-        let data = if immediate.is_some() { sys::FI_REMOTE_CQ_DATA } else { 0 };
-        let order = Order {
-            kind: OpKind::Write,
-            peer: Some(to),
-            region,
-            remote: Some(remote),
-            immediate,
-            flags: sys::FI_COMPLETION | delivery | data | more,
-            token,
-        };
         self.post(from, order).map_err(|(reason, from)| Rejected {
             reason,
             op: Write { from, region, to, remote, immediate, delivery_complete, token },

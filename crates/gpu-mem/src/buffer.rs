@@ -1,7 +1,7 @@
 //! Buffers: memory of a device, and page-locked memory of the host, each with one owner.
 //!
-//! A buffer in use by a stream is held by a [`Pending`](crate::Pending). Freeing device memory waits for the device, by
-//! CUDA's rules; so does nothing else here.
+//! A buffer in use by a stream is held by a [`Pending`](crate::Pending). Dropping a buffer never waits: another thread frees
+//! it, and [`Device::reclaim`] waits for that. Allocating may wait for the device, by CUDA's rules.
 
 use std::fmt;
 use std::ptr::NonNull;
@@ -13,6 +13,7 @@ use crate::call::{cu, number};
 use crate::device::Device;
 use crate::error::Error;
 use crate::memory::{DeviceMemory, HostMemory, HostMemoryMut};
+use crate::reaper::Handle;
 
 /// Memory on a device. Fresh memory holds anything.
 pub struct DeviceBuffer {
@@ -45,7 +46,7 @@ impl Device {
             let bytes = usize::try_from(len_bytes).unwrap_or(usize::MAX);
             // SAFETY: the driver writes one address, which the buffer frees.
             let allocated = || unsafe { cu!(cuMemAlloc_v2(&raw mut address, bytes)) };
-            self.run(allocated).map_err(|error| self.out_of_memory(error, "device memory", len_bytes))?;
+            self.allocate("device memory", len_bytes, allocated)?;
         }
         Ok(DeviceBuffer { device: self.clone(), address, len: len_bytes })
     }
@@ -61,8 +62,7 @@ impl Device {
             // SAFETY: the driver writes one address, which the buffer frees.
             let allocated =
                 || unsafe { cu!(cuMemHostAlloc(&raw mut base, len_bytes, sys::CU_MEMHOSTALLOC_PORTABLE)) };
-            self.run(allocated)
-                .map_err(|error| self.out_of_memory(error, "page-locked host memory", len_bytes as u64))?;
+            self.allocate("page-locked host memory", len_bytes as u64, allocated)?;
         }
         // Null for an empty buffer, which has no address.
         let base = NonNull::new(base.cast()).unwrap_or(NonNull::dangling());
@@ -173,8 +173,9 @@ impl fmt::Debug for PinnedBuffer {
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
         if self.len > 0 {
+            let address = self.address;
             // SAFETY: allocated by `alloc`, and nobody else frees it.
-            self.device.release("device memory", || unsafe { cu!(cuMemFree_v2(self.address)) });
+            self.device.release_later("device memory", move || unsafe { cu!(cuMemFree_v2(address)) });
         }
     }
 }
@@ -182,9 +183,10 @@ impl Drop for DeviceBuffer {
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
         if self.len > 0 {
-            let base = self.base.as_ptr().cast();
+            let base = Handle(self.base.as_ptr().cast());
             // SAFETY: allocated by `pinned`, and nobody else frees it.
-            self.device.release("page-locked memory", || unsafe { cu!(cuMemFreeHost(base)) });
+            self.device
+                .release_later("page-locked memory", move || unsafe { cu!(cuMemFreeHost(base.get())) });
         }
     }
 }

@@ -6,6 +6,8 @@
 //! Page-locked host memory ([`PinnedBuffer`](crate::PinnedBuffer), [`RegisteredHost`](crate::RegisteredHost)) is copied
 //! beside the CPU. Other host memory goes through buffers of the driver's: several times slower, and the caller waits.
 
+use std::mem::ManuallyDrop;
+
 use cudarc::driver::sys;
 
 use crate::call::{Failure, cu};
@@ -65,7 +67,9 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// [`Failed`] with both buffers: [`Error::Range`] for a span outside, [`Error::WrongDevice`], or the driver's.
+    /// [`Failed`] with both buffers: [`Error::Range`] for a span outside, [`Error::WrongDevice`], or the driver's. When some
+    /// spans were posted before it, the call waits for them up to a second; buffers that are still in use then stay with
+    /// the stream, and do not come back.
     pub fn copy_to_device<H: HostMemory, D: DeviceMemory>(
         &self,
         from: H,
@@ -153,7 +157,7 @@ impl Stream {
         })
     }
 
-    /// Posts what was checked, and takes the buffers over. Nothing of them is in use when this fails.
+    /// Posts what was checked, and takes the buffers over. What comes back when this fails is not in use.
     fn post<T: Send + 'static>(
         &self,
         buffers: T,
@@ -164,8 +168,21 @@ impl Stream {
             Ok(checked) => checked,
             Err(error) => return Err(Failed::with(error, buffers)),
         };
-        match self.device().run(|| checked.iter().try_for_each(post)) {
-            Ok(()) => self.hold(buffers),
+        // From here on a panic leaks the buffers: they may be in use.
+        let buffers = ManuallyDrop::new(buffers);
+        let mut tried = 0_usize;
+        let posted = self.device().run(|| {
+            checked.iter().try_for_each(|span| {
+                tried += 1;
+                post(span)
+            })
+        });
+        match posted {
+            Ok(()) => self.hold_posted(buffers),
+            // Nothing was posted: no call was made, or the first was refused.
+            Err(error) if tried == 0 || (tried == 1 && !error.is_device_lost()) => {
+                Err(Failed::with(error, ManuallyDrop::into_inner(buffers)))
+            }
             // Some may have been posted before the one that failed.
             Err(error) => Err(self.settle(error, buffers)),
         }

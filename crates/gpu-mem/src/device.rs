@@ -14,6 +14,7 @@ use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUresult};
 use crate::call::{Failure, cu, number};
 use crate::driver::told;
 use crate::error::{CallError, Error};
+use crate::reaper::Reaper;
 
 /// A GPU. Clones share it; its context is released with the last of them and of what was made on it.
 #[derive(Clone)]
@@ -27,6 +28,8 @@ struct Inner {
     pci_address: String,
     /// The first error that left the context unusable.
     lost: OnceLock<CallError>,
+    /// Frees what is dropped.
+    reaper: Reaper,
 }
 
 // SAFETY: the context is a handle that the driver looks up; CUDA's driver API may be called from any thread.
@@ -80,7 +83,7 @@ impl Device {
         unsafe { cu!(cuDeviceGetUuid_v2(&raw mut uuid, device)) }.map_err(named)?;
         let mut context = std::ptr::null_mut();
         // SAFETY: the driver writes one handle, which is released when the last handle on the device goes.
-        unsafe { cu!(cuDevicePrimaryCtxRetain(&raw mut context, device)) }.map_err(named)?;
+        relaxed(|| unsafe { cu!(cuDevicePrimaryCtxRetain(&raw mut context, device)) }).map_err(named)?;
         Ok(Self(Arc::new(Inner {
             ordinal: device,
             context,
@@ -88,6 +91,7 @@ impl Device {
             uuid: uuid.bytes.map(|byte| byte.cast_unsigned()),
             pci_address: text(&pci_address).to_ascii_lowercase(),
             lost: OnceLock::new(),
+            reaper: Reaper::default(),
         })))
     }
 
@@ -283,7 +287,7 @@ impl Device {
     fn in_context<T>(&self, calls: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
         // SAFETY: the context lives as long as this device.
         unsafe { cu!(cuCtxPushCurrent_v2(self.0.context)) }?;
-        let answer = calls();
+        let answer = relaxed(calls);
         let mut popped = std::ptr::null_mut();
         // SAFETY: takes off what was pushed above; the driver writes one handle.
         if let Err(failure) = unsafe { cu!(cuCtxPopCurrent_v2(&raw mut popped)) } {
@@ -315,24 +319,15 @@ impl Device {
         self.in_context(|| unsafe { cu!(cuMemGetInfo_v2(&raw mut free, &raw mut total)) }).is_ok()
     }
 
-    /// Makes a call that frees something, when nobody is there to be told of an error. What is not freed is leaked.
-    pub(crate) fn release(&self, what: &'static str, calls: impl FnOnce() -> Result<(), Failure>) -> bool {
-        match self.run(calls) {
-            Ok(()) => true,
-            // The driver frees all that a lost device had when the process ends; it was told once.
-            Err(Error::DeviceLost { .. }) => false,
-            Err(error) => {
-                tracing::error!(device = %self, %error, what, "could not be freed and is leaked");
-                false
-            }
-        }
-    }
-
     pub(crate) fn attribute(&self, attribute: Attribute) -> Result<c_int, Error> {
         let mut value = 0;
         // SAFETY: the driver writes one integer.
         self.run(|| unsafe { cu!(cuDeviceGetAttribute(&raw mut value, attribute, self.0.ordinal)) })?;
         Ok(value)
+    }
+
+    pub(crate) fn reaper(&self) -> &Reaper {
+        &self.0.reaper
     }
 
     pub(crate) fn ordinal(&self) -> c_int {
@@ -363,6 +358,22 @@ impl Drop for Inner {
             tracing::debug!(gpu = self.ordinal, error = told(failure), "the context was not released");
         }
     }
+}
+
+/// Makes calls that are no matter of a CUDA graph which another thread, a framework's, is capturing. Without it the driver
+/// would refuse those that may wait, and break the capture off.
+fn relaxed<T>(calls: impl FnOnce() -> T) -> T {
+    let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED as u32;
+    // SAFETY: the driver swaps the thread's mode with this one, as a C enum, of which every number will do here.
+    let exchanged = unsafe { cu!(cuThreadExchangeStreamCaptureMode((&raw mut mode).cast())) };
+    let answer = calls();
+    if exchanged.is_ok() {
+        // SAFETY: as above; this is the mode that the thread had.
+        if let Err(failure) = unsafe { cu!(cuThreadExchangeStreamCaptureMode((&raw mut mode).cast())) } {
+            tracing::warn!(error = told(failure), "the thread's mode of stream capture was not put back");
+        }
+    }
+    answer
 }
 
 /// What the driver wrote, up to the zero.

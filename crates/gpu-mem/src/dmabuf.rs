@@ -12,7 +12,7 @@ use cudarc::driver::sys::CUpointer_attribute as Pointer;
 use crate::call::cu;
 use crate::device::Device;
 use crate::error::Error;
-use crate::memory::{DeviceMemory, inside};
+use crate::memory::{Registrable, inside};
 
 /// A range of device memory that stands behind a descriptor.
 #[derive(Debug)]
@@ -55,7 +55,7 @@ pub struct NicMemory<M> {
     access: NicAccess,
 }
 
-impl<M: DeviceMemory> NicMemory<M> {
+impl<M: Registrable> NicMemory<M> {
     /// Exports the part of `owner` from `offset` on.
     ///
     /// # Errors
@@ -67,6 +67,7 @@ impl<M: DeviceMemory> NicMemory<M> {
         }
         let address = inside(owner.address(), owner.len(), offset, len_bytes)?;
         let device = owner.device().clone();
+        device.synchronise_copies(address)?;
         let access = match device.export_dma_buf(address, len_bytes) {
             Ok(dma_buf) => NicAccess::DmaBuf(dma_buf),
             Err(lost @ Error::DeviceLost { .. }) => return Err(lost),
@@ -106,6 +107,28 @@ impl<M: DeviceMemory> NicMemory<M> {
 }
 
 impl Device {
+    /// Has the driver end copies of other code to memory that a NIC reads before their calls return, however the NIC is
+    /// told of it; this crate's copies wait for events anyway. It fails only when the device is lost.
+    fn synchronise_copies(&self, address: u64) -> Result<(), Error> {
+        let yes: u32 = 1;
+        // SAFETY: the driver looks the address up and reads one integer.
+        let synchronised = self.run(|| unsafe {
+            cu!(cuPointerSetAttribute(
+                (&raw const yes).cast(),
+                Pointer::CU_POINTER_ATTRIBUTE_SYNC_MEMOPS,
+                address
+            ))
+        });
+        match synchronised {
+            Err(lost @ Error::DeviceLost { .. }) => return Err(lost),
+            Err(error) => {
+                tracing::warn!(device = %self, %error, "copies of other code to memory that a NIC reads may be late");
+            }
+            Ok(()) => {}
+        }
+        Ok(())
+    }
+
     /// Exports a range of this device's memory, rounded to whole pages.
     fn export_dma_buf(&self, address: u64, len: u64) -> Result<DmaBuf, Error> {
         let unsupported =
@@ -117,19 +140,6 @@ impl Device {
         let Some((start, bytes)) = pages else {
             return Err(unsupported(format!("{len} bytes from {address:#x} on have no end")));
         };
-        // Copies of other programs to memory that a NIC reads must not be late; ours wait for events anyway.
-        let yes: u32 = 1;
-        // SAFETY: the driver looks the address up and reads one integer.
-        let synchronised = self.run(|| unsafe {
-            cu!(cuPointerSetAttribute(
-                (&raw const yes).cast(),
-                Pointer::CU_POINTER_ATTRIBUTE_SYNC_MEMOPS,
-                address
-            ))
-        });
-        if let Err(error) = synchronised {
-            tracing::debug!(device = %self, %error, "copies to this memory are not synchronised by the driver");
-        }
         let mut fd: c_int = -1;
         let handle_type = sys::CUmemRangeHandleType::CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD;
         // SAFETY: the driver looks the range up and writes one descriptor.

@@ -8,11 +8,11 @@ use efa_core::{DmaBufRange, Interface, Lease, LeaseMut};
 
 use crate::buffer::PinnedBuffer;
 use crate::dmabuf::{NicAccess, NicMemory};
-use crate::memory::{DeviceMemory, HostMemory, HostMemoryMut};
+use crate::memory::{HostMemory, HostMemoryMut, Registrable};
 
 // SAFETY: the owner keeps the memory allocated until the drop, CUDA gives its addresses to nothing else, and the dma-buf
 // was exported for this range.
-unsafe impl<M: DeviceMemory + Sync> efa_core::DeviceMemory for NicMemory<M> {
+unsafe impl<M: Registrable + Sync> efa_core::DeviceMemory for NicMemory<M> {
     fn interface(&self) -> Interface {
         Interface::Cuda { device: self.device().ordinal() }
     }

@@ -235,8 +235,8 @@ impl Error {
 pub struct Failed<T> {
     /// Why.
     pub error: Error,
-    /// What was handed in. `None` when the device was lost while it was in flight: nobody can say when it is last
-    /// touched, so it is leaked.
+    /// What was handed in. `None` when it is still in use: then its stream has it until it is done. Also when the device
+    /// was lost meanwhile: nobody can say when it is last touched, so it is leaked.
     pub returned: Option<T>,
 }
 

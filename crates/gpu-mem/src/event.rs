@@ -1,7 +1,7 @@
 //! Events: points in a stream that others wait for.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys;
 use cudarc::driver::sys::CUresult;
@@ -9,6 +9,7 @@ use cudarc::driver::sys::CUresult;
 use crate::call::{Failure, cu, number};
 use crate::device::Device;
 use crate::error::Error;
+use crate::reaper::Handle;
 use crate::stream::Stream;
 
 /// A point in a stream's work.
@@ -50,12 +51,13 @@ impl Device {
 }
 
 impl Event {
-    /// Moves the event to the end of what the stream has been given so far.
+    /// Moves the event to the end of what the stream has been given so far. Only its owner may: who was lent it waits for
+    /// the point that it marks now.
     ///
     /// # Errors
     ///
     /// [`Error::WrongDevice`] for a stream of another device.
-    pub fn record(&self, stream: &Stream) -> Result<(), Error> {
+    pub fn record(&mut self, stream: &Stream) -> Result<(), Error> {
         if !self.device.same_as(stream.device()) {
             return Err(Error::WrongDevice {
                 what: "the event".into(),
@@ -89,6 +91,15 @@ impl Event {
         self.device.run(|| unsafe { cu!(cuEventSynchronize(self.handle)) })
     }
 
+    /// Waits, on the calling thread and until `deadline` at most; says whether the stream has come to it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Event::is_reached`].
+    pub fn wait_until(&self, deadline: Instant) -> Result<bool, Error> {
+        poll_until(deadline, || self.is_reached())
+    }
+
     /// The time from `start` to this event, to about half a microsecond. Both must note times and have been reached.
     ///
     /// # Errors
@@ -104,6 +115,25 @@ impl Event {
 
     pub(crate) fn raw(&self) -> sys::CUevent {
         self.handle
+    }
+}
+
+/// Asks until it is so, or the time is up: often at first, for most waits are short.
+pub(crate) fn poll_until(
+    deadline: Instant,
+    mut is_so: impl FnMut() -> Result<bool, Error>,
+) -> Result<bool, Error> {
+    let mut pause = Duration::from_micros(10);
+    loop {
+        if is_so()? {
+            return Ok(true);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(false);
+        }
+        std::thread::sleep(pause.min(left));
+        pause = (pause * 2).min(Duration::from_millis(1));
     }
 }
 
@@ -124,7 +154,8 @@ impl fmt::Debug for Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
+        let handle = Handle(self.handle);
         // SAFETY: the handle is this event's own; the driver lets a stream pass an event that was destroyed.
-        self.device.release("an event", || unsafe { cu!(cuEventDestroy_v2(self.handle)) });
+        self.device.release("an event", move || unsafe { cu!(cuEventDestroy_v2(handle.get())) });
     }
 }

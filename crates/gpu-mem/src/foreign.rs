@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::device::Device;
 use crate::error::{Error, Failed};
-use crate::memory::DeviceMemory;
+use crate::memory::{DeviceMemory, Registrable};
 use crate::segment::Segments;
 
 /// Ranges of a device's memory, the segments that they lie in, and what keeps them allocated.
@@ -30,7 +30,8 @@ impl Device {
     /// # Safety
     ///
     /// While `owner` lives, each range stays allocated, and nobody uses its bytes in a way that the copies and NICs that
-    /// are given it do not expect.
+    /// are given it do not expect. Where a [`ForeignSegment`] is registered, its NIC and the peers that are told of it
+    /// can reach every byte of that segment, of other owners too: they must keep to the ranges.
     pub unsafe fn adopt<O: Send + Sync + 'static>(
         &self,
         ranges: Vec<(u64, u64)>,
@@ -70,9 +71,9 @@ impl<O: Send + Sync + 'static> Foreign<O> {
     }
 
     /// A whole segment, by its number: what is registered with a NIC.
-    pub fn segment(self: &Arc<Self>, index: usize) -> Option<ForeignRange<O>> {
+    pub fn segment(self: &Arc<Self>, index: usize) -> Option<ForeignSegment<O>> {
         let range = &self.segments.iter().nth(index)?.range;
-        Some(ForeignRange { of: Arc::clone(self), address: range.start, len: range.end - range.start })
+        Some(ForeignSegment { of: Arc::clone(self), address: range.start, len: range.end - range.start })
     }
 }
 
@@ -84,8 +85,32 @@ pub struct ForeignRange<O> {
     len: u64,
 }
 
-// SAFETY: `adopt`'s caller answers for the ranges while the owner lives, which this holds. A segment is allocated as long as
-// any range in it is: allocators free, and unmap, whole segments.
+/// A whole segment that foreign memory lies in, which keeps all of its owner. It is registered with NICs, and never copied:
+/// nobody has answered for what lies beside the ranges.
+#[derive(Debug)]
+pub struct ForeignSegment<O> {
+    of: Arc<Foreign<O>>,
+    address: u64,
+    len: u64,
+}
+
+// SAFETY: a segment is allocated as long as any range in it is, for allocators free, and unmap, whole segments; `adopt`'s
+// caller answers for the ranges while the owner lives, which this holds.
+unsafe impl<O: Send + Sync + 'static> Registrable for ForeignSegment<O> {
+    fn device(&self) -> &Device {
+        &self.of.device
+    }
+
+    fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn len(&self) -> u64 {
+        self.len
+    }
+}
+
+// SAFETY: `adopt`'s caller answers for the ranges while the owner lives, which this holds.
 unsafe impl<O: Send + Sync + 'static> DeviceMemory for ForeignRange<O> {
     fn device(&self) -> &Device {
         &self.of.device

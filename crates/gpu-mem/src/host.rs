@@ -10,7 +10,7 @@ use cudarc::driver::sys;
 
 use crate::call::cu;
 use crate::device::Device;
-use crate::error::{Error, Failed};
+use crate::error::Failed;
 use crate::memory::{HostMemory, HostMemoryMut};
 
 /// Host memory that is registered with CUDA, for all devices.
@@ -53,7 +53,7 @@ impl<M: HostMemoryMut> RegisteredHost<M> {
         self.memory.bytes_mut()
     }
 
-    /// Gives the memory back, unlocked.
+    /// Gives the memory back, unlocked. CUDA may wait for the device first.
     ///
     /// # Errors
     ///
@@ -61,24 +61,18 @@ impl<M: HostMemoryMut> RegisteredHost<M> {
     /// reach its pages.
     pub fn unregister(self) -> Result<M, Failed<M>> {
         let mut this = ManuallyDrop::new(self);
-        let unregistered = this.release();
+        let memory = this.memory.bytes_mut();
+        let (base, is_empty) = (memory.as_mut_ptr(), memory.is_empty());
         // SAFETY: `this` is not dropped, so the device is taken once.
-        let _device = unsafe { std::ptr::read(&raw const this.device) };
+        let device = unsafe { std::ptr::read(&raw const this.device) };
+        // SAFETY: registered from this address on; no copy is in flight, because each holds what it uses.
+        let unregister = || unsafe { cu!(cuMemHostUnregister(base.cast())) };
+        let unregistered = if is_empty { Ok(()) } else { device.run(unregister) };
         match unregistered {
             // SAFETY: `this` is not dropped, so the memory is taken once.
             Ok(()) => Ok(unsafe { ManuallyDrop::take(&mut this.memory) }),
             Err(error) => Err(Failed { error, returned: None }),
         }
-    }
-
-    fn release(&mut self) -> Result<(), Error> {
-        let bytes = self.memory.bytes_mut();
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        let base = bytes.as_mut_ptr();
-        // SAFETY: registered from this address on; no copy is in flight, because each holds what it uses.
-        self.device.run(|| unsafe { cu!(cuMemHostUnregister(base.cast())) })
     }
 }
 
@@ -104,12 +98,16 @@ impl<M: HostMemoryMut> fmt::Debug for RegisteredHost<M> {
 
 impl<M: HostMemoryMut> Drop for RegisteredHost<M> {
     fn drop(&mut self) {
-        match self.release() {
-            // SAFETY: the value is being dropped, so the memory is dropped once.
-            Ok(()) => unsafe { ManuallyDrop::drop(&mut self.memory) },
-            Err(error) => {
-                tracing::error!(%error, bytes = self.bytes().len(), "host memory stays registered and is leaked");
-            }
+        // SAFETY: the value is being dropped, so the memory is taken once.
+        let mut memory = unsafe { ManuallyDrop::take(&mut self.memory) };
+        if memory.bytes().is_empty() {
+            return;
         }
+        // The memory goes along: it is dropped when its pages are unlocked, and leaked while they are not.
+        self.device.release_later("the registration of host memory", move || {
+            let base = memory.bytes_mut().as_mut_ptr();
+            // SAFETY: registered from this address on; no copy is in flight, because each holds what it uses.
+            unsafe { cu!(cuMemHostUnregister(base.cast())) }
+        });
     }
 }

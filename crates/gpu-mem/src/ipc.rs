@@ -1,12 +1,13 @@
 //! Memory of another process on the same host, by CUDA's legacy IPC handles.
 //!
 //! A handle is bytes that can be sent anywhere; who opens it maps the exporter's memory. The driver does not count who has
-//! it open: the exporter must keep the memory until its peers have closed it, which is for the protocol above to see
-//! to. Where that cannot be had, [`VmmBuffer`](crate::VmmBuffer)s are shared by descriptors, which keep their memory
+//! it open: the exporter must keep the memory until its peers have closed it. So what is exported without a promise is kept
+//! for ever. Where that cannot be had, [`VmmBuffer`](crate::VmmBuffer)s are shared by descriptors, which keep their memory
 //! alive. A handle from a peer is checked against what it opens before anything uses it.
 
 use std::ffi::c_char;
 use std::fmt;
+use std::sync::Arc;
 
 use cudarc::driver::sys;
 use serde::{Deserialize, Serialize};
@@ -49,15 +50,19 @@ impl IpcHandle {
 }
 
 impl DeviceBuffer {
-    /// A handle by which other processes can open the buffer. Keep the buffer until all of them have closed it. CUDA
-    /// shares whole blocks: a buffer below 2 MiB shares its neighbours' bytes too.
+    /// A handle by which other processes can open the buffer, which is then kept for as long as this process lives: freeing
+    /// it under a process that has it open is undefined behaviour, by CUDA's rules, and nobody is told who has. Who knows
+    /// from a protocol uses [`Device::ipc_handle`] and keeps the buffer until then; what is freed on its own account is a
+    /// [`VmmBuffer`](crate::VmmBuffer). CUDA shares whole blocks: a buffer below 2 MiB shares its neighbours' bytes too.
     ///
     /// # Errors
     ///
     /// [`Error::BadHandle`] for an empty buffer; [`Error::Call`] where the system does not allow IPC.
-    pub fn ipc_handle(&self) -> Result<IpcHandle, Error> {
-        // SAFETY: the buffer is this process's own, of this length.
-        unsafe { self.device().ipc_handle(self.address(), self.len()) }
+    pub fn ipc_handle(self: &Arc<Self>) -> Result<IpcHandle, Error> {
+        // SAFETY: the buffer is this process's own, of this length, and never freed, because one owner is forgotten below.
+        let handle = unsafe { self.device().ipc_handle(self.address(), self.len()) }?;
+        std::mem::forget(Arc::clone(self));
+        Ok(handle)
     }
 }
 
@@ -71,7 +76,8 @@ impl Device {
     ///
     /// # Safety
     ///
-    /// The memory stays allocated until every process that opens the handle has closed it.
+    /// The memory stays allocated until every process that opens the handle has closed it: until it has dropped its
+    /// [`IpcMemory`], and [`Device::reclaim`] has returned there after that.
     pub unsafe fn ipc_handle(&self, address: u64, len_bytes: u64) -> Result<IpcHandle, Error> {
         if len_bytes == 0 {
             return Err(Error::BadHandle { why: "it is for no byte".into() });
@@ -128,7 +134,7 @@ impl Device {
     }
 }
 
-/// Memory of another process, opened for a device. Dropping it closes it.
+/// Memory of another process, opened for a device. Dropping it has it closed; [`Device::reclaim`] waits for that.
 pub struct IpcMemory {
     device: Device,
     /// What CUDA opened, and closes.
@@ -137,8 +143,8 @@ pub struct IpcMemory {
     len: u64,
 }
 
-// SAFETY: mapped until the drop, in a range that was checked against what CUDA opened; nothing of it changes. If its
-// owner frees it earlier, work that uses it fails on the device: nothing of this process's host memory is reached.
+// SAFETY: mapped until the drop, in a range that was checked against what CUDA opened; nothing of it changes. Its owner keeps
+// it so long: it never frees it, or has promised so to the unsafe function that makes handles.
 unsafe impl DeviceMemory for IpcMemory {
     fn device(&self) -> &Device {
         &self.device
@@ -161,8 +167,9 @@ impl fmt::Debug for IpcMemory {
 
 impl Drop for IpcMemory {
     fn drop(&mut self) {
+        let base = self.base;
         // SAFETY: opened by `open_ipc`; work in flight holds what it uses.
-        self.device.release("a peer's memory", || unsafe { cu!(cuIpcCloseMemHandle(self.base)) });
+        self.device.release_later("a peer's memory", move || unsafe { cu!(cuIpcCloseMemHandle(base)) });
     }
 }
 

@@ -11,7 +11,7 @@
 //! | compile and launch | [`Device::compile`], [`Function::launch`] |
 //! | give memory to a NIC | [`NicMemory`], [`Device::flush_rdma_writes`] |
 //! | use a framework's memory | [`Device::adopt`], [`RegistrationCache`] |
-//! | share with other processes | [`DeviceBuffer::ipc_handle`], [`VmmBuffer::export`] |
+//! | share with other processes | [`VmmBuffer::export`], [`DeviceBuffer::ipc_handle`] |
 //!
 //! What is **not** here: memory pools, graphs, the default stream, managed memory, and any policy of what to copy when.
 //!
@@ -19,6 +19,18 @@
 //! fn both(stream: &gpu_mem::Stream, from: gpu_mem::DeviceBuffer, mut to: gpu_mem::PinnedBuffer) {
 //!     let pending = stream.copy_to_host(from, to, &[]);
 //!     to.bytes_mut(); // the device may be writing it
+//! }
+//! ```
+//!
+//! ```compile_fail,E0596
+//! fn early(idle: &gpu_mem::Stream, pending: gpu_mem::Pending<gpu_mem::DeviceBuffer>) {
+//!     pending.event().record(idle); // it would be reached before the work is done
+//! }
+//! ```
+//!
+//! ```compile_fail,E0277
+//! fn copy_all<O: Send + Sync>(stream: &gpu_mem::Stream, from: gpu_mem::ForeignSegment<O>, to: gpu_mem::PinnedBuffer) {
+//!     stream.copy_to_host(from, to, &[]); // nobody answers for what lies beside the tensors
 //! }
 //! ```
 
@@ -40,6 +52,7 @@ mod memory;
 mod module;
 mod nvrtc;
 mod pending;
+mod reaper;
 mod segment;
 mod stream;
 mod vmm;
@@ -54,10 +67,10 @@ pub use dmabuf::{DmaBuf, NicAccess, NicMemory};
 pub use driver::{Cuda, Version};
 pub use error::{CallError, Error, Failed};
 pub use event::Event;
-pub use foreign::{Foreign, ForeignRange};
+pub use foreign::{Foreign, ForeignRange, ForeignSegment};
 pub use host::RegisteredHost;
 pub use ipc::{IpcHandle, IpcMemory};
-pub use memory::{DeviceMemory, HostMemory, HostMemoryMut};
+pub use memory::{DeviceMemory, HostMemory, HostMemoryMut, Registrable};
 pub use module::{Arg, Function, Launch, Module, Resources};
 pub use nvrtc::nvrtc_version;
 pub use pending::Pending;

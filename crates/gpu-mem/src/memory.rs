@@ -30,6 +30,39 @@ pub unsafe trait DeviceMemory: Send + 'static {
     }
 }
 
+/// Device memory that can be registered with a NIC; not all of it may be copied, too.
+///
+/// # Safety
+///
+/// `address()..address() + len()` is memory of `device()` and stays allocated until the value is dropped, and all three
+/// methods always answer the same.
+#[expect(clippy::len_without_is_empty, reason = "what is empty is refused")]
+pub unsafe trait Registrable: Send + 'static {
+    /// The device that has it.
+    fn device(&self) -> &Device;
+
+    /// The address of the first byte on that device.
+    fn address(&self) -> u64;
+
+    /// The number of bytes.
+    fn len(&self) -> u64;
+}
+
+// SAFETY: what can be read and written until the drop is allocated until then.
+unsafe impl<M: DeviceMemory> Registrable for M {
+    fn device(&self) -> &Device {
+        DeviceMemory::device(self)
+    }
+
+    fn address(&self) -> u64 {
+        DeviceMemory::address(self)
+    }
+
+    fn len(&self) -> u64 {
+        DeviceMemory::len(self)
+    }
+}
+
 /// Host memory with an owner.
 ///
 /// # Safety

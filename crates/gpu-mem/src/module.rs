@@ -12,6 +12,7 @@ use crate::call::cu;
 use crate::device::Device;
 use crate::error::Error;
 use crate::nvrtc::c_string;
+use crate::reaper::Handle;
 use crate::stream::Stream;
 
 /// Kernels have at most 32764 bytes of parameters (CUDA 12.1), so this many is beyond all.
@@ -266,7 +267,8 @@ impl fmt::Debug for Function {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        let handle = Handle(self.handle);
         // SAFETY: loaded by `load`, and no function of it is left. CUDA waits for its kernels before it unloads.
-        self.device.release("a module", || unsafe { cu!(cuModuleUnload(self.handle)) });
+        self.device.release_later("a module", move || unsafe { cu!(cuModuleUnload(handle.get())) });
     }
 }

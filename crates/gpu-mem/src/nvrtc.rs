@@ -214,14 +214,17 @@ impl Program {
         // SAFETY: the program is open; NVRTC writes one length.
         let asked =
             unsafe { call!(Some(self.library), sys::nvrtcGetProgramLogSize(self.handle, &raw mut len)) };
+        if asked.is_err() || len == 0 {
+            return String::new();
+        }
         let mut log = vec![0_u8; len];
         // SAFETY: as above; NVRTC writes as many bytes as it said.
         let told = unsafe {
             call!(Some(self.library), sys::nvrtcGetProgramLog(self.handle, log.as_mut_ptr().cast()))
         };
-        match (asked, told) {
-            (Ok(()), Ok(())) => String::from_utf8_lossy(&log).trim_end_matches(['\0', '\n']).to_owned(),
-            _ => String::new(),
+        match told {
+            Ok(()) => String::from_utf8_lossy(&log).trim_end_matches(['\0', '\n']).to_owned(),
+            Err(_) => String::new(),
         }
     }
 }

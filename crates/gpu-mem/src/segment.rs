@@ -204,7 +204,7 @@ impl Device {
         let found = self.run(|| unsafe { cu!(cuMemRetainAllocationHandle(&raw mut handle, pointer)) });
         if found.is_ok() {
             // SAFETY: gives back the reference that was taken above.
-            self.release("a reference to a chunk", || unsafe { cu!(cuMemRelease(handle)) });
+            self.release("a reference to a chunk", move || unsafe { cu!(cuMemRelease(handle)) });
         }
         found.is_ok()
     }

@@ -4,14 +4,16 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use cudarc::driver::sys;
 
 use crate::call::cu;
 use crate::device::Device;
 use crate::error::Error;
-use crate::event::{Event, ready};
+use crate::event::{Event, poll_until, ready};
 use crate::pending::Parked;
+use crate::reaper::Handle;
 
 /// A queue of a device's work. Clones are the same queue.
 #[derive(Clone)]
@@ -61,7 +63,7 @@ impl Stream {
     ///
     /// [`Error::Call`] when the driver has no room.
     pub fn record(&self) -> Result<Event, Error> {
-        let event = self.0.device.event()?;
+        let mut event = self.0.device.event()?;
         event.record(self)?;
         Ok(event)
     }
@@ -83,8 +85,7 @@ impl Stream {
     ///
     /// [`Error::DeviceLost`] when something of it failed.
     pub fn is_idle(&self) -> Result<bool, Error> {
-        // SAFETY: the handle lives as long as the stream.
-        self.0.device.run(|| ready(unsafe { cu!(cuStreamQuery(self.0.handle)) }))
+        self.0.is_idle()
     }
 
     /// Waits, on the calling thread, until the stream has nothing left to do.
@@ -95,8 +96,19 @@ impl Stream {
     pub fn synchronize(&self) -> Result<(), Error> {
         // SAFETY: the handle lives as long as the stream.
         self.0.device.run(|| unsafe { cu!(cuStreamSynchronize(self.0.handle)) })?;
-        self.0.parked.sweep();
+        self.sweep();
         Ok(())
+    }
+
+    /// As [`Stream::synchronize`], until `deadline` at most; says whether the stream has nothing left to do.
+    ///
+    /// # Errors
+    ///
+    /// As [`Stream::is_idle`].
+    pub fn synchronize_until(&self, deadline: Instant) -> Result<bool, Error> {
+        let is_idle = poll_until(deadline, || self.is_idle())?;
+        self.sweep();
+        Ok(is_idle)
     }
 
     pub(crate) fn raw(&self) -> sys::CUstream {
@@ -105,6 +117,18 @@ impl Stream {
 
     pub(crate) fn parked(&self) -> &Parked {
         &self.0.parked
+    }
+
+    /// Lets go of what parked operations do not use any more.
+    pub(crate) fn sweep(&self) {
+        self.0.parked.sweep(|| self.0.is_idle());
+    }
+}
+
+impl Inner {
+    fn is_idle(&self) -> Result<bool, Error> {
+        // SAFETY: the handle lives as long as the stream.
+        self.device.run(|| ready(unsafe { cu!(cuStreamQuery(self.handle)) }))
     }
 }
 
@@ -116,7 +140,9 @@ impl fmt::Debug for Stream {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        self.parked.sweep(|| self.is_idle());
+        let handle = Handle(self.handle);
         // SAFETY: the handle is this stream's own; the driver finishes what it was given, then frees it.
-        self.device.release("a stream", || unsafe { cu!(cuStreamDestroy_v2(self.handle)) });
+        self.device.release("a stream", move || unsafe { cu!(cuStreamDestroy_v2(handle.get())) });
     }
 }

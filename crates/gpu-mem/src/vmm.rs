@@ -183,7 +183,7 @@ impl VmmBuffer {
         match mapped {
             Ok(()) => self.chunks.push(Chunk { handle, len }),
             // SAFETY: the handle is open and nobody else has it.
-            Err(_) => drop(self.device.release("a chunk", || unsafe { cu!(cuMemRelease(handle)) })),
+            Err(_) => self.device.release_later("a chunk", move || unsafe { cu!(cuMemRelease(handle)) }),
         }
         mapped
     }
@@ -267,22 +267,28 @@ impl fmt::Debug for VmmBuffer {
 
 impl Drop for VmmBuffer {
     fn drop(&mut self) {
-        let mut address = self.address;
-        let mut all_unmapped = true;
-        for chunk in self.chunks.drain(..) {
-            let (start, bytes) = (address, usize::try_from(chunk.len).unwrap_or(usize::MAX));
-            address += chunk.len;
-            // SAFETY: mapped by `map` as one, and no work uses it: work in flight holds its buffers.
-            all_unmapped &= self.device.release("a mapping", || unsafe { cu!(cuMemUnmap(start, bytes)) });
-            // SAFETY: the chunk's own handle.
-            self.device.release("a chunk", || unsafe { cu!(cuMemRelease(chunk.handle)) });
+        let mut mappings: Vec<(u64, usize)> =
+            self.chunks().map(|range| (range.start, address_len(range.end - range.start))).collect();
+        for Chunk { handle, .. } in self.chunks.drain(..) {
+            // SAFETY: the chunk's own handle; the driver keeps the memory while it is mapped.
+            self.device.release_later("a chunk", move || unsafe { cu!(cuMemRelease(handle)) });
         }
-        if all_unmapped {
-            let bytes = usize::try_from(self.reserved).unwrap_or(usize::MAX);
+        let (address, reserved) = (self.address, address_len(self.reserved));
+        self.device.release_later("mapped memory", move || {
+            while let Some(&(start, len)) = mappings.last() {
+                // SAFETY: mapped by `map` as one, and no work uses it: work in flight holds its buffers.
+                unsafe { cu!(cuMemUnmap(start, len)) }?;
+                mappings.pop();
+            }
             // SAFETY: reserved by `reserve`, and nothing is mapped there any more.
-            self.device.release("addresses", || unsafe { cu!(cuMemAddressFree(self.address, bytes)) });
-        }
+            unsafe { cu!(cuMemAddressFree(address, reserved)) }
+        });
     }
+}
+
+/// A length in the address space, which fits.
+fn address_len(len: u64) -> usize {
+    usize::try_from(len).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]

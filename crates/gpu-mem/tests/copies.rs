@@ -194,7 +194,7 @@ fn memory_of_another_device_is_refused_with_its_name() {
     assert!(failed.to_string().contains("GPU 1"), "{failed}");
     let (_, there) = failed.returned.unwrap();
     assert!(DeviceMemory::device(&there).same_as(&second));
-    let event = second.event().unwrap();
+    let mut event = second.event().unwrap();
     assert!(matches!(event.record(&stream), Err(Error::WrongDevice { .. })));
     stream.wait_for(&event).unwrap();
 }

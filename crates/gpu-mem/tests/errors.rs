@@ -4,7 +4,7 @@ mod common;
 
 use common::{device, on_device, pages, pattern, pinned, read};
 use cudarc::driver::sys;
-use gpu_mem::{Cuda, Device, Error, Span, inject};
+use gpu_mem::{Cuda, Device, DeviceMemory, Error, NicAccess, NicMemory, Span, inject};
 
 /// A device of this test alone: what is injected into it is not remembered elsewhere.
 fn own_device() -> Option<Device> {
@@ -45,6 +45,8 @@ fn out_of_memory_in_the_middle_frees_what_was_made_before() {
         assert_eq!(inject::clear(), 0, "{call} was called");
         // Would fail if chunks were still mapped where the driver reserves again, or the device were taken for lost.
         drop(device.alloc_vmm(8 << 20, 1).unwrap());
+        // Else the next round would have memory to take back, and try again.
+        device.reclaim();
     }
 }
 
@@ -73,7 +75,7 @@ fn a_gpu_that_is_lost_is_told_at_every_later_call_and_ends_no_process() {
     let Some(device) = own_device() else { return };
     let stream = device.stream().unwrap();
     let registered = device.register_host(pages(&pattern(10_000, 1))).unwrap();
-    let target = on_device(&stream, &[0; 64]);
+    let [target, other] = [0, 0].map(|byte| on_device(&stream, &[byte; 64]));
     let pending = stream.copy_to_device(pinned(&device, &[1; 64]), target, &[Span::first(64)]).unwrap();
     // Off the bus: it answers everything with the same error.
     inject::fail("cuEventSynchronize", 0, sys::CUresult::CUDA_ERROR_UNKNOWN as i32);
@@ -98,6 +100,9 @@ fn a_gpu_that_is_lost_is_told_at_every_later_call_and_ends_no_process() {
     for error in later {
         assert_eq!(error.unwrap_err().to_string(), text);
     }
+    // What was not even posted is nobody's but the caller's.
+    let failed = stream.copy_to_device(vec![7; 64], other, &[Span::first(64)]).unwrap_err();
+    assert_eq!(failed.returned.unwrap().0, [7; 64]);
     let failed = registered.unregister().unwrap_err();
     assert!(failed.error.is_device_lost() && failed.returned.is_none(), "its pages may still be in use");
     drop((stream, device));
@@ -134,14 +139,67 @@ fn host_memory_is_registered_once_at_a_time() {
 }
 
 #[test]
-fn what_cannot_be_freed_is_leaked_and_nothing_else_suffers() {
+fn what_cannot_be_freed_now_is_freed_later() {
     let Some(device) = own_device() else { return };
-    let stream = device.stream().unwrap();
-    for call in ["cuMemFree_v2", "cuMemFreeHost", "cuMemHostUnregister", "cuEventDestroy_v2"] {
-        inject::fail(call, 0, sys::CUresult::CUDA_ERROR_INVALID_VALUE as i32);
-        drop((device.alloc(10).unwrap(), device.pinned(10).unwrap(), device.event().unwrap()));
-        drop(device.register_host(pages(&[1; 10])).unwrap());
+    let refused = sys::CUresult::CUDA_ERROR_INVALID_VALUE as i32;
+    for call in
+        ["cuMemFree_v2", "cuMemFreeHost", "cuMemHostUnregister", "cuEventDestroy_v2", "cuStreamDestroy_v2"]
+    {
+        inject::fail(call, 0, refused);
+        let buffer = device.alloc(10).unwrap();
+        let address = buffer.address();
+        drop((buffer, device.pinned(10).unwrap(), device.stream().unwrap(), device.event().unwrap()));
+        let host = device.register_host(pages(&[1; 10])).unwrap();
+        drop(host);
+        device.reclaim();
+        device.reclaim();
         assert_eq!(inject::clear(), 0, "{call} was called");
+        assert!(device.segments(&[(address, 10)]).is_err(), "{call}: it is free");
     }
+    // Refused half-way: nothing is unmapped twice.
+    if device.has_vmm().unwrap() {
+        let buffer = device.alloc_vmm(8 << 20, 1).unwrap();
+        let address = buffer.address();
+        inject::fail("cuMemUnmap", 2, refused);
+        inject::fail("cuMemAddressFree", 0, refused);
+        drop(buffer);
+        (0..3).for_each(|_| device.reclaim());
+        assert_eq!(inject::clear(), 0);
+        assert!(device.segments(&[(address, 10)]).is_err(), "nothing is mapped there");
+    }
+    let stream = device.stream().unwrap();
     assert_eq!(read(&stream, on_device(&stream, &[3; 10])).1, [3; 10]);
+}
+
+#[test]
+fn a_log_that_nvrtc_does_not_give_is_empty() {
+    let Some(device) = own_device() else { return };
+    for (call, uncalled) in [("nvrtcGetProgramLogSize", 1), ("nvrtcGetProgramLog", 0)] {
+        inject::fail("nvrtcCompileProgram", 0, 6);
+        inject::fail(call, 0, 1);
+        if uncalled == 1 {
+            inject::fail("nvrtcGetProgramLog", 0, 1);
+        }
+        match device.compile("bad.cu", &format!("no source // {call}"), &[]) {
+            Err(Error::Compile { log, .. }) => assert_eq!(log, ""),
+            Err(error @ Error::NoNvrtc { .. }) => {
+                println!("skipped: {error}");
+                inject::clear();
+                return;
+            }
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(inject::clear(), uncalled, "{call}");
+    }
+}
+
+#[test]
+fn copies_of_other_code_are_synchronised_whatever_way_a_nic_is_told() {
+    let Some(device) = own_device() else { return };
+    // No dma-buf.
+    inject::fail("cuDeviceGetAttribute", 0, sys::CUresult::CUDA_ERROR_NOT_SUPPORTED as i32);
+    inject::fail("cuPointerSetAttribute", 0, sys::CUresult::CUDA_ERROR_NOT_SUPPORTED as i32);
+    let exported = NicMemory::export(device.alloc(4096).unwrap(), 0, 4096).unwrap();
+    assert!(matches!(exported.access(), NicAccess::Address(_)));
+    assert_eq!(inject::clear(), 0, "both were asked");
 }

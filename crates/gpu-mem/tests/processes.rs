@@ -4,6 +4,7 @@ mod common;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::Stdio;
+use std::sync::Arc;
 
 use common::{child, device, devices, on_device, pattern, read, succeed, write};
 use gpu_mem::{Cuda, Error, IpcHandle, SharedChunk};
@@ -63,7 +64,7 @@ fn child_opens_a_handle() {
 fn a_child_reads_and_writes_memory_by_its_handle() {
     let Some(device) = device() else { return };
     let stream = device.stream().unwrap();
-    let buffer = on_device(&stream, &pattern(LEN, 1));
+    let buffer = Arc::new(on_device(&stream, &pattern(LEN, 1)));
     let handle = buffer.ipc_handle().unwrap();
     assert_eq!((handle.len(), handle.uuid()), (LEN as u64, device.uuid()));
     let give = |handle: &IpcHandle, on: &str, expect: &str| {
@@ -87,11 +88,12 @@ fn a_child_reads_and_writes_memory_by_its_handle() {
 #[test]
 fn a_handle_of_this_process_or_of_nothing_is_an_error() {
     let Some(device) = device() else { return };
-    let buffer = device.alloc(LEN as u64).unwrap();
+    let buffer = Arc::new(device.alloc(LEN as u64).unwrap());
     let handle = buffer.ipc_handle().unwrap();
     let error = device.open_ipc(&handle).unwrap_err();
     assert!(matches!(error, Error::Call(_)), "{error}");
-    assert!(matches!(device.alloc(0).unwrap().ipc_handle(), Err(Error::BadHandle { .. })));
+    assert!(matches!(Arc::new(device.alloc(0).unwrap()).ipc_handle(), Err(Error::BadHandle { .. })));
+    assert_eq!(Arc::strong_count(&buffer), 2, "it is kept for whoever opens it");
     // SAFETY: nobody opens it.
     let error = unsafe { device.ipc_handle(buffer.address(), LEN as u64 * 2) }.unwrap_err();
     assert!(matches!(error, Error::Range { .. }), "{error}");

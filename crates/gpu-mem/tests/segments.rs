@@ -55,6 +55,7 @@ fn memory_that_was_freed_or_replaced_is_missed() {
     let foreign = unsafe { device.adopt(vec![(buffer.address(), 1000)], "a tensor") }.unwrap();
     foreign.check().unwrap();
     drop(buffer);
+    device.reclaim();
     let error = foreign.check().unwrap_err();
     assert!(matches!(error, Error::Freed { .. }), "{error}");
     // The address may well be given out again; the allocation is another one.
@@ -74,7 +75,10 @@ fn foreign_memory_is_copied_and_its_owner_kept() {
     let foreign = Arc::new(foreign);
     assert!(foreign.range(1).is_none() && foreign.segment(1).is_none());
     let range = foreign.range(0).unwrap();
-    drop(foreign);
+    // A NIC is told of whole segments.
+    let exported = NicMemory::export(foreign.segment(0).unwrap(), 0, 2000).unwrap();
+    assert_eq!((exported.address(), exported.len()), (owner.address(), 2000));
+    drop((exported, foreign));
     let copied = stream.copy_to_host(range, device.pinned(500).unwrap(), &[Span::first(500)]).unwrap();
     let (range, host) = copied.wait().unwrap();
     assert_eq!((host.bytes(), Arc::strong_count(&owner)), (&bytes[100..600], 2));

@@ -70,7 +70,7 @@ fn the_context_of_the_caller_is_put_back() {
 fn streams_wait_for_events_and_events_note_times() {
     let Some(device) = device() else { return };
     let (first, second) = (device.stream().unwrap(), device.stream().unwrap());
-    let (start, end) = (device.timing_event().unwrap(), device.timing_event().unwrap());
+    let (mut start, mut end) = (device.timing_event().unwrap(), device.timing_event().unwrap());
     assert!(device.event().unwrap().is_reached().unwrap(), "an event that was never recorded is reached");
     start.record(&first).unwrap();
     let filled = first.fill(device.alloc(64 << 20).unwrap(), 1).unwrap();

@@ -94,6 +94,8 @@ pub trait Magnitude: Codec {
 const F32_SIGN: u32 = 0x8000_0000;
 const F32_INFINITY: u32 = 0x7f80_0000;
 const F32_QUIET: u32 = 0x0040_0000;
+/// The NaN that products become: processors make different ones.
+pub(crate) const F32_NAN: u32 = F32_INFINITY | F32_QUIET;
 const F32_MANTISSA_BITS: u32 = 23;
 const F32_BIAS: i32 = 127;
 

@@ -29,14 +29,15 @@ impl BlockGrid {
     /// `[128, 128]`; a block may be as large as the matrix, which gives one scale for all of it.
     ///
     /// # Errors
-    /// When a block has no rows or no columns, or when the number of blocks overflows.
+    /// When a block has no rows or no columns, or when no memory could hold a table.
     pub fn new(shape: [usize; 2], block: [u32; 2]) -> Result<BlockGrid, Error> {
         let [block_rows, block_columns] = block.map(|len| len as usize);
         if block_rows == 0 || block_columns == 0 {
             return Err(Error::EmptyBlock { block });
         }
         let blocks = [shape[0].div_ceil(block_rows), shape[1].div_ceil(block_columns)];
-        match blocks[0].checked_mul(blocks[1]) {
+        // Bytes and not entries: both are computed with elsewhere.
+        match blocks[0].checked_mul(blocks[1]).and_then(|len| len.checked_mul(size_of::<f32>())) {
             Some(_) => Ok(BlockGrid { shape, block: [block_rows, block_columns], blocks }),
             None => Err(Error::TooManyBlocks { shape }),
         }

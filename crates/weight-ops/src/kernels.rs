@@ -5,7 +5,7 @@
 
 use std::marker::PhantomData;
 
-use crate::element::{Element, F8E4M3, Float};
+use crate::element::{Element, F8E4M3, F32_NAN, Float};
 use crate::grid::{BlockGrid, segments};
 use crate::isa::Kernel;
 use crate::matrix::{MatrixMut, MatrixRef};
@@ -99,7 +99,8 @@ impl Rescale for Divide {
 impl Rescale for Multiply {
     #[inline(always)]
     fn rescale(value: f32, scale: f32) -> f32 {
-        value * scale
+        let product = value * scale;
+        if product.is_nan() { f32::from_bits(F32_NAN) } else { product }
     }
 }
 

@@ -17,6 +17,12 @@ pub fn e4m3_to_f32(code: u8) -> f32 {
     if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
+/// The value of an e4m3 code in a block of this scale. There is one NaN, of bits 0x7fc00000.
+pub fn dequantize(code: u8, scale: f32) -> f32 {
+    let product = e4m3_to_f32(code) * scale;
+    if product.is_nan() { f32::from_bits(0x7fc0_0000) } else { product }
+}
+
 /// The e4m3 code nearest to `value`, of two equally near ones the even one, found by trying all.
 pub fn f32_to_e4m3(value: f32) -> u8 {
     if value.is_nan() {

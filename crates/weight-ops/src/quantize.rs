@@ -55,7 +55,8 @@ pub fn quantize_rect<T: Float>(
     quantize_rect_on(Isa::best(), grid, source, origin, scales, destination)
 }
 
-/// The inverse of [`quantize_rect`] as far as there is one: each element is `value * scale` in f32, rounded to `T`.
+/// The inverse of [`quantize_rect`] as far as there is one: each element is `value * scale` in f32, rounded to `T`. Where
+/// that is NaN it is the one of bits 0x7fc00000, whatever the value's sign and the scale's bits.
 ///
 /// # Errors
 /// Those of [`quantize_rect`].

@@ -2,6 +2,8 @@
 
 mod cuda;
 
+use std::sync::Arc;
+
 use cuda::{Gpu, POISON, Random, assert_same, devices};
 use gpu_mem::DeviceMemory;
 use weight_ops::cuda::{BoxCopy, CopyBatch, DeviceRange, Error, Place, Span, TensorBox};
@@ -118,6 +120,58 @@ fn from_each_of_two_gpus_to_the_other() {
             assert_same(&other.read(&destination), &bytes, "pulled");
         }
     }
+}
+
+#[test]
+fn a_batch_holds_all_that_it_copies() {
+    let Some(gpu) = Gpu::open() else { return };
+    let destination = gpu.guarded(64 * 100, 0);
+    let (mut batch, mut random) = (gpu.kernels.batch(), Random(8));
+    let mut expected = Vec::new();
+    let mut sources: Vec<(Vec<u8>, DeviceRange)> = Vec::new();
+    for index in 0..64 {
+        // Most are copied from more than once, some long after others.
+        if sources.len() < 5 || random.below(3) == 0 {
+            let bytes = random.bytes(100);
+            sources.push((bytes.clone(), gpu.upload(&bytes, 0)));
+        }
+        let (bytes, source) = &sources[random.below(sources.len())];
+        expected.extend_from_slice(bytes);
+        let regions = [source.clone(), destination.range.part(index * 100..(index + 1) * 100).unwrap()];
+        batch.span(&regions, &span(0, 0, 100)).unwrap();
+    }
+    drop(sources);
+    run_batch(&gpu, batch, 3);
+    assert_same(&gpu.read(&destination), &expected, "from memory that the batch alone holds");
+}
+
+#[test]
+fn memory_mapped_on_another_gpu_is_refused() {
+    let Some(devices) = devices(2) else { return };
+    let (here, there) = (Gpu::on(&devices[0]), &devices[1]);
+    let Ok(mapped) = there.alloc_vmm(4096, 4096) else {
+        println!("skipped: the GPU maps no memory");
+        return;
+    };
+    let chunks = mapped.export().unwrap();
+    let shared = DeviceRange::whole(&Arc::new(mapped));
+    let regions = [here.upload(&[7; 4096], 0), shared.part(0..4096).unwrap()];
+    let spans = [span(0, 0, 4096)];
+    let copy = |regions: &[DeviceRange]| here.kernels.copy_spans(&here.stream, regions, &spans, 1);
+    assert!(matches!(copy(&regions), Err(Error::MappedElsewhere { .. })));
+    let mut batch = here.kernels.batch();
+    batch.span(&regions, &spans[0]).unwrap();
+    let refused = batch.enqueue(&here.device.stream().unwrap(), &here.stream, 1);
+    assert!(matches!(refused, Err(Error::MappedElsewhere { .. })));
+
+    // As the error says: with a mapping of its own a GPU may.
+    let Ok(imported) = here.device.import_vmm(chunks) else {
+        println!("skipped: the GPUs do not reach each other");
+        return;
+    };
+    let imported = DeviceRange::whole(&Arc::new(imported)).part(0..4096).unwrap();
+    here.run(copy(&[regions[0].clone(), imported.clone()]).unwrap());
+    assert_same(&here.download(&imported), &[7; 4096], "the mapping");
 }
 
 /// Copies boxes on the CPU, byte by byte.
@@ -292,6 +346,12 @@ fn what_does_not_fit_is_refused() {
     assert_eq!(error, Error::OutsideRegion { what: "box", index: 0, region_bytes: 50 });
     assert!(copy(BoxCopy { source_strides: [0, u64::MAX, 1], ..one }).is_err());
     assert!(matches!(copy(BoxCopy { counts: [u32::MAX, 2, 1], ..one }), Err(Error::TooMany { .. })));
+    // Without strides any number of rows lies in its region.
+    let endless =
+        BoxCopy { counts: [1, 1, u32::MAX], source_strides: [0; 3], destination_strides: [0; 3], ..one };
+    assert_eq!(copy(endless).unwrap_err(), Error::Overlap { index: 0 });
+    let mut batch = gpu.kernels.batch();
+    assert_eq!(batch.rows(&regions, &endless), Err(Error::Overlap { index: 0 }));
 
     // Nothing, in three ways, writes nothing.
     gpu.run(gpu.kernels.copy_spans(&gpu.stream, &regions, &[], 1).unwrap());

@@ -94,9 +94,16 @@ fn scales_of_every_amax() {
 #[test]
 fn back_again() {
     let Some(gpu) = Gpu::open() else { return };
+    check_back(&gpu, [1.0, 0.3, 1e-3, 7e30, 1e-38, 3e38]);
+    // Products that are NaN, of zeros or of scales with bits of their own.
+    let nans = [0x7fff_ffff, 0xffc0_0000, 0x7f80_0001, 0xffd5_5555].map(f32::from_bits);
+    check_back(&gpu, [nans[0], nans[1], nans[2], nans[3], f32::INFINITY, f32::NEG_INFINITY]);
+}
+
+/// Dequantises every code with each of these scales.
+fn check_back(gpu: &Gpu, table: [f32; 6]) {
     let codes: Vec<u8> = (0..=u8::MAX).cycle().take(150 * 300).collect();
     let grid = BlockGrid::new([150, 300], [100, 128]).unwrap();
-    let table = [1.0_f32, 0.3, 1e-3, 7e30, 1e-38, 3e38];
     let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_ne_bytes()).collect();
     let (on_device, scales) = (gpu.upload(&codes, 1), gpu.upload(&bytes, 0));
     let (origin, shape) = ([3, 5], [147, 290]);

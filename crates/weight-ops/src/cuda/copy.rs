@@ -20,6 +20,9 @@ pub(crate) const THREADS: u32 = 512;
 /// not to count, small enough for few spans to reach all warps.
 pub(crate) const PIECE_BYTES: u64 = 8 << 10;
 
+/// Pieces of one operation or batch: 256 GiB of long spans, and lists of 768 MiB on the host.
+const PIECES_MAX: u64 = 1 << 25;
+
 /// Some bytes of one of the regions that are passed along.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -57,7 +60,8 @@ impl Kernels {
     /// written by another span.
     ///
     /// # Errors
-    /// When a span names no region or does not lie in its own, or the list cannot be brought to the device.
+    /// When a span names no region or does not lie in its own, the list would be too long, or it cannot be brought to the
+    /// device.
     pub fn copy_spans(
         &self,
         stream: &Stream,
@@ -69,7 +73,7 @@ impl Kernels {
         for (index, span) in spans.iter().enumerate() {
             let source = address_of(regions, span.source, span.bytes, "span", index)?;
             let destination = address_of(regions, span.destination, span.bytes, "span", index)?;
-            cut(source, destination, span.bytes, &mut pieces);
+            cut(source, destination, span.bytes, &mut pieces)?;
         }
         let table = self.upload(stream, bytemuck::must_cast_slice(&pieces))?;
         let arguments = vec![Argument::U64(table.address()), Argument::U64(pieces.len() as u64)];
@@ -112,8 +116,22 @@ pub(crate) fn address_of(
     }
 }
 
-/// Cuts a span into pieces. All but the first are written from a multiple of 16 on.
-pub(super) fn cut(mut source: u64, mut destination: u64, mut bytes: u64, pieces: &mut Vec<Piece>) {
+/// Fails, before anything is allocated, when a list of `len` pieces has no room for `more`.
+pub(super) fn check_pieces(len: usize, more: u64) -> Result<(), Error> {
+    match more.checked_add(len as u64) {
+        Some(count) if count <= PIECES_MAX => Ok(()),
+        _ => Err(Error::TooManyPieces { max: PIECES_MAX }),
+    }
+}
+
+/// Cuts a span into pieces. All but the first are written from a multiple of 16 on. None is added if there are too many.
+pub(super) fn cut(
+    mut source: u64,
+    mut destination: u64,
+    mut bytes: u64,
+    pieces: &mut Vec<Piece>,
+) -> Result<(), Error> {
+    check_pieces(pieces.len(), bytes.saturating_add(destination % 16).div_ceil(PIECE_BYTES))?;
     while bytes > 0 {
         let len = bytes.min(PIECE_BYTES - destination % 16);
         pieces.push(Piece { source, destination, bytes: len });
@@ -121,6 +139,7 @@ pub(super) fn cut(mut source: u64, mut destination: u64, mut bytes: u64, pieces:
         destination += len;
         bytes -= len;
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -133,7 +152,7 @@ mod tests {
         #[test]
         fn pieces_are_the_span(source in 1..1_000_000_u64, destination in 1..1_000_000_u64, bytes in 0..100_000_u64) {
             let mut pieces = Vec::new();
-            cut(source, destination, bytes, &mut pieces);
+            cut(source, destination, bytes, &mut pieces).unwrap();
             let mut done = 0;
             for piece in &pieces {
                 prop_assert_eq!((piece.source, piece.destination), (source + done, destination + done));
@@ -144,6 +163,20 @@ mod tests {
             prop_assert_eq!(done, bytes);
             prop_assert!(pieces.len() as u64 <= bytes.div_ceil(PIECE_BYTES) + 1);
         }
+    }
+
+    #[test]
+    fn a_list_that_is_too_long_is_refused_before_it_is_made() {
+        let mut pieces = Vec::new();
+        let longest = PIECES_MAX * PIECE_BYTES;
+        assert_eq!(check_pieces(0, longest.div_ceil(PIECE_BYTES)), Ok(()));
+        for (destination, bytes) in [(1, longest), (16, longest + 1), (15, u64::MAX)] {
+            let refused = cut(1, destination, bytes, &mut pieces);
+            assert_eq!(refused, Err(Error::TooManyPieces { max: PIECES_MAX }));
+        }
+        assert_eq!(pieces.capacity(), 0);
+        cut(1, 1, 1, &mut pieces).unwrap();
+        assert!(cut(1, 16, longest, &mut pieces).is_err() && pieces.len() == 1);
     }
 
     #[test]

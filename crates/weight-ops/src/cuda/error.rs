@@ -42,6 +42,17 @@ pub enum Error {
         "a box of {extent:?} needs {needed} strides beside its contiguous rows, but at most 3 are possible: split it"
     )]
     TooManyStrides { extent: Vec<u64>, needed: usize },
+    #[error(
+        "rows of box {index} may overlap where they are written: make strides reach over what is inside of them"
+    )]
+    Overlap { index: usize },
+    #[error("more than {max} pieces of up to 8 KiB are to be copied at once: split the work")]
+    TooManyPieces { max: u64 },
+    #[error(
+        "{memory} is mapped on another GPU, and nothing says that {on} may touch it: import its chunks on {on} \
+         (VmmBuffer::export, Device::import_vmm), or copy it first (Stream::copy)"
+    )]
+    MappedElsewhere { memory: String, on: String },
     #[error("no multiprocessor may be used: allow at least one")]
     NoMultiprocessor,
 }

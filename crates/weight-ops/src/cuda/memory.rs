@@ -47,6 +47,16 @@ impl DeviceRange {
         let memory = Arc::clone(&self.memory);
         Ok(Self { memory, start: self.start + range.start, len: range.end - range.start })
     }
+
+    /// All bytes of the memory that this is a part of.
+    pub(crate) fn memory(&self) -> Self {
+        Self { memory: Arc::clone(&self.memory), start: 0, len: self.memory.len() }
+    }
+
+    /// Whether both are parts of one memory, so that each keeps it allocated.
+    pub(crate) fn is_of_memory(&self, other: &Self) -> bool {
+        std::ptr::addr_eq(Arc::as_ptr(&self.memory), Arc::as_ptr(&other.memory))
+    }
 }
 
 // SAFETY: the memory stays allocated while this holds it, and its answers never change; the bytes were checked to be inside.

@@ -43,12 +43,25 @@ impl Kernels {
         holds: impl Into<Arc<[DeviceRange]>>,
     ) -> Result<Operation, Error> {
         let holds = holds.into();
-        for range in holds.iter() {
-            self.device().enable_access(range.device())?;
-        }
+        holds.iter().try_for_each(|range| self.reach(range))?;
         let count = u32::try_from(blocks).ok().filter(|&count| u64::from(count) <= BLOCKS_MAX);
         let blocks = count.ok_or(Error::TooMany { count: blocks })?;
         Ok(Operation { function, blocks, threads, arguments, holds })
+    }
+
+    /// Lets the kernels touch a range. What was mapped on another device is refused: access to that is given mapping by
+    /// mapping, and a kernel without it would end the whole context.
+    fn reach(&self, range: &DeviceRange) -> Result<(), Error> {
+        let owner = range.device();
+        if owner.same_as(self.device()) {
+            return Ok(());
+        }
+        let segments = owner.segments(&[(range.address(), range.len())])?;
+        if segments.iter().any(|segment| segment.is_mapped) {
+            let (memory, on) = (format!("{range:?}"), self.device().to_string());
+            return Err(Error::MappedElsewhere { memory, on });
+        }
+        Ok(self.device().enable_access(owner)?)
     }
 }
 

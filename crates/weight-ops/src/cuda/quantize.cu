@@ -287,10 +287,10 @@ INLINE void dequantize(const Args &args) {
         reinterpret_cast<typename T::Bits *>(args.destination) + tile.row * args.destination_stride + tile.column;
     const float scale = reinterpret_cast<const float *>(args.table)[tile.entry];
     for_each_element(tile, [&](u64 row, u64 column) {
-        const float value = E4M3::decode(source[row * args.source_stride + column]);
-        // A product would be a NaN with other bits.
-        const float product = value == value ? __fmul_rn(value, scale) : value;
-        destination[row * args.destination_stride + column] = T::encode(product);
+        const float product = __fmul_rn(E4M3::decode(source[row * args.source_stride + column]), scale);
+        // `F32_NAN` of element.rs: the GPU's own has other bits.
+        const float one_nan = product == product ? product : __uint_as_float(F32_INFINITY | F32_QUIET);
+        destination[row * args.destination_stride + column] = T::encode(one_nan);
     });
 }
 

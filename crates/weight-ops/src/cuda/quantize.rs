@@ -191,7 +191,7 @@ impl Kernels {
         let &Tiles { grid, origin, source, destination, table, format } = tiles;
         let shape = source.shape();
         grid.check_rectangle(origin, shape)?;
-        let expected = grid.table_len() as u64 * 4;
+        let expected = grid.table_len() as u64 * 4; // `BlockGrid::new` has checked it
         if table.len() != expected {
             return Err(Error::WrongLength { what: "a table of the grid", bytes: table.len(), expected });
         }

@@ -97,4 +97,8 @@ fn a_grid_has_whole_and_cut_blocks() {
     assert_eq!(BlockGrid::new([1, 1], [1, 0]).unwrap_err(), Error::EmptyBlock { block: [1, 0] });
     let shape = [usize::MAX, usize::MAX];
     assert_eq!(BlockGrid::new(shape, [1, 1]).unwrap_err(), Error::TooManyBlocks { shape });
+    // A table's bytes are counted too, not its entries alone.
+    let shape = [usize::MAX / 4 + 1, 1];
+    assert_eq!(BlockGrid::new(shape, [1, 1]).unwrap_err(), Error::TooManyBlocks { shape });
+    assert_eq!(BlockGrid::new([usize::MAX / 4, 1], [1, 1]).unwrap().table_len(), usize::MAX / 4);
 }

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroU32;
+use std::time::{Duration, Instant};
 
 use gpu_mem::{DeviceMemory, Pending, Span, Stream};
 use weight_ops::cuda::{BoxCopy, CopyBatch, DeviceRange, Kernels, PendingBatch, Place};
@@ -32,6 +33,12 @@ const LIST_BYTES: u64 = BATCH_BYTES_MAX / (8 << 10) * 48 + BATCH_WRITES_MAX as u
 
 /// Batches in flight: one that is copied, one whose list is there, and two for a host thread that is late by 0.4 ms.
 const BATCHES_MAX: usize = 4;
+
+/// How long a refused batch is waited for, so that its buffers come back: its part that is on the stream takes a thousandth.
+const SETTLE_MAX: Duration = Duration::from_secs(1);
+
+/// How long a rail takes to close at most; a GPU that is longer at its copies is not going to end them.
+const CLOSE_MAX: Duration = Duration::from_secs(10);
 
 /// How a rail copies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -163,9 +170,9 @@ impl CudaRail {
         let (kernels, engine) = match posted {
             Ok(posted) => posted,
             // A part of it may be on the stream.
-            Err(reason) => match self.copies.synchronize() {
-                Ok(()) => return self.give_back(writes, &reason),
-                Err(_) => {
+            Err(reason) => match self.copies.synchronize_until(Instant::now() + SETTLE_MAX) {
+                Ok(true) => return self.give_back(writes, &reason),
+                Ok(false) | Err(_) => {
                     std::mem::forget(writes);
                     return self.lose(ids, reason);
                 }
@@ -350,12 +357,21 @@ impl Rail for CudaRail {
         unfinished.extend(self.untold.iter().map(|write| write.id));
         unfinished.extend(self.done.iter().map(|done| done.id));
         unfinished.extend(&self.lost);
-        let idle = self.uploads.synchronize().and_then(|()| self.copies.synchronize());
-        idle.map_err(|error| {
-            tracing::error!(rail = name, %error, "does not close: the buffers in flight are leaked");
-            // Batches that are dropped now leave their buffers at the streams, which leak what may be in use.
-            RailError { rail: name, reason: error.to_string() }
-        })
+        let until = Instant::now() + CLOSE_MAX;
+        let idle = [&self.uploads, &self.copies].map(|stream| stream.synchronize_until(until));
+        let failed = idle.into_iter().find_map(|idle| match idle {
+            Ok(true) => None,
+            Ok(false) => Some(format!("the GPU has not ended its copies within {CLOSE_MAX:?}")),
+            Err(error) => Some(error.to_string()),
+        });
+        match failed {
+            None => Ok(()),
+            Some(reason) => {
+                tracing::error!(rail = name, reason, "does not close: the buffers in flight are leaked");
+                // Batches that are dropped now leave their buffers at the streams, which leak what may be in use.
+                Err(RailError { rail: name, reason })
+            }
+        }
     }
 }
 

@@ -75,7 +75,7 @@ impl Network {
     ///
     /// `tolerance` is what rates may be off by to be computed faster, from 0 (exact) to 0.5. With a tolerance of e a
     /// transfer always has a link on its way that is used to at least 1 - e of its capacity, and on which no transfer is
-    /// faster than it by more than a factor of 1 / (1 - e); no link is ever used above 1 + e of its capacity. 0.05 is a good
+    /// faster than it by more than a factor of 1 / (1 - e); no link is ever used above 1 + e of its capacity. 0.1 is a good
     /// choice from some hundred NICs on. `seed` decides all jitter.
     ///
     /// # Errors

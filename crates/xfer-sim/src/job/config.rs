@@ -58,7 +58,7 @@ impl JobConfig {
             skew: Duration::ZERO,
             slow: Vec::new(),
             deadline: Duration::from_secs(30),
-            tolerance: 0.05,
+            tolerance: 0.1,
             seed: 1,
             events_max: 1_000_000_000,
         }

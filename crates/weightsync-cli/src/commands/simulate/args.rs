@@ -105,7 +105,7 @@ pub(crate) struct Conditions {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,
     /// What rates of transfers may be off by, from 0 (exact, slow) to 0.5
-    #[arg(long, value_name = "SHARE", default_value_t = 0.05, value_parser = tolerance)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.1, value_parser = tolerance)]
     pub(crate) tolerance: f64,
     /// Give up after so many events
     #[arg(long, value_name = "N", default_value = "1e9", value_parser = count)]

@@ -38,6 +38,18 @@ fn sum(values: &Value, field: &str) -> f64 {
     values.as_array().unwrap().iter().map(|value| value[field].as_f64().unwrap()).sum()
 }
 
+/// Bundles are how it is simulated, not what is said of the plan.
+#[test]
+fn what_is_passed_on_is_counted_in_its_writes() {
+    let with = |relay: &str| {
+        let job = "simulate --cluster p5.48xlarge --model qwen3-0.6b --from fsdp=4 --to tp=2,replicas=2";
+        json_of(&format!("{job} --train-gpus 4 --infer-gpus 4 --relay {relay}"))["report"].take()
+    };
+    let [direct, relayed] = ["never", "per-host"].map(with);
+    assert!(relayed["relayed_bytes"].as_u64() > direct["relayed_bytes"].as_u64());
+    assert_eq!(relayed["writes"], direct["writes"]);
+}
+
 #[test]
 fn the_summary_fits_a_screen_and_says_the_facts() {
     let output = run(TOY).succeeds();

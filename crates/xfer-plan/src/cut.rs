@@ -32,9 +32,7 @@ impl Plan {
         let options = &manifest.options;
         let rails = manifest.trainers.get(trainer.index()).map_or(1, |declared| declared.rails.len());
         let mut rails = Rails::new(trainer, rails);
-        // At least a WRITE each.
-        let writes = self.trainers.get(trainer.index()).map_or(0, |part| part.writes.min(OPS_MAX as u64));
-        let mut ops = Vec::with_capacity(writes as usize);
+        let mut ops = Vec::new();
         for Placed { fill, to: group_index, param, lane, transfer, .. } in self.transfers_of(trainer) {
             let mut transfer = *transfer;
             if let Transform::Scales { .. } = transfer.transform

@@ -119,7 +119,7 @@ impl Controller {
         actions.push(Action::Report(Report::Planned {
             digest: self.digest,
             bytes: bytes_total,
-            writes: self.quotas.values().map(|quota| quota.writes).sum(),
+            writes: plan.receivers.iter().map(|part| part.writes).sum(),
             bound_seconds,
             limited_by: plan.bound.limited_by.map(|(rank, _)| rank),
         }));

@@ -144,6 +144,8 @@ impl<'w> World<'w> {
         let parts: PartsFn = match config.bundle_bytes {
             0 => Box::new(|plan, manifest| plan.parts(manifest)),
             bytes_max => {
+                // A bundle's length has 32 bits, as an operation's.
+                let bytes_max = bytes_max.min(u32::MAX.into());
                 let (nic, costs) = (cluster.nic, costs.clone());
                 Box::new(move |plan, manifest| {
                     let (parts, found) = bundled_parts(plan, manifest, bytes_max, &nic)?;
@@ -509,13 +511,7 @@ impl<'w> World<'w> {
         let now = self.now;
         self.log.say(now, || format!("controller: {report:?}"));
         match report {
-            Report::Planned { bytes, mut writes, bound_seconds, limited_by, .. } => {
-                if let Ok(costs) = self.costs.lock() {
-                    // Those that bundles stand for.
-                    let bundles = costs.iter().map(Vec::len).sum::<usize>() as u64;
-                    writes += costs.iter().flatten().map(|cost| u64::from(cost.writes)).sum::<u64>();
-                    writes = writes.saturating_sub(bundles);
-                }
+            Report::Planned { bytes, writes, bound_seconds, limited_by, .. } => {
                 self.tally.planned(bytes, writes, bound_seconds, limited_by);
             }
             Report::Committed { version, .. } => {

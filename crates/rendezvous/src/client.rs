@@ -3,6 +3,7 @@
 //! It lives on a thread of its own, so that heartbeats go out while the process computes, holds an interpreter lock or
 //! blocks its async runtime: silence then means what it should mean. The thread ends when the [`Client`] is dropped.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,6 +19,7 @@ use crate::error::RendezvousError;
 use crate::frame;
 use crate::handshake::{self, Secret};
 use crate::protocol::{DEADLINE_RANGE, FRAME_BYTES_MAX, ToController, ToMember};
+use crate::transport::{self, Stream, Transport};
 
 /// Messages that may wait on either side; the protocol has one outstanding at a time.
 const QUEUE_MAX: usize = 64;
@@ -35,6 +37,8 @@ pub struct ClientConfig {
     pub controller: String,
     /// The job's secret.
     pub secret: Secret,
+    /// How bytes travel; as the controller says.
+    pub transport: Transport,
     /// How long to try to reach it, and the longest silence of it.
     pub deadline: Duration,
 }
@@ -189,7 +193,7 @@ impl Link {
             }
         };
         let Self { incoming, outgoing, progress, config } = self;
-        let (reader, writer) = stream.into_split();
+        let (reader, writer) = tokio::io::split(stream);
         let joined = AtomicBool::new(false);
         let mut reading = std::pin::pin!(read_all(reader, peer, config.deadline, &joined, &incoming));
         tokio::select! {
@@ -205,36 +209,59 @@ impl Link {
         }
     }
 
-    async fn open(&self) -> Result<(TcpStream, SocketAddr, SocketAddr), RendezvousError> {
+    /// Tries until it is in, is refused, or has no time left. A controller that is not up yet is tried again, and so is one
+    /// that hung up in the middle: it does so when more come at once than it can hear.
+    async fn open(&self) -> Result<(Stream, SocketAddr, SocketAddr), RendezvousError> {
         let until = Instant::now() + self.config.deadline;
-        let unreachable = |reason: String| RendezvousError::Unreachable {
-            address: self.config.controller.clone(),
-            waited: self.config.deadline,
-            reason,
-        };
-        let mut stream = loop {
-            let reason = match timeout_at(until, TcpStream::connect(&self.config.controller)).await {
-                Ok(Ok(stream)) => break stream,
-                Ok(Err(error)) => error.to_string(),
-                Err(_) => "no answer".into(),
+        let mut reached = None;
+        loop {
+            let reason = match timeout_at(until, self.attempt(&mut reached)).await {
+                Ok(Err(RendezvousError::Unreachable { reason, .. })) => reason,
+                Ok(Err(RendezvousError::Io { source, .. })) if hung_up(&source) => {
+                    format!("it hung up during the handshake ({source}); its log may say why")
+                }
+                Ok(done) => return done,
+                Err(_) => match reached {
+                    Some(peer) => {
+                        let waited = self.config.deadline;
+                        return Err(RendezvousError::Deadline { peer, stage: "the handshake", waited });
+                    }
+                    None => "no answer".into(),
+                },
             };
             if Instant::now() + RETRY_PAUSE > until {
-                return Err(unreachable(reason));
+                return Err(self.unreachable(reason));
             }
             sleep(RETRY_PAUSE).await;
-        };
-        let addresses = stream.peer_addr().and_then(|peer| Ok((peer, stream.local_addr()?)));
-        let (peer, local) = addresses.map_err(|error| unreachable(error.to_string()))?;
-        stream.set_nodelay(true).map_err(|source| RendezvousError::Io { peer, source })?;
-        match timeout_at(until, handshake::prove(&mut stream, peer, &self.config.secret)).await {
-            Ok(proved) => proved?,
-            Err(_) => {
-                let waited = self.config.deadline;
-                return Err(RendezvousError::Deadline { peer, stage: "the handshake", waited });
-            }
         }
+    }
+
+    /// Connects and proves itself, once. `reached` is who is being talked to.
+    async fn attempt(
+        &self,
+        reached: &mut Option<SocketAddr>,
+    ) -> Result<(Stream, SocketAddr, SocketAddr), RendezvousError> {
+        let ClientConfig { controller, secret, transport, .. } = &self.config;
+        let unreachable = |error: io::Error| self.unreachable(error.to_string());
+        *reached = None;
+        let stream = TcpStream::connect(controller).await.map_err(unreachable)?;
+        let peer = stream.peer_addr().map_err(unreachable)?;
+        let local = stream.local_addr().map_err(unreachable)?;
+        *reached = Some(peer);
+        let mut stream = transport.connect(stream, peer, controller).await?;
+        handshake::prove(&mut stream, peer, secret).await.map_err(transport::explained)?;
         Ok((stream, peer, local))
     }
+
+    fn unreachable(&self, reason: String) -> RendezvousError {
+        let ClientConfig { controller, deadline, .. } = &self.config;
+        RendezvousError::Unreachable { address: controller.clone(), waited: *deadline, reason }
+    }
+}
+
+fn hung_up(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
 }
 
 fn lost(peer: SocketAddr, reason: &str) -> RendezvousError {

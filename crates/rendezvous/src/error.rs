@@ -21,7 +21,7 @@ pub enum RendezvousError {
     /// A controller reachable from other hosts needs a secret.
     #[error(
         "refusing to listen on {address} without a secret: anyone who reaches it could join; give a secret \
-         (WEIGHTSYNC_SECRET or a secret file), listen on loopback, or allow it by the insecure option"
+         (WEIGHTSYNC_SECRET or a secret file) or certificates for TLS, listen on loopback, or allow it by the insecure option"
     )]
     NeedsSecret {
         /// The address asked for.
@@ -40,7 +40,9 @@ pub enum RendezvousError {
         reason: String,
     },
     /// The peer is not a weightsync of any version.
-    #[error("{peer} does not speak the weightsync protocol; check the address and port")]
+    #[error(
+        "{peer} does not speak the weightsync protocol; check the address and port, and that both sides or neither have TLS"
+    )]
     NotWeightsync {
         /// Who was asked.
         peer: SocketAddr,
@@ -64,6 +66,15 @@ pub enum RendezvousError {
     Secret {
         /// Who was asked.
         peer: SocketAddr,
+    },
+    /// TLS failed: a certificate that is not believed, or a peer without TLS.
+    #[cfg(feature = "tls")]
+    #[error("no TLS with {peer}: {reason}")]
+    Tls {
+        /// The other end.
+        peer: SocketAddr,
+        /// What is wrong, and what to do.
+        reason: String,
     },
     /// A frame longer than its bound.
     #[error("{peer} sent a frame of {bytes} bytes, more than the {bytes_max} allowed here")]

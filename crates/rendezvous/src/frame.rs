@@ -1,6 +1,6 @@
 //! Frames: a 32-bit little-endian length, then that many bytes of postcard. The length is checked against a bound
 //! before a byte is allocated, and the bytes are read as they come, so a peer that claims much and sends little holds
-//! little.
+//! little. What a message takes in memory is bounded too, see [`budget`].
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
+use crate::budget;
 use crate::error::RendezvousError;
 use crate::protocol::PROTOCOL_VERSION;
 
@@ -36,13 +37,9 @@ pub(crate) async fn read<T: DeserializeOwned>(
     if read != bytes as usize {
         return Err(io(ErrorKind::UnexpectedEof.into()));
     }
-    match postcard::take_from_bytes(&body) {
-        Ok((message, [])) => Ok(Some(message)),
-        Ok((_, rest)) => Err(RendezvousError::Malformed {
-            peer,
-            reason: format!("{} bytes after the message", rest.len()),
-        }),
-        Err(error) => Err(RendezvousError::Malformed { peer, reason: error.to_string() }),
+    match budget::decode(&body, bytes_max) {
+        Ok(message) => Ok(Some(message)),
+        Err(reason) => Err(RendezvousError::Malformed { peer, reason }),
     }
 }
 
@@ -67,7 +64,10 @@ pub(crate) async fn write(
     bytes_max: u32,
 ) -> Result<(), RendezvousError> {
     let frame = encode(message, bytes_max)?;
-    to.write_all(&frame).await.map_err(|source| RendezvousError::Io { peer, source })
+    let io = |source| RendezvousError::Io { peer, source };
+    to.write_all(&frame).await.map_err(io)?;
+    // TLS keeps what the socket did not take at once.
+    to.flush().await.map_err(io)
 }
 
 /// Says our protocol version and hears the peer's: 12 bytes each way whose form never changes.
@@ -80,6 +80,7 @@ pub(crate) async fn exchange_preambles(
     ours[..8].copy_from_slice(&MAGIC);
     ours[8..].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
     stream.write_all(&ours).await.map_err(io)?;
+    stream.flush().await.map_err(io)?;
     let mut theirs = [0; 12];
     match stream.read_exact(&mut theirs).await {
         Ok(_) => {}

@@ -3,8 +3,8 @@
 //! The controller sends 32 random bytes, the member answers with 32 of its own and a BLAKE3 keyed hash over both; the
 //! controller proves itself in the same way with the roles swapped. The secret never travels, and a recorded handshake
 //! is of no use against new random bytes. This authenticates the ends when they connect; it does not encrypt or
-//! authenticate the bytes that follow, and those name addresses and keys: run it over a network that outsiders can neither
-//! read nor write. A weak secret can be guessed from one recorded handshake; take 32 random bytes.
+//! authenticate the bytes that follow, and those name addresses and keys: run it on TLS, or over a network that outsiders can
+//! neither read nor write. A weak secret can be guessed from one recorded handshake; take 32 random bytes.
 
 use std::fmt;
 use std::net::SocketAddr;

@@ -3,8 +3,12 @@
 #![forbid(unsafe_code)]
 
 #[cfg(feature = "net")]
+mod budget;
+#[cfg(feature = "net")]
 pub mod client;
 pub mod controller;
+#[cfg(feature = "net")]
+mod door;
 #[cfg(feature = "net")]
 mod error;
 #[cfg(feature = "net")]
@@ -15,6 +19,10 @@ pub mod member;
 mod protocol;
 #[cfg(feature = "net")]
 pub mod server;
+#[cfg(feature = "tls")]
+mod tls;
+#[cfg(feature = "net")]
+mod transport;
 mod verify;
 
 #[cfg(feature = "net")]
@@ -29,4 +37,8 @@ pub use protocol::{
 };
 #[cfg(feature = "net")]
 pub use server::{Server, ServerConfig, ServerHandle};
+#[cfg(feature = "tls")]
+pub use tls::{Identity, IdentityError};
+#[cfg(feature = "net")]
+pub use transport::Transport;
 pub use verify::{Checksum, ParamSum, Verify};

@@ -7,29 +7,27 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use xfer_plan::PlanOptions;
 
 use crate::controller::{Action, ConnectionId, Controller, ControllerConfig, Event, Report};
+use crate::door::{Door, Place};
 use crate::error::RendezvousError;
 use crate::frame;
 use crate::handshake::{self, Secret, random_seed};
 use crate::protocol::{
     DEADLINE_DEFAULT, FRAME_BYTES_MAX, JOB_DEFAULT, MEMBER_FRAME_BYTES_MAX, ToController, ToMember, World,
 };
+use crate::transport::{self, Transport};
 use crate::verify::Verify;
 
-/// Connections that have not proved themselves. A full job of 65 536 ranks comes in waves; the rest wait in the backlog.
-const UNPROVED_MAX: usize = 1024;
-
-/// A connection proves itself within this time, or goes.
+/// A connection proves itself within this time, or goes; sooner where [`Door`] needs its place.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 
 /// Messages to one member that may wait for its socket. The protocol has one outstanding at a time, plus heartbeats.
@@ -48,7 +46,9 @@ pub struct ServerConfig {
     pub listen: String,
     /// What members must know.
     pub secret: Secret,
-    /// Allow a missing secret on an address that other hosts can reach.
+    /// How bytes travel; as the members say.
+    pub transport: Transport,
+    /// Allow to have neither a secret nor TLS on an address that other hosts can reach.
     pub insecure: bool,
     /// The job.
     pub controller: ControllerConfig,
@@ -71,7 +71,13 @@ impl ServerConfig {
             verify: Verify::Off,
             seed: random_seed()?,
         };
-        Ok(Self { listen: "127.0.0.1:0".to_owned(), secret: Secret::none(), insecure: false, controller })
+        Ok(Self {
+            listen: "127.0.0.1:0".to_owned(),
+            secret: Secret::none(),
+            transport: Transport::tcp(),
+            insecure: false,
+            controller,
+        })
     }
 }
 
@@ -80,6 +86,7 @@ pub struct Server {
     listener: TcpListener,
     local: SocketAddr,
     secret: Secret,
+    transport: Transport,
     controller: Controller,
 }
 
@@ -116,12 +123,13 @@ impl Server {
         let bind = |source| RendezvousError::Bind { address: config.listen.clone(), source };
         let listener = TcpListener::bind(&config.listen).await.map_err(bind)?;
         let local = listener.local_addr().map_err(bind)?;
-        if config.secret.is_none() && !config.insecure && !local.ip().is_loopback() {
+        let open = config.secret.is_none() && !config.transport.authenticates();
+        if open && !config.insecure && !local.ip().is_loopback() {
             return Err(RendezvousError::NeedsSecret { address: local });
         }
         let controller =
             Controller::new(config.controller).map_err(|reason| RendezvousError::Refused { reason })?;
-        Ok(Self { listener, local, secret: config.secret, controller })
+        Ok(Self { listener, local, secret: config.secret, transport: config.transport, controller })
     }
 
     /// Where it listens.
@@ -136,7 +144,7 @@ impl Server {
 
     /// Serves the job until its end: `None` in good order, otherwise the reason.
     pub async fn run(self, mut observe: impl FnMut(Report)) -> Option<String> {
-        let Self { listener, secret, mut controller, .. } = self;
+        let Self { listener, secret, transport, mut controller, .. } = self;
         let start = Instant::now();
         let join_max = controller.deadline();
         let frame_bytes_max = match controller.verify().is_on() {
@@ -146,7 +154,7 @@ impl Server {
         let mut ticks = interval(controller.tick_interval());
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (events_in, mut events) = mpsc::channel(EVENTS_MAX);
-        let unproved = Arc::new(Semaphore::new(UNPROVED_MAX));
+        let door = Door::default();
         let mut outgoing: HashMap<ConnectionId, mpsc::Sender<ToMember>> = HashMap::new();
         let mut tasks = JoinSet::new();
         let mut connections = 0;
@@ -154,15 +162,15 @@ impl Server {
         let mut ended = None;
         while !controller.has_ended() {
             let event = tokio::select! {
-                accepted = accept(&listener, &unproved) => {
-                    let (stream, peer, permit) = accepted;
+                accepted = accept(&listener, &door) => {
+                    let (stream, peer, place) = accepted;
                     connections += 1;
                     let (id, events) = (ConnectionId(connections), events_in.clone());
                     let connection = Connection { id, peer, events, join_max, frame_bytes_max };
-                    let secret = secret.clone();
+                    let (secret, transport, door) = (secret.clone(), transport.clone(), door.clone());
                     tasks.spawn(async move {
-                        // The permit covers the handshake only.
-                        connection.serve(stream, &secret, permit).await;
+                        let entrance = Entrance { secret: &secret, transport: &transport, door: &door };
+                        connection.serve(stream, entrance, place).await;
                     });
                     continue;
                 }
@@ -216,18 +224,16 @@ impl Server {
     }
 }
 
-type Permit = tokio::sync::OwnedSemaphorePermit;
-
 /// The next connection, once there is room for one that has not proved itself.
-async fn accept(listener: &TcpListener, unproved: &Arc<Semaphore>) -> (TcpStream, SocketAddr, Permit) {
+async fn accept(listener: &TcpListener, door: &Door) -> (TcpStream, SocketAddr, Place) {
     loop {
-        let Ok(permit) = unproved.clone().acquire_owned().await else { std::future::pending().await };
+        door.room().await;
         match listener.accept().await {
-            Ok((stream, peer)) => return (stream, peer, permit),
+            Ok((stream, peer)) => return (stream, peer, door.admit(peer.ip())),
             Err(error) => {
                 // Out of file descriptors, or a connection that ended in the backlog: neither ends the job.
                 tracing::warn!(%error, "accept");
-                tokio::time::sleep(Duration::from_millis(50)).await;
+                door.make_way().await;
             }
         }
     }
@@ -236,6 +242,13 @@ async fn accept(listener: &TcpListener, unproved: &Arc<Semaphore>) -> (TcpStream
 enum Input {
     Opened(ConnectionId, mpsc::Sender<ToMember>),
     Event(Event),
+}
+
+/// What stands between a connection and the job.
+struct Entrance<'a> {
+    secret: &'a Secret,
+    transport: &'a Transport,
+    door: &'a Door,
 }
 
 struct Connection {
@@ -249,29 +262,38 @@ struct Connection {
 }
 
 impl Connection {
-    async fn serve(self, mut stream: TcpStream, secret: &Secret, permit: Permit) {
-        let proved = timeout(HANDSHAKE_MAX, async {
-            stream.set_nodelay(true).map_err(|source| RendezvousError::Io { peer: self.peer, source })?;
-            handshake::accept(&mut stream, self.peer, secret).await
-        });
-        match proved.await {
-            Ok(Ok(())) => drop(permit),
-            Ok(Err(error)) => return tracing::warn!(peer = %self.peer, %error, "refused a connection"),
-            Err(_) => {
-                return tracing::warn!(peer = %self.peer, "did not prove itself within {HANDSHAKE_MAX:?}");
+    async fn serve(self, stream: TcpStream, entrance: Entrance<'_>, mut place: Place) {
+        let Entrance { secret, transport, door } = entrance;
+        let proved = async {
+            let mut stream = transport.accept(stream, self.peer).await?;
+            handshake::accept(&mut stream, self.peer, secret).await.map_err(transport::explained)?;
+            Ok::<_, RendezvousError>(stream)
+        };
+        let proved = tokio::select! {
+            proved = timeout(HANDSHAKE_MAX, proved) => proved,
+            () = place.turned_away() => {
+                return door.tell(self.peer, "it had not proved itself, and others needed its place");
             }
-        }
+        };
+        drop(place);
+        let mut stream = match proved {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => return door.tell(self.peer, &error.to_string()),
+            Err(_) => {
+                return door.tell(self.peer, &format!("it did not prove itself within {HANDSHAKE_MAX:?}"));
+            }
+        };
         // A member opens and registers its memory before it joins, which takes time.
         let first =
             timeout(self.join_max, frame::read::<ToController>(&mut stream, self.peer, FRAME_BYTES_MAX));
         let first = match first.await {
             Ok(Ok(Some(message))) => message,
             Ok(Ok(None)) => return tracing::debug!(peer = %self.peer, "closed before it joined"),
-            Ok(Err(error)) => return tracing::warn!(peer = %self.peer, %error, "refused a connection"),
-            Err(_) => return tracing::warn!(peer = %self.peer, "did not join within {:?}", self.join_max),
+            Ok(Err(error)) => return door.tell(self.peer, &error.to_string()),
+            Err(_) => return door.tell(self.peer, &format!("it did not join within {:?}", self.join_max)),
         };
         let (sender, outgoing) = mpsc::channel(OUTGOING_MAX);
-        let (mut read_half, write_half) = stream.split();
+        let (mut read_half, write_half) = tokio::io::split(stream);
         let _ = self.events.send(Input::Opened(self.id, sender)).await;
         let _ = self.events.send(Input::Event(Event::Received(self.id, first))).await;
         let read = async {
@@ -296,7 +318,7 @@ impl Connection {
         let _ = self.events.send(Input::Event(Event::Disconnected(self.id, reason))).await;
         // Closing a socket with unread bytes resets it, and a reset can overtake our last message.
         let mut sink = [0; 1024];
-        let drain = async { while matches!(stream.read(&mut sink).await, Ok(1..)) {} };
+        let drain = async { while matches!(read_half.read(&mut sink).await, Ok(1..)) {} };
         let _ = timeout(LINGER_MAX, drain).await;
     }
 }

@@ -3,21 +3,19 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
-use weightsync::{Fabric, PlanOptions, Secret, SessionConfig, Verify, World};
+use weightsync::{Fabric, PlanOptions, SessionConfig, Verify, World};
 
 use crate::commands::plan::args::PlanCommand;
 use crate::commands::simulate::args::SimulateArgs;
 use crate::commands::topo::TopoArgs;
 
+mod access;
 mod local_rank;
 mod rank;
 
+pub(crate) use access::{AccessArgs, SECRET_VARIABLE, TLS_VARIABLES};
 pub(crate) use rank::RankArgs;
-
-/// The secret's environment variable; a command line is visible to every user of the host.
-pub(crate) const SECRET_VARIABLE: &str = "WEIGHTSYNC_SECRET";
 
 #[derive(Parser)]
 #[command(
@@ -31,6 +29,7 @@ pub(crate) const SECRET_VARIABLE: &str = "WEIGHTSYNC_SECRET";
                        to do\n  2  the command line is wrong\n  3  weights arrived, but not as they must be\n\n\
                        Environment:\n  LIBFABRIC_SO       the libfabric.so.1 to open, before the system's\n  \
                        WEIGHTSYNC_SECRET  the job's secret, where --secret-file is not given\n  \
+                       WEIGHTSYNC_TLS_CA, _CERT, _KEY and _NAME: as --tls-ca and so on\n  \
                        LOCAL_RANK, LOCAL_WORLD_SIZE and those of Open MPI and Slurm: see push --local-rank\n  \
                        RUST_LOG           what to log to standard error, for example info or rendezvous=debug"
 )]
@@ -197,9 +196,8 @@ pub(crate) struct JobArgs {
     /// How many inference ranks the job has
     #[arg(long, value_name = "I", value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(crate) inference: u32,
-    /// A file with the job's secret [default: the environment variable WEIGHTSYNC_SECRET]
-    #[arg(long, value_name = "FILE")]
-    pub(crate) secret_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) access: AccessArgs,
 }
 
 #[derive(Args)]
@@ -216,7 +214,7 @@ pub(crate) struct ControllerArgs {
     /// The longest that any rank may let the others wait without progress, in seconds
     #[arg(long, default_value = "30", value_name = "SECONDS", value_parser = seconds)]
     pub(crate) deadline: Duration,
-    /// Allow an address that other hosts can reach without a secret
+    /// Allow an address that other hosts can reach with neither a secret nor TLS
     #[arg(long)]
     pub(crate) insecure: bool,
     /// Print one JSON object per line, each with an "event"
@@ -337,22 +335,6 @@ pub(crate) fn positive(text: &str) -> Result<f64, String> {
 impl JobArgs {
     pub(crate) fn world(&self) -> World {
         World { trainers: self.trainers, inference: self.inference }
-    }
-
-    pub(crate) fn secret(&self) -> anyhow::Result<Secret> {
-        let text = match &self.secret_file {
-            Some(path) => std::fs::read_to_string(path)
-                .with_context(|| format!("cannot read the secret from {}", path.display()))?,
-            None => match std::env::var(SECRET_VARIABLE) {
-                Ok(text) => text,
-                Err(std::env::VarError::NotPresent) => return Ok(Secret::none()),
-                Err(error) => bail!("{SECRET_VARIABLE}: {error}"),
-            },
-        };
-        match text.trim() {
-            "" => bail!("the secret is empty; leave it out or give one"),
-            text => Ok(Secret::new(text)),
-        }
     }
 }
 

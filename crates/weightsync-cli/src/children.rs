@@ -13,7 +13,7 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::mpsc;
 
-use crate::args::SECRET_VARIABLE;
+use crate::args::{SECRET_VARIABLE, TLS_VARIABLES};
 use crate::events::Event;
 
 /// Lines that may wait to be read; a child that writes more waits.
@@ -55,6 +55,10 @@ impl Children {
             }
             None => Command::new(program),
         };
+        // The controller of a demo is this process, and plain.
+        for variable in TLS_VARIABLES {
+            command.env_remove(variable);
+        }
         let mut child = command
             .args(args)
             .args(["--json", "--until-stdin-closes"])

@@ -11,7 +11,9 @@ use std::time::Duration;
 use common::job::{Cluster, DEADLINE_SECONDS, Job, Output, Process};
 use common::{checkpoint_of, tiny};
 use efa_core::{Hints, LeaseMut, Library, Rail, RailAddress, RailConfig, RemoteRegion};
-use rendezvous::{Client, ClientConfig, Join, MemberManifest, Secret, ToController, ToMember, World};
+use rendezvous::{
+    Client, ClientConfig, Join, MemberManifest, Secret, ToController, ToMember, Transport, World,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use safetensors::Dtype;
 use serde::Serialize;
@@ -299,7 +301,12 @@ fn pretend(cluster: &Cluster, endpoint: &Endpoint) -> thread::JoinHandle<String>
     let deadline = Duration::from_secs(DEADLINE_SECONDS.parse().unwrap());
     let endpoint = postcard::to_stdvec(endpoint).unwrap();
     let join = Join { job, member, world, deadline, manifest, endpoint };
-    let config = ClientConfig { controller: cluster.address.clone(), secret: Secret::none(), deadline };
+    let config = ClientConfig {
+        controller: cluster.address.clone(),
+        secret: Secret::none(),
+        transport: Transport::tcp(),
+        deadline,
+    };
     thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use rendezvous::{ClientConfig, DEADLINE_DEFAULT, JOB_DEFAULT, Secret, World};
+use rendezvous::{ClientConfig, DEADLINE_DEFAULT, JOB_DEFAULT, Secret, Transport, World};
 
 use crate::fabric::{self, Fabric, FabricError};
 
@@ -23,6 +23,8 @@ pub struct SessionConfig {
     pub rank: u32,
     /// The job's secret.
     pub secret: Secret,
+    /// How this rank talks to the controller: plain TCP, or TLS where the controller has it too.
+    pub transport: Transport,
     /// How to reach peers.
     pub fabric: Fabric,
     /// The longest wait without progress; every wait has it.
@@ -54,6 +56,7 @@ impl SessionConfig {
             world,
             rank,
             secret: Secret::none(),
+            transport: Transport::tcp(),
             fabric: Fabric::Auto,
             deadline: DEADLINE_DEFAULT,
             watermark_bytes: WATERMARK_BYTES_DEFAULT,
@@ -85,6 +88,7 @@ impl SessionConfig {
         ClientConfig {
             controller: self.controller.clone(),
             secret: self.secret.clone(),
+            transport: self.transport.clone(),
             deadline: self.deadline,
         }
     }

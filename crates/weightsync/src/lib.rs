@@ -20,8 +20,10 @@ pub use inference::{Inference, InferenceSession, ParamId, Served};
 pub use rendezvous::controller::{ControllerConfig, Report};
 pub use rendezvous::{
     DEADLINE_DEFAULT, DEADLINE_RANGE, JOB_DEFAULT, PROTOCOL_VERSION, RendezvousError, Secret,
-    Server as Controller, ServerConfig, ServerHandle, Verify, World,
+    Server as Controller, ServerConfig, ServerHandle, Transport, Verify, World,
 };
+#[cfg(feature = "tls")]
+pub use rendezvous::{Identity, IdentityError};
 pub use report::{PushReport, RailReport, Span, VerifyReport, VersionReport};
 pub use trainer::{TensorId, TensorSpec, Trainer, TrainerSession};
 pub use xfer_plan::{DType, DeviceMesh, ParamMap, Placement, PlanOptions, Rank, TensorBox, shard_box};

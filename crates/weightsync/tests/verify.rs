@@ -16,8 +16,8 @@ use rendezvous::{Client, ClientConfig, Join, MemberManifest, ToController};
 use tokio::sync::{Mutex, MutexGuard};
 use weightsync::{
     Controller, DType, Fabric, Inference, InferenceSession, ParamId, ParamMap, PlanOptions, Rank, Served,
-    ServerConfig, ServerHandle, SessionConfig, TensorBox, TensorSpec, Trainer, TrainerSession, Verify,
-    VerifyReport, World,
+    ServerConfig, ServerHandle, SessionConfig, TensorBox, TensorSpec, Trainer, TrainerSession, Transport,
+    Verify, VerifyReport, World,
 };
 use xfer_plan::{RailDecl, TrainerManifest, TrainerRank};
 
@@ -40,7 +40,7 @@ impl Gate {
     async fn join(config: SessionConfig) -> Gate {
         let SessionConfig { controller, job, world, rank, secret, deadline, .. } = config;
         let member = Rank::Trainer(TrainerRank(rank));
-        let client = ClientConfig { controller, secret, deadline };
+        let client = ClientConfig { controller, secret, transport: Transport::tcp(), deadline };
         let client = Client::connect(client).await.unwrap();
         let rails = vec![RailDecl { bytes_per_second: 1000 }];
         let manifest =

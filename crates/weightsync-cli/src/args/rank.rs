@@ -8,6 +8,7 @@ use clap::Args;
 use topology::CpuSet;
 use weightsync::SessionConfig;
 
+use super::access::NAME_VARIABLE;
 use super::local_rank::{self, LocalRank};
 use super::{JobArgs, RailArgs};
 
@@ -22,6 +23,9 @@ pub(crate) struct RankArgs {
     pub(crate) rank: u32,
     #[command(flatten)]
     pub(crate) job: JobArgs,
+    /// The name or address in the controller's certificate, with TLS [default: the host of --controller]
+    #[arg(long, value_name = "NAME", env = NAME_VARIABLE, hide_env_values = true)]
+    pub(crate) tls_name: Option<String>,
     #[command(flatten)]
     pub(crate) rail: RailArgs,
     /// The address that this rank's rail binds to [default: the one that reaches the controller]
@@ -59,7 +63,9 @@ impl RankArgs {
     pub(crate) fn config(&self) -> anyhow::Result<SessionConfig> {
         let mut config = SessionConfig::new(self.controller.clone(), self.job.world(), self.rank);
         config.job = self.job.job.clone();
-        config.secret = self.job.secret()?;
+        config.secret = self.job.access.secret()?;
+        config.transport =
+            self.job.access.transport(self.tls_name.as_deref().filter(|name| !name.is_empty()))?;
         config.bind = self.bind;
         self.rail.apply(&mut config);
         config.cpus = self.cpus.iter().flat_map(CpuSet::iter).map(|cpu| cpu as usize).collect();

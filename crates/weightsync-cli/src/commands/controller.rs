@@ -10,10 +10,11 @@ use crate::table::{bytes_text, seconds_text};
 
 pub(crate) async fn run(args: ControllerArgs) -> anyhow::Result<()> {
     let world = args.job.world();
-    let secret = args.job.secret()?;
+    let secret = args.job.access.secret()?;
     let mut server = ServerConfig {
         listen: args.listen,
         secret,
+        transport: args.job.access.transport(None)?,
         insecure: args.insecure,
         ..ServerConfig::loopback(world)?
     };

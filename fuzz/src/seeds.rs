@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 #[path = "../../crates/topology/tests/common/dumps.rs"]
 mod dumps;
@@ -13,7 +14,11 @@ mod hostile;
 #[path = "../../crates/xfer-plan/tests/scenario/mod.rs"]
 mod scenario;
 
+use rendezvous::{Checksum, Fence, Join, MemberManifest, PushId, ToController, ToMember, World};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 use scenario::Choices;
+use xfer_plan::{ParamId, Rank, ReceiverRank, TrainerRank};
 
 fn main() -> io::Result<()> {
     let folder = std::env::args_os().nth(1).ok_or_else(|| io::Error::other("usage: seeds FOLDER"))?;
@@ -32,7 +37,69 @@ fn main() -> io::Result<()> {
     for (seed, dump) in (0..).zip([dumps::hwloc_p5(1), dumps::nccl_p4d()]) {
         write(&folder.join("topology"), seed, dump.as_bytes())?;
     }
-    Ok(())
+    messages(folder)?;
+    let tensor = TensorView::new(Dtype::BF16, vec![2, 2], &[7; 8]).map_err(io::Error::other)?;
+    let names = ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"];
+    let bytes =
+        safetensors::serialize(names.map(|name| (name, tensor.clone())), None).map_err(io::Error::other)?;
+    write(&folder.join("safetensors"), 0, &bytes)
+}
+
+/// What members and the controller say in a small job.
+fn messages(folder: &Path) -> io::Result<()> {
+    let manifest = scenario::manifest(&mut Choices::new((0..200).collect()));
+    let world = World { trainers: 1, inference: 1 };
+    let join = |member, manifest| {
+        let (job, deadline, endpoint) = ("default".to_owned(), Duration::from_secs(1), vec![1, 2, 3]);
+        ToController::Join(Box::new(Join { job, member, world, deadline, manifest, endpoint }))
+    };
+    let trainer = manifest.trainers.first().cloned().ok_or_else(|| io::Error::other("no trainer"))?;
+    let receiver = manifest.receivers.first().cloned().ok_or_else(|| io::Error::other("no receiver"))?;
+    let push = PushId([7; 16]);
+    let fences = vec![Fence { at: ReceiverRank(0), rail: 1 }];
+    let said = [
+        join(Rank::Trainer(TrainerRank(0)), MemberManifest::Trainer(trainer)),
+        join(Rank::Receiver(ReceiverRank(0)), MemberManifest::Inference(receiver)),
+        ToController::Begin { version: 1 },
+        ToController::Prepared { push },
+        ToController::Written { push, bytes: 1, writes: 1, fences: fences.clone(), sums: Vec::new() },
+        ToController::Failed { push, reason: "no".into(), fences },
+        ToController::Heartbeat { progress: 5 },
+        ToController::Leave { reason: Some("bye".into()) },
+    ];
+    let heard = [
+        ToMember::Start,
+        ToMember::Prepare { push, version: 1, fence: vec![0] },
+        ToMember::Verify { push, sums: vec![(ParamId(0), Checksum([3; 16]))] },
+        ToMember::Done { push, version: 1, unconfirmed: vec![Rank::Receiver(ReceiverRank(0))] },
+        ToMember::Abort { version: 1, reason: "no".into() },
+    ];
+    for (seed, number) in (0..).zip(0..said.len()) {
+        write(&folder.join("controller"), seed, &frames(&said[..=number])?)?;
+    }
+    write(&folder.join("member"), 0, &frames(&heard)?)?;
+    // The first words of either side.
+    let mut hello = b"wghtsync".to_vec();
+    hello.extend(rendezvous::PROTOCOL_VERSION.to_le_bytes());
+    for (seed, bytes) in [(0, 32), (1, 64), (2, 1), (3, 33)] {
+        let body: Vec<u8> = vec![1; bytes];
+        let frame = [&hello[..], &(bytes as u32).to_le_bytes(), &body].concat();
+        write(&folder.join("handshake"), seed, &frame)?;
+    }
+    write(&folder.join("doorman"), 0, &[0; 5])?;
+    write(&folder.join("doorman"), 1, &[1; 21])?;
+    // A host, one rail of `tcp` with an address, a region and none for warm-ups, and no shared memory.
+    write(&folder.join("endpoint"), 0, b"\x04host\x01\x03tcp\x04\x01\x02\x03\x04\x01\x00\x07\x40\x00\x00")
+}
+
+fn frames(messages: &[impl serde::Serialize]) -> io::Result<Vec<u8>> {
+    let mut frames = Vec::new();
+    for message in messages {
+        let bytes = postcard::to_allocvec(message).map_err(io::Error::other)?;
+        frames.extend((bytes.len() as u32).to_le_bytes());
+        frames.extend(bytes);
+    }
+    Ok(frames)
 }
 
 fn write(folder: &Path, seed: u32, bytes: &[u8]) -> io::Result<()> {

@@ -13,6 +13,9 @@ mod door;
 mod error;
 #[cfg(feature = "net")]
 mod frame;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 #[cfg(feature = "net")]
 mod handshake;
 pub mod member;

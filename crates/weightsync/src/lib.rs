@@ -7,6 +7,9 @@ mod control;
 mod endpoint;
 mod error;
 mod fabric;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod inference;
 mod report;
 mod trainer;

@@ -1,0 +1,51 @@
+//! Bytes as what a process of the same user says to the socket that hands out shared memory, and as what such a socket
+//! answers.
+
+#![no_main]
+
+use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use xfer_exec::local::{Doorman, DoormanAddress, KEY_BYTES, SharedFile, fetch};
+
+static DOORMAN: LazyLock<Doorman> = LazyLock::new(|| {
+    let (_, file) = SharedFile::create(4096).unwrap();
+    Doorman::open(vec![file]).unwrap()
+});
+
+/// A socket that says what it is told to.
+static LIAR: LazyLock<(UnixListener, DoormanAddress)> = LazyLock::new(|| {
+    let name = format!("weightsync-fuzz-{}", std::process::id());
+    let listener = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+    (listener, DoormanAddress { name, key: [0; KEY_BYTES] })
+});
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let address = DOORMAN.address();
+    let socket = SocketAddr::from_abstract_name(&address.name).unwrap();
+    // Half of them know the key: what is left to be wrong is the region.
+    let knows = bytes.first().is_some_and(|byte| byte % 2 == 0);
+    let mut request = if knows { address.key.to_vec() } else { Vec::new() };
+    request.extend(bytes.get(1..).unwrap_or_default());
+    let mut stream = UnixStream::connect_addr(&socket).unwrap();
+    // It may have hung up after the bytes that it wanted.
+    let _ = stream.write_all(&request);
+    let _ = stream.shutdown(Shutdown::Write);
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    let granted = knows && request.get(KEY_BYTES..KEY_BYTES + 4) == Some(&[0; 4]);
+    assert_eq!(!answer.is_empty(), granted, "{answer:?}");
+
+    let (listener, address) = &*LIAR;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _ = stream.write_all(bytes);
+        });
+        assert!(fetch(address, 0, Duration::from_secs(5)).is_err(), "there was no file to be had");
+    });
+});

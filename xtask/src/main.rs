@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod apt;
+mod attack;
 mod bench;
 mod ci;
 mod demo;
@@ -72,6 +73,14 @@ const COMMANDS: &[Command] = &[
             cluster [--help]: pushes on your own hosts, started by Slurm, MPI, torchrun or ssh (--hosts FILE, --local T:I).
             compare BEFORE.json AFTER.json [--margin PERCENT] [--force]: ends with 1 if something got slower beyond noise.",
         run: bench::run,
+    },
+    Command {
+        name: "attack",
+        arguments: "[--json] [--seconds N] [--only NAME]",
+        about: "Start a job on loopback, then attack it: wrong secrets, replayed and broken messages, silent and slow
+            connections, members that lie. Each must be refused and named in the controller's log, and the job must keep
+            nine tenths of its pace. About 90 s; ends with 1 if anything was not as it must be.",
+        run: attack::run,
     },
     Command {
         name: "hw",

@@ -313,7 +313,7 @@ impl Connection {
         };
         let reason = tokio::select! {
             reason = read => reason,
-            reason = send_all(write_half, outgoing, self.peer) => reason,
+            reason = send_all(write_half, outgoing, self.peer, door) => reason,
         };
         let _ = self.events.send(Input::Event(Event::Disconnected(self.id, reason))).await;
         // Closing a socket with unread bytes resets it, and a reset can overtake our last message.
@@ -328,8 +328,14 @@ async fn send_all(
     mut to: impl tokio::io::AsyncWrite + Unpin,
     mut outgoing: mpsc::Receiver<ToMember>,
     peer: SocketAddr,
+    door: &Door,
 ) -> String {
+    let mut is_in = false;
     while let Some(message) = outgoing.recv().await {
+        match &message {
+            ToMember::Refused { reason } if !is_in => door.tell(peer, reason),
+            _ => is_in = true,
+        }
         if let Err(error) = frame::write(&mut to, &message, peer, FRAME_BYTES_MAX).await {
             return error.to_string();
         }

@@ -1,0 +1,19 @@
+//! `cargo xtask attack`: builds the command and its attacker, and runs the one on the other.
+
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+
+use crate::{Failure, step, workspace};
+
+pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
+    let mut build = workspace::cargo();
+    build.args(["build", "--release", "--package", "weightsync-cli", "--bin", "weightsync"]);
+    build.args(["--package", "weightsync-bench", "--bin", "attack"]);
+    step::shown("build weightsync and its attacker", &mut build)?;
+    let folder = workspace::target()?.join("release");
+    let program = folder.join("attack");
+    let mut attack = Command::new(&program);
+    attack.arg("--weightsync").arg(folder.join("weightsync")).args(arguments);
+    // Takes this process's place, so that its exit code and its signals are its own.
+    Err(format!("cannot start {}: {}", program.display(), attack.exec()))
+}

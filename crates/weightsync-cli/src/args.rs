@@ -11,10 +11,12 @@ use crate::commands::simulate::args::SimulateArgs;
 use crate::commands::topo::TopoArgs;
 
 mod access;
+mod launched;
 mod local_rank;
 mod rank;
 
 pub(crate) use access::{AccessArgs, SECRET_VARIABLE, TLS_VARIABLES};
+pub(crate) use launched::parse;
 pub(crate) use rank::RankArgs;
 
 #[derive(Parser)]
@@ -31,6 +33,7 @@ pub(crate) use rank::RankArgs;
                        WEIGHTSYNC_SECRET  the job's secret, where --secret-file is not given\n  \
                        WEIGHTSYNC_TLS_CA, _CERT, _KEY and _NAME: as --tls-ca and so on\n  \
                        LOCAL_RANK, LOCAL_WORLD_SIZE and those of Open MPI and Slurm: see push --local-rank\n  \
+                       RANK, WORLD_SIZE, MASTER_ADDR and those of MPI and Slurm: see push --rank and --controller\n  \
                        RUST_LOG           what to log to standard error, for example info or rendezvous=debug"
 )]
 pub(crate) struct Cli {

@@ -15,7 +15,6 @@ mod trace;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
 use crate::args::{Cli, Command};
@@ -33,7 +32,8 @@ const EXIT_USAGE: u8 = 2;
 struct WrongInput(String);
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let variable = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
+    let cli = args::parse(std::env::args_os(), &variable).unwrap_or_else(|error| error.exit());
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
     // Colours are for a person's terminal, not for a log file.
     let colours = std::io::stderr().is_terminal();

@@ -15,10 +15,12 @@ use super::{JobArgs, RailArgs};
 /// Which rank of a job, where it runs and what it loads.
 #[derive(Args, Clone)]
 pub(crate) struct RankArgs {
-    /// The controller's HOST:PORT
+    /// The controller's HOST:PORT [default: port 7070 of MASTER_ADDR, of SLURM_LAUNCH_NODE_IPADDR or of the first in
+    /// SLURM_STEP_NODELIST, if one is set]
     #[arg(long, value_name = "ADDR")]
     pub(crate) controller: String,
-    /// This rank, counted from 0 on its side
+    /// This rank, counted from 0 on its side [default: from RANK, OMPI_COMM_WORLD_RANK, PMI_RANK or SLURM_PROCID, the nearest
+    /// launcher first; and the number of ranks on this side from WORLD_SIZE and so on]
     #[arg(long, value_name = "R")]
     pub(crate) rank: u32,
     #[command(flatten)]

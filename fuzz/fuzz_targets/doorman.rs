@@ -8,6 +8,7 @@ use std::net::Shutdown;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::sync::LazyLock;
+use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
 use xfer_exec::local::{Doorman, DoormanAddress, KEY_BYTES, SharedFile, fetch};
@@ -17,11 +18,18 @@ static DOORMAN: LazyLock<Doorman> = LazyLock::new(|| {
     Doorman::open(vec![file]).unwrap()
 });
 
-/// A socket that says what it is told to.
-static LIAR: LazyLock<(UnixListener, DoormanAddress)> = LazyLock::new(|| {
+/// A socket that says what it is told to. Its thread stays: one for each run looks like a leak while it ends.
+static LIAR: LazyLock<(Sender<Vec<u8>>, DoormanAddress)> = LazyLock::new(|| {
     let name = format!("weightsync-fuzz-{}", std::process::id());
     let listener = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
-    (listener, DoormanAddress { name, key: [0; KEY_BYTES] })
+    let (sender, words) = channel::<Vec<u8>>();
+    std::thread::spawn(move || {
+        for words in words {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _ = stream.write_all(&words);
+        }
+    });
+    (sender, DoormanAddress { name, key: [0; KEY_BYTES] })
 });
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
@@ -40,12 +48,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let granted = knows && request.get(KEY_BYTES..KEY_BYTES + 4) == Some(&[0; 4]);
     assert_eq!(!answer.is_empty(), granted, "{answer:?}");
 
-    let (listener, address) = &*LIAR;
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let (mut stream, _) = listener.accept().unwrap();
-            let _ = stream.write_all(bytes);
-        });
-        assert!(fetch(address, 0, Duration::from_secs(5)).is_err(), "there was no file to be had");
-    });
+    let (liar, address) = &*LIAR;
+    liar.send(bytes.to_vec()).unwrap();
+    assert!(fetch(address, 0, Duration::from_secs(5)).is_err(), "there was no file to be had");
 });

@@ -180,7 +180,7 @@ async fn truncated(target: &Target, until: Instant) -> anyhow::Result<Tally> {
 
 async fn garbage(target: &Target, until: Instant) -> anyhow::Result<Tally> {
     repeat(until, async |number| {
-        let noise: Vec<u8> = (0..600_u64).map(|n| (n * (number + 3) * 2_654_435_761 >> 13) as u8).collect();
+        let noise: Vec<u8> = (0..600_u64).map(|n| ((n * (number + 3) * 2_654_435_761) >> 13) as u8).collect();
         Ok(is_no_more_than_a_challenge(&said(target, &noise).await?))
     })
     .await

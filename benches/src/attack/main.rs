@@ -115,8 +115,8 @@ fn attacked(
         let last = log.last().map_or("nothing", String::as_str);
         wrong.push(format!("the controller's log does not say '{}', but last {last}", attack.named_as));
     }
-    // Also where there was no pace at all.
-    if !(ratio >= KEPT_MIN) {
+    // Also where there was no pace at all, and the ratio is none.
+    if ratio.is_nan() || ratio < KEPT_MIN {
         wrong.push(format!("the job kept {:.0} % of its pace", 100.0 * ratio));
     }
     let (name, attempts, refused) = (attack.name, tally.attempts, tally.refused);

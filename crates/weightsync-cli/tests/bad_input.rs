@@ -405,12 +405,14 @@ fn who_does_not_belong_is_refused_and_the_job_goes_on() {
         cluster.job.spawn(cluster.job.command(arguments.split_whitespace()).env("WEIGHTSYNC_SECRET", "right"))
     };
     let first = start("push");
-    controller.wait_for("trainer 0");
+    controller.wait_for(r#""event":"joined""#);
     start("push").finish().fails(1, &["trainer 0 has joined already", "started twice"]);
     start("serve").finish().succeeds();
     assert_eq!(first.finish().succeeds().versions("pushed"), [1]);
     let output = controller.finish().succeeds();
-    assert!(output.stderr.contains("secret"), "the controller's log tells of the wrong one too: {output}");
+    for told in ["secret", "another job", "has joined already"] {
+        assert!(output.stderr.contains(told), "the controller's log tells of '{told}' too: {output}");
+    }
     assert!(!output.stderr.contains('\u{1b}'), "colours in a log: {output}");
     cluster.job.end();
 }

@@ -62,9 +62,11 @@ pub(crate) fn parse(
         let reasons: Vec<String> = reasons.map(|reason| format!("{reason:#}")).collect();
         match error.kind() {
             ErrorKind::MissingRequiredArgument if !reasons.is_empty() => {
-                let reasons = reasons.join("; ");
-                command
-                    .error(error.kind(), format!("{error}\nthe launcher's variables do not help: {reasons}"))
+                let (text, reasons) = (error.to_string(), reasons.join("; "));
+                // What clap puts around it, it puts there again.
+                let text = text.strip_prefix("error: ").unwrap_or(&text);
+                let text = text.split("\n\nUsage:").next().unwrap_or(text);
+                command.error(error.kind(), format!("{text}\nwhich the launcher does not say: {reasons}"))
             }
             _ => error,
         }

@@ -160,13 +160,10 @@ impl Matrix {
 }
 
 impl Quantization {
-    /// Whether there is nothing to quantise.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.matrices.is_empty()
-    }
-
-    pub(crate) fn matrices(&self) -> &[Matrix] {
-        &self.matrices
+    /// How many matrices there are.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn matrices(&self) -> usize {
+        self.matrices.len()
     }
 
     pub(crate) fn matrix(&self, number: usize) -> Option<&Matrix> {

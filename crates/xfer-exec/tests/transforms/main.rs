@@ -158,6 +158,11 @@ proptest! {
 }
 
 #[test]
+fn blocks_that_four_trainers_cut_arrive_as_the_kernels_quantise_the_whole() {
+    whole::check(&|manifest, sources| push(manifest, sources, false));
+}
+
+#[test]
 fn a_push_that_is_told_too_little_fails_and_gives_the_weights_back() {
     let (manifest, sources) = whole::cut_by_four();
     let plan = plan(&manifest).unwrap();

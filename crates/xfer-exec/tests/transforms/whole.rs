@@ -115,13 +115,20 @@ fn expected(scales: ScaleFormat) -> Vec<Vec<Vec<u8>>> {
     regions.into_iter().map(|region| vec![region]).collect()
 }
 
-#[test]
-fn blocks_that_four_trainers_cut_arrive_as_the_kernels_quantise_the_whole() {
+/// Pushes these weights of these trainers; what has arrived.
+pub(crate) type Push<'a> = dyn Fn(&Manifest, &[Vec<Vec<u8>>]) -> Vec<Vec<Vec<u8>>> + 'a;
+
+/// Compares what arrives with what the kernels make of the whole tensors, for blocks that are cut between rows, between columns,
+/// and not at all.
+pub(crate) fn check(push: &Push<'_>) {
     for placement in [Placement::Shard(0), Placement::Shard(1), Placement::Replicate] {
         for scales in [ScaleFormat::F32, ScaleFormat::Ue8m0] {
             let (manifest, sources) = make(placement, scales);
-            let found = super::push(&manifest, &sources, false);
-            assert!(found == expected(scales), "{placement:?}, {scales:?}");
+            let found = push(&manifest, &sources);
+            for (region, expected) in found.iter().flatten().zip(expected(scales).iter().flatten()) {
+                // A region may be longer than what is in it.
+                assert!(region[..expected.len()] == expected[..], "{placement:?}, {scales:?}");
+            }
         }
     }
 }

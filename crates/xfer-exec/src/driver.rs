@@ -115,7 +115,7 @@ pub struct DriverConfig {
 pub struct Timings {
     /// From the start of the push until its last buffer came back.
     pub total: Duration,
-    /// Time that it took to fill slots; overlaps with the writes.
+    /// Time that it took to fill slots, with all that is gathered, cast and quantised; overlaps with the writes.
     pub gather: Duration,
 }
 
@@ -201,11 +201,11 @@ impl<M: Store> Driver<M> {
 
     /// As [`Driver::begin`] with the merged magnitudes of which this rank is told. They must be those of the same weights.
     pub fn begin_told(&mut self, regions: Vec<BufferOf<M>>, told: &[f32]) {
+        let (began, ticked_at, gather) = (Instant::now(), Duration::ZERO, Duration::ZERO);
         let refused = self.memory.begin(regions, told).err();
         if refused.is_none() {
-            self.runner.start(Duration::ZERO);
+            self.runner.start(began.elapsed());
         }
-        let (began, ticked_at, gather) = (Instant::now(), Duration::ZERO, Duration::ZERO);
         self.push = Some(Push { refused, began, ticked_at, gather });
     }
 

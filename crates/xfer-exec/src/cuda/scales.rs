@@ -92,11 +92,15 @@ impl DeviceScales {
         if table.is_empty() {
             return Ok(());
         }
-        let mut host = self.kernels.device().pinned(table.len() * ENTRY as usize)?;
+        // That of the push before, unless the GPU has still not read it: then it is parked at the stream until it has.
+        let before = self.upload.take().filter(|upload| matches!(upload.is_done(), Ok(true)));
+        let mut host = match before.map(Pending::wait).transpose().map_err(gpu_mem::Error::from)? {
+            Some((host, _)) => host,
+            None => self.kernels.device().pinned(table.len() * ENTRY as usize)?,
+        };
         let (entries, _) = host.bytes_mut().as_chunks_mut::<{ ENTRY as usize }>();
         entries.iter_mut().zip(table).for_each(|(bytes, magnitude)| *bytes = magnitude.to_ne_bytes());
         let all = [gpu_mem::Span::first(table.len() as u64 * ENTRY)];
-        // One of an earlier push is parked at the stream where it is not over.
         let upload = stream.copy_to_device(host, self.magnitudes.clone(), &all);
         self.upload = Some(upload.map_err(gpu_mem::Error::from)?);
         Ok(())

@@ -63,7 +63,7 @@ fn make(placement: Placement, scales: ScaleFormat) -> (Manifest, Vec<Vec<Vec<u8>
         for (number, shape) in SHAPES.iter().enumerate() {
             let rows = shape[0] / RECEIVERS;
             let half = TensorBox::new(&[rank * rows, 0], &[rows, shape[1]]).unwrap();
-            let tensor = ParamMap::tensor(&format!("w{number}"));
+            let tensor = ParamMap::tensor(format!("w{number}"));
             let codes = (tensor.clone().quantize(quant).slice(half), DType::F8E4M3, vec![rows, shape[1]]);
             let scales = (tensor.scales(quant), scales.dtype(), quant.scales_shape(shape).unwrap());
             for (kind, (map, dtype, shape)) in [("codes", codes), ("scales", scales)] {

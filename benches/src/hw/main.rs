@@ -15,6 +15,7 @@ mod measure;
 mod nccl;
 mod peers;
 mod pipeline;
+mod push;
 mod registration;
 mod report;
 // As in the other benchmarks of this package, which use more of it.
@@ -105,6 +106,7 @@ fn between(report: &mut Report, devices: &[Device], bytes: u64) -> anyhow::Resul
         }
     }
     let peer_copy = peers::measure(report, &gpus, bytes)?;
+    report.part("pushes", |report| push::measure(report, &gpus, bytes));
     nccl::measure(report, bytes, peer_copy);
     Ok(())
 }

@@ -3,7 +3,7 @@
 //! CUDA may wait for the whole device before it frees memory. A kernel that is resident there may wait for another
 //! process, and that one for whoever drops a buffer here. So one thread for each device frees memory; who enqueues work,
 //! drops it or polls a rail must never wait for that thread. [`Device::reclaim`] does, and so does an allocation that would
-//! fail otherwise.
+//! fail otherwise. When the process exits, the thread calls the driver no more: see `gate`.
 
 use std::cell::Cell;
 use std::mem::ManuallyDrop;
@@ -18,6 +18,8 @@ use crate::call::Failure;
 use crate::call::inject;
 use crate::device::Device;
 use crate::error::Error;
+
+mod gate;
 
 /// How often a free is tried before it counts as leaked: what refuses it for a moment is over by then.
 const ATTEMPTS_MAX: u32 = 8;
@@ -74,6 +76,8 @@ pub(crate) struct Reaper {
 impl Reaper {
     fn thread(&self) -> Option<&Sender<Message>> {
         let start = || {
+            // The device has its context by now, and the driver its own handlers.
+            gate::close_at_exit();
             let (sender, receiver) = channel();
             let started =
                 std::thread::Builder::new().name("cuda-frees".into()).spawn(move || work(&receiver));
@@ -153,6 +157,12 @@ fn work(messages: &Receiver<Message>) {
 
 /// Tries a free; it comes back if it is to be tried again.
 fn attempt(mut job: Job) -> Option<Job> {
+    // The process exits: what is left goes with it. Whoever waits is still answered.
+    let Some(_call) = gate::enter() else {
+        // With its device, whose drop calls the driver too.
+        std::mem::forget(job);
+        return None;
+    };
     #[cfg(feature = "test-util")]
     let before = inject::follow(std::sync::Arc::clone(&job.injected));
     let freed = job.device.run(|| (job.free)());

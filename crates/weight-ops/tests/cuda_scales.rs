@@ -6,7 +6,7 @@ use cuda::{FLOATS, Gpu, POISON, Random, adversarial, assert_same, encoded, singl
 use half::{bf16, f16};
 use weight_ops::cuda::DeviceMatrix;
 use weight_ops::{BlockGrid, Dtype, F8E4M3, Float, MatrixMut, MatrixRef, ScaleFormat};
-use weight_ops::{dequantize_rect, oracle, quantize_rect, scale_of};
+use weight_ops::{dequantize_rect, oracle, quantize_rect, scale_of, ue8m0_byte};
 
 /// Quantises all of `source` with one scale: on the GPU as one row of whole tiles, on the CPU.
 fn check_scale(gpu: &Gpu, dtype: Dtype, source: &[u8], scale: f32) {
@@ -49,6 +49,20 @@ fn every_value_with_every_kind_of_scale() {
             check_scale(&gpu, dtype, &source, scale);
         }
     }
+}
+
+#[test]
+fn scales_that_are_powers_of_two_are_stored_as_their_bytes() {
+    let Some(gpu) = Gpu::open() else { return };
+    let amaxes =
+        (0..=254_u32).flat_map(|exponent| [exponent << 23, exponent << 23 | 0x55_5555].map(f32::from_bits));
+    let scales: Vec<f32> = amaxes.map(|amax| scale_of(amax, ScaleFormat::Ue8m0)).collect();
+    let expected: Vec<u8> = scales.iter().map(|scale| ue8m0_byte(*scale)).collect();
+    let table: Vec<u8> = scales.iter().flat_map(|scale| scale.to_ne_bytes()).collect();
+    let (table, bytes) = (gpu.upload(&table, 0), gpu.guarded(expected.len(), 0));
+    gpu.run(gpu.kernels.scale_bytes(&table, &bytes.range).unwrap());
+    assert_same(&gpu.read(&bytes), &expected, "bytes of scales");
+    assert!(gpu.kernels.scale_bytes(&table, &table).is_err(), "a byte for each entry");
 }
 
 #[test]

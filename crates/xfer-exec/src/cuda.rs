@@ -27,12 +27,15 @@
 mod memory;
 mod rail;
 mod region;
+mod scales;
 mod tags;
 
 pub use memory::{DeviceRail, GpuMemory, GpuMemoryConfig};
 pub use rail::{CudaRail, CudaRailConfig};
 pub use region::{CudaPeer, DeviceRegion, expose};
 pub use tags::Arrivals;
+
+use std::time::Duration;
 
 use crate::local::LocalError;
 
@@ -80,10 +83,31 @@ pub enum CudaError {
         found: u64,
     },
     /// A program that wants more than this memory can do.
-    #[error("device memory casts between floats but does not do {transform:?}: quantise before the push")]
+    #[error(
+        "device memory cannot do {transform:?}: it casts between floats, and quantises floats of which it has been told where \
+         they lie (Program::with_quantization)"
+    )]
     Transform {
         /// What is asked for.
         transform: xfer_plan::Transform,
+    },
+    /// A push that was told too few magnitudes, or too many.
+    #[error("{reason}")]
+    Told {
+        /// How many, and what to do.
+        reason: String,
+    },
+    /// A GPU that does not end.
+    #[error("the GPU has not found the magnitudes of its weights within {after:?}")]
+    Slow {
+        /// How long it had.
+        after: Duration,
+    },
+    /// Blocks of a matrix that there is not.
+    #[error("defect: there is no matrix {number} to quantise")]
+    Matrix {
+        /// Its number.
+        number: usize,
     },
     /// A push without a region that its program reads.
     #[error("the push has no region {region}: give all regions of this rank's manifest")]

@@ -21,6 +21,7 @@ mod closing;
 mod gather;
 mod host;
 mod sender;
+mod transform;
 
 pub use closing::Closed;
 #[cfg(feature = "cuda")]
@@ -28,7 +29,7 @@ pub(crate) use closing::Closings;
 pub use host::HostMemory;
 #[cfg(feature = "ofi")]
 pub(crate) use sender::pin;
-pub use sender::{Sender, ThreadConfig};
+pub use sender::{Measured, Sender, ThreadConfig};
 
 /// The longest wait: an abort or a gather that ends meanwhile is seen after it.
 const WAIT_MAX: Duration = Duration::from_millis(1);
@@ -47,8 +48,21 @@ pub trait Store: Memory {
     /// How many staging slots there are.
     fn slots(&self) -> u32;
 
-    /// Takes the regions of a push.
-    fn begin(&mut self, regions: Vec<BufferOf<Self>>);
+    /// The largest magnitudes of this rank's parts of the blocks that others have parts of too, as
+    /// [`Magnitudes::report`](xfer_plan::Magnitudes::report) takes them. Called between pushes, and may take as long as reading
+    /// those parts does.
+    ///
+    /// # Errors
+    ///
+    /// When `regions` are not those of the plan, or cannot be read.
+    fn magnitudes(&mut self, regions: &[BufferOf<Self>]) -> Result<Vec<f32>, String>;
+
+    /// Takes the regions of a push, and the merged magnitudes of which this rank is told.
+    ///
+    /// # Errors
+    ///
+    /// When these are not as many as the plan says. The push is over then.
+    fn begin(&mut self, regions: Vec<BufferOf<Self>>, told: &[f32]) -> Result<(), String>;
 
     /// Gives them back.
     fn end(&mut self) -> Vec<BufferOf<Self>>;
@@ -101,7 +115,7 @@ pub struct DriverConfig {
 pub struct Timings {
     /// From the start of the push until its last buffer came back.
     pub total: Duration,
-    /// Time that it took to fill slots; overlaps with the writes.
+    /// Time that it took to fill slots, with all that is gathered, cast and quantised; overlaps with the writes.
     pub gather: Duration,
 }
 
@@ -131,6 +145,8 @@ pub enum Step<B = Lease> {
 
 /// The push that runs.
 struct Push {
+    /// Why it never began.
+    refused: Option<String>,
     began: Instant,
     ticked_at: Duration,
     /// See [`Timings::gather`].
@@ -150,7 +166,7 @@ impl Driver {
     /// A driver over host memory that has not pushed yet. Starts the thread that gathers.
     pub fn new(config: DriverConfig) -> io::Result<Self> {
         let DriverConfig { program, rails, staging, slot_bytes, deadline, stall } = config;
-        let memory = HostMemory::new(staging, slot_bytes, deadline)?;
+        let memory = HostMemory::new(staging, slot_bytes, deadline, &program)?;
         Ok(Self::over(memory, program, rails, deadline, stall))
     }
 }
@@ -169,16 +185,33 @@ impl<M: Store> Driver<M> {
         Self { runner, memory, push: None, tags: Vec::new() }
     }
 
+    /// What this rank reports before a push of a plan that cuts quantised blocks; see [`Store::magnitudes`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::magnitudes`].
+    pub fn magnitudes(&mut self, regions: &[BufferOf<M>]) -> Result<Vec<f32>, String> {
+        self.memory.magnitudes(regions)
+    }
+
     /// Begins a push of `regions`. Then call [`Driver::step`] until it is over.
     pub fn begin(&mut self, regions: Vec<BufferOf<M>>) {
-        self.memory.begin(regions);
-        self.push = Some(Push { began: Instant::now(), ticked_at: Duration::ZERO, gather: Duration::ZERO });
-        self.runner.start(Duration::ZERO);
+        self.begin_told(regions, &[]);
+    }
+
+    /// As [`Driver::begin`] with the merged magnitudes of which this rank is told. They must be those of the same weights.
+    pub fn begin_told(&mut self, regions: Vec<BufferOf<M>>, told: &[f32]) {
+        let (began, ticked_at, gather) = (Instant::now(), Duration::ZERO, Duration::ZERO);
+        let refused = self.memory.begin(regions, told).err();
+        if refused.is_none() {
+            self.runner.start(began.elapsed());
+        }
+        self.push = Some(Push { refused, began, ticked_at, gather });
     }
 
     /// Ends the present push, if there is one.
     pub fn abort(&mut self, reason: String) {
-        if let Some(push) = &self.push {
+        if let Some(push) = self.push.as_ref().filter(|push| push.refused.is_none()) {
             self.runner.abort(reason, push.began.elapsed());
         }
     }
@@ -191,6 +224,9 @@ impl<M: Store> Driver<M> {
     /// Takes in what the threads have done, posts what is due and polls every rail once. Never blocks.
     pub fn step(&mut self) -> Step<BufferOf<M>> {
         let Some(push) = &mut self.push else { return Step::Still };
+        if let Some(reason) = push.refused.take() {
+            return self.end(Err(Failure::Aborted(reason)));
+        }
         let now = push.began.elapsed();
         let mut moved = false;
         while let Some((rail, (unfinished, result))) = self.memory.closed() {

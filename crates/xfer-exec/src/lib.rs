@@ -13,10 +13,14 @@ pub mod null;
 #[cfg(feature = "ofi")]
 pub mod ofi;
 pub mod program;
+#[cfg(feature = "driver")]
+mod quant;
 pub mod rail;
 pub mod runner;
 
 pub use engine::{Action, Delivered, Engine, EngineConfig, Event, Failure, Post, RailUse, Source};
 pub use program::{Program, ProgramError, RankLimits, WriteId};
+#[cfg(feature = "driver")]
+pub use quant::QuantError;
 pub use rail::{Armed, Done, Rail, RailError, RailIndex, RailLimits, RailWrite, Rows};
 pub use runner::{Memory, Runner, Turn};

@@ -5,11 +5,15 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+#[cfg(feature = "driver")]
+use std::sync::Arc;
 
 use xfer_plan::limits::RANKS_MAX;
 use xfer_plan::{NO_TAG, Op, OpKind, ParamId, RankPlan, ReceiverRank, RegionIndex, RelayPlan, Transform};
 
 use crate::engine::Slot;
+#[cfg(feature = "driver")]
+use crate::quant::{QuantError, Quantization};
 use crate::rail::RailIndex;
 
 /// Staging slots that a [`WriteId`] can name. A rail has far fewer WRITEs in flight.
@@ -145,7 +149,7 @@ pub enum ProgramError {
     },
     /// An operation that changes elements on the way, on a rank that cannot.
     #[error(
-        "the plan wants {param} as {transform:?}; the engine writes elements as they are, so convert them on the trainer"
+        "the plan wants {param} as {transform:?}; this rank writes elements as they are, so convert them on the trainer"
     )]
     Transform {
         /// Its parameter.
@@ -174,6 +178,8 @@ pub struct Program {
     relay: Option<Relay>,
     bytes: u64,
     writes: u64,
+    #[cfg(feature = "driver")]
+    quantization: Arc<Quantization>,
 }
 
 /// What releases the operations of a rank that passes on.
@@ -228,6 +234,8 @@ impl Program {
             relay: None,
             bytes: 0,
             writes: 0,
+            #[cfg(feature = "driver")]
+            quantization: Arc::default(),
         };
         for (index, op) in plan.ops.iter().enumerate() {
             program.check(index, op, rank)?;
@@ -267,6 +275,26 @@ impl Program {
         }
         program.relay = Some(Relay { first, awaited });
         Ok(program)
+    }
+
+    /// Adds what this rank has to know of the tensors that it quantises: without it, a push of a plan that quantises fails.
+    ///
+    /// # Errors
+    ///
+    /// [`QuantError`] where that is not in this rank's memory, or not all that its operations quantise.
+    #[cfg(feature = "driver")]
+    pub fn with_quantization(
+        mut self,
+        part: &xfer_plan::QuantPart,
+        rank: &RankLimits,
+    ) -> Result<Self, QuantError> {
+        self.quantization = Arc::new(Quantization::new(part, &rank.region_bytes, &self.ops)?);
+        Ok(self)
+    }
+
+    #[cfg(feature = "driver")]
+    pub(crate) fn quantization(&self) -> &Arc<Quantization> {
+        &self.quantization
     }
 
     fn check(&self, index: usize, op: &Op, rank: &RankLimits) -> Result<(), ProgramError> {

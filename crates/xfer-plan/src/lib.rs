@@ -14,6 +14,7 @@ mod ids;
 mod inbound;
 mod intersect;
 pub mod limits;
+mod magnitudes;
 mod manifest;
 mod mesh;
 pub mod model;
@@ -43,6 +44,7 @@ pub use error::{CheckError, LayoutError, ManifestError, PlanError, TransferPlace
 pub use explain::{ExplainError, ExplainedBox, ExplainedTransfer, Explanation, Why, explain};
 pub use ids::{GroupIndex, ParamId, Rank, ReceiverRank, RegionIndex, TrainerRank};
 pub use inbound::Inbound;
+pub use magnitudes::{HeldPiece, HeldTable, MagnitudeError, Magnitudes, QuantPart};
 pub use manifest::{
     DestinationParam, Manifest, PlanOptions, RailDecl, ReceiverManifest, Relay, SourcePiece, TrainerManifest,
 };

@@ -72,19 +72,44 @@ impl Operation {
     /// When the stream is of another device than the kernels, or CUDA refuses. The operation comes back then too.
     #[allow(clippy::result_large_err)] // it carries the operation back
     pub fn enqueue(self, stream: &Stream) -> Result<Pending<Self>, Failed<Self>> {
+        match self.launch(stream) {
+            Ok(()) => stream.hold(self),
+            Err(error) => Err(Failed { error, returned: Some(self) }),
+        }
+    }
+
+    /// As [`enqueue`](Self::enqueue) for several that follow one another, or none: one event says when all are done.
+    ///
+    /// # Errors
+    /// As [`enqueue`](Self::enqueue). Those before the one that was refused take place; what they use is held until then.
+    #[allow(clippy::result_large_err)]
+    pub fn enqueue_all(
+        operations: Vec<Self>,
+        stream: &Stream,
+    ) -> Result<Pending<Vec<Self>>, Failed<Vec<Self>>> {
+        let launched = operations.iter().try_for_each(|operation| operation.launch(stream));
+        let pending = stream.hold(operations)?;
+        match launched {
+            Ok(()) => Ok(pending),
+            // Dropped, it stays parked at the stream for as long as something of it is used.
+            Err(error) => Err(Failed { error, returned: None }),
+        }
+    }
+
+    /// Puts the kernel on a stream. Whoever calls this keeps the operation until the stream has passed it.
+    fn launch(&self, stream: &Stream) -> Result<(), gpu_mem::Error> {
         if self.blocks > 0 {
             let arguments: Vec<Arg<'_>> = self.arguments.iter().map(Argument::pass).collect();
             let launch = Launch::linear(self.blocks, self.threads);
             // SAFETY: whoever made this operation passed arguments of the kernel's types and checked that they reach
-            // nothing but `holds`. Those stay allocated until the stream has passed this point, because `hold` below
-            // keeps the whole operation until then. What is read is bytes, of which every value will do.
+            // nothing but `holds`. Those stay allocated until the stream has passed this point, because both callers hold
+            // the whole operation at the stream behind it. What is read is bytes, of which every value will do.
             #[allow(unsafe_code)]
-            let launched = unsafe { self.function.launch(stream, launch, &arguments) };
-            if let Err(error) = launched {
-                return Err(Failed { error, returned: Some(self) });
+            unsafe {
+                self.function.launch(stream, launch, &arguments)?;
             }
         }
-        stream.hold(self)
+        Ok(())
     }
 }
 

@@ -316,3 +316,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) scales(const float *amaxes
     const u64 index = u64(blockIdx.x) * THREADS + threadIdx.x;
     if (index < count) scales[index] = scale_of(amaxes[index], ue8m0);
 }
+
+// `ue8m0_byte` of scale.rs, for powers of two that are normal: all that `scale_of` gives.
+extern "C" __global__ void __launch_bounds__(THREADS) scale_bytes(const float *scales, u8 *bytes, u64 count) {
+    const u64 index = u64(blockIdx.x) * THREADS + threadIdx.x;
+    if (index < count) bytes[index] = u8(__float_as_uint(scales[index]) >> 23);
+}

@@ -122,6 +122,24 @@ impl Kernels {
         self.operation(function, blocks, THREADS, arguments, vec![amax.clone(), scales.clone()])
     }
 
+    /// [`ue8m0_byte`](crate::ue8m0_byte) for each entry of a table of scales that are powers of two.
+    ///
+    /// # Errors
+    /// When there is not one byte for each entry, or the table is not aligned.
+    pub fn scale_bytes(&self, scales: &DeviceRange, bytes: &DeviceRange) -> Result<Operation, Error> {
+        let count = scales.len() / 4;
+        if !scales.len().is_multiple_of(4) || bytes.len() != count {
+            let (what, expected) = ("the bytes of scales", count);
+            return Err(Error::WrongLength { what, bytes: bytes.len(), expected });
+        }
+        check_alignment("the table of scales", scales.address(), 4)?;
+        let arguments =
+            vec![Argument::U64(scales.address()), Argument::U64(bytes.address()), Argument::U64(count)];
+        let function = self.quantize.function("scale_bytes")?;
+        let blocks = count.div_ceil(u64::from(THREADS));
+        self.operation(function, blocks, THREADS, arguments, vec![scales.clone(), bytes.clone()])
+    }
+
     /// As [`quantize_rect`](crate::quantize_rect): `scales` is a table of the grid in f32.
     ///
     /// # Errors

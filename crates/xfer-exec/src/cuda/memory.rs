@@ -1,6 +1,7 @@
 //! Device memory as the runner sees it: the regions of the push, and staging slots that a stream of the GPU fills.
 //!
-//! A slot is filled by one kernel for its rows and, where elements change their type, another for these. The stream works in the
+//! A slot is filled by one kernel for its rows and, where elements change their type, another for these; or by one for each
+//! rectangle that is quantised. The stream works in the
 //! order in which slots were asked for, and an event behind each says when it is full. A slot is never filled again while
 //! anybody holds a part of it.
 
@@ -12,12 +13,14 @@ use std::time::{Duration, Instant};
 use gpu_mem::{DeviceBuffer, DeviceMemory, Pending, Stream};
 use weight_ops::Dtype;
 use weight_ops::cuda::{BoxCopy, CopyBatch, DeviceRange, Kernels, Operation, PendingBatch, Place};
-use xfer_plan::{DType, Op, Transform};
+use xfer_plan::{Op, Transform};
 
+use super::scales::DeviceScales;
 use super::{Arrivals, CudaError};
 use crate::driver::{Closed, Closings, Staged, Store};
 use crate::engine::{Post, Slot, Source};
 use crate::program::Program;
+use crate::quant::kernel_dtype;
 use crate::rail::{Rail, RailIndex};
 use crate::runner::Memory;
 
@@ -40,7 +43,7 @@ pub struct GpuMemoryConfig {
     pub close_max: Duration,
 }
 
-/// See the module. It casts, but does not quantise.
+/// See the module.
 pub struct GpuMemory {
     kernels: Kernels,
     multiprocessors: NonZeroU32,
@@ -51,6 +54,7 @@ pub struct GpuMemory {
     /// In the order in which they were begun.
     filling: VecDeque<Filling>,
     idle: Vec<CopyBatch>,
+    scales: DeviceScales,
     arrivals: Option<Arrivals>,
     closing: Closings,
     uploads: Stream,
@@ -62,9 +66,8 @@ struct Filling {
     slot: Slot,
     began: Instant,
     rows: Option<PendingBatch>,
-    _cast: Option<Pending<Operation>>,
-    /// Behind both.
-    end: Pending<()>,
+    /// What transforms; behind it all is over.
+    end: Pending<Vec<Operation>>,
 }
 
 impl GpuMemory {
@@ -72,7 +75,8 @@ impl GpuMemory {
     ///
     /// # Errors
     ///
-    /// [`CudaError::Transform`] for a program that wants more than casts between floats; the driver's, where there is no room.
+    /// [`CudaError::Transform`] for a program that wants more than casts and quantises floats, or quantises what
+    /// [`Program::with_quantization`] has not told of; the driver's, where there is no room.
     pub fn new(
         kernels: &Kernels,
         program: &Program,
@@ -87,6 +91,15 @@ impl GpuMemory {
             {
                 between = between.max(cast.source_bytes(op));
             }
+            let quantization = program.quantization();
+            let is_held = match op.transform {
+                Transform::Quantize { .. } => quantization.rects(op).is_some(),
+                Transform::Scales { .. } => quantization.runs(op).is_some(),
+                Transform::Copy | Transform::Cast { .. } => true,
+            };
+            if !is_held {
+                return Err(CudaError::Transform { transform: op.transform });
+            }
         }
         let slots = config.staging_bytes.checked_div(config.slot_bytes).unwrap_or(0).min(SLOTS_MAX);
         let slot = |_| Ok(Arc::new(device.alloc(config.slot_bytes)?));
@@ -98,6 +111,7 @@ impl GpuMemory {
             between: DeviceRange::whole(&Arc::new(device.alloc(between)?)),
             filling: VecDeque::new(),
             idle: Vec::new(),
+            scales: DeviceScales::new(kernels, program.quantization())?,
             arrivals,
             closing: Closings::new(config.close_max),
             uploads: device.stream()?,
@@ -111,29 +125,53 @@ impl GpuMemory {
         let into = self.slots.get(slot.0 as usize).filter(|slot| Arc::strong_count(slot) == 1);
         let into = into.ok_or(CudaError::Slot { slot: slot.0 })?;
         let into = DeviceRange::new(into, 0..op.bytes())?;
+        let (rows, work) = match op.transform {
+            Transform::Quantize { .. } => (None, self.scales.quantize(op, &self.regions, &into)?),
+            Transform::Scales { .. } => self.store(op, &into)?,
+            Transform::Copy | Transform::Cast { .. } => self.cast(op, &into)?,
+        };
+        let end = Operation::enqueue_all(work, &self.fills).map_err(gpu_mem::Error::from)?;
+        Ok(Filling { slot, began, rows, end })
+    }
+
+    /// Copies scales, one after another. All is on the stream afterwards.
+    fn store(
+        &mut self,
+        op: &Op,
+        into: &DeviceRange,
+    ) -> Result<(Option<PendingBatch>, Vec<Operation>), CudaError> {
+        let (work, table, spans) = self.scales.store(op, &self.regions)?;
+        // Dropped, it stays parked at the stream for as long as it is used; what it touches is this memory's own.
+        drop(Operation::enqueue_all(work, &self.fills).map_err(gpu_mem::Error::from)?);
+        let mut batch = self.idle.pop().unwrap_or_else(|| self.kernels.batch());
+        let regions = [table, into.clone()];
+        spans.iter().try_for_each(|span| batch.span(&regions, span))?;
+        let rows = batch.enqueue(&self.uploads, &self.fills, self.multiprocessors.get())?;
+        Ok((Some(rows), Vec::new()))
+    }
+
+    /// Copies rows, and casts them where that is wanted: gives what is on the stream, and what is to be put there.
+    fn cast(
+        &mut self,
+        op: &Op,
+        into: &DeviceRange,
+    ) -> Result<(Option<PendingBatch>, Vec<Operation>), CudaError> {
         let region = self.regions.get(op.source.region.index());
         let source = region.ok_or(CudaError::Region { region: op.source.region.0 })?;
         let source = source.part(op.source.offset..source.len())?;
-        let cast = Cast::of(op)?;
+        let Some(cast) = Cast::of(op)? else {
+            return Ok((Some(self.gather(op, &source, into)?), Vec::new()));
+        };
         // Rows without gaps are cast from where they are.
-        let direct = cast.filter(|cast| cast.is_contiguous(op));
-        let (rows, gathered) = match (direct, cast) {
-            (Some(cast), _) => (None, source.part(0..cast.source_bytes(op))?),
-            (None, Some(cast)) => {
+        let (rows, gathered) = match cast.is_contiguous(op) {
+            true => (None, source.part(0..cast.source_bytes(op))?),
+            false => {
                 let between = self.between.part(0..cast.source_bytes(op))?;
                 (Some(self.gather(op, &source, &between)?), between)
             }
-            (None, None) => (Some(self.gather(op, &source, &into)?), into.clone()),
         };
-        let cast = match cast {
-            Some(Cast { from, to }) => {
-                let operation = self.kernels.cast(from, &gathered, to, &into)?;
-                Some(operation.enqueue(&self.fills).map_err(gpu_mem::Error::from)?)
-            }
-            None => None,
-        };
-        let end = self.fills.hold(()).map_err(gpu_mem::Error::from)?;
-        Ok(Filling { slot, began, rows, _cast: cast, end })
+        let operation = self.kernels.cast(cast.from, &gathered, cast.to, into)?;
+        Ok((rows, vec![operation]))
     }
 
     /// Copies the rows of an operation from the start of `source` on, one after another.
@@ -167,16 +205,15 @@ struct Cast {
 }
 
 impl Cast {
-    /// What an operation wants; `None` where bytes stay as they are.
+    /// What an operation wants; `None` where it casts nothing.
     fn of(op: &Op) -> Result<Option<Self>, CudaError> {
         let refused = || CudaError::Transform { transform: op.transform };
         match op.transform {
-            Transform::Copy => Ok(None),
             Transform::Cast { from, to } => {
-                let (from, to) = float(from).zip(float(to)).ok_or_else(refused)?;
+                let (from, to) = kernel_dtype(from).zip(kernel_dtype(to)).ok_or_else(refused)?;
                 Ok(Some(Self { from, to }))
             }
-            Transform::Quantize { .. } | Transform::Scales { .. } => Err(refused()),
+            Transform::Copy | Transform::Quantize { .. } | Transform::Scales { .. } => Ok(None),
         }
     }
 
@@ -186,17 +223,6 @@ impl Cast {
 
     fn source_bytes(self, op: &Op) -> u64 {
         op.transform.source_bytes(op.bytes())
-    }
-}
-
-/// A type that kernels cast; `None` for the others.
-fn float(dtype: DType) -> Option<Dtype> {
-    match dtype {
-        DType::F32 => Some(Dtype::F32),
-        DType::BF16 => Some(Dtype::BF16),
-        DType::F16 => Some(Dtype::F16),
-        DType::F8E4M3 => Some(Dtype::F8E4M3),
-        _ => None,
     }
 }
 
@@ -231,13 +257,18 @@ impl Store for GpuMemory {
         self.slots.len() as u32
     }
 
-    fn begin(&mut self, regions: Vec<DeviceRange>) {
+    fn magnitudes(&mut self, regions: &[DeviceRange]) -> Result<Vec<f32>, String> {
+        self.scales.magnitudes(regions, &self.fills).map_err(|error| error.to_string())
+    }
+
+    fn begin(&mut self, regions: Vec<DeviceRange>, told: &[f32]) -> Result<(), String> {
         self.regions = regions;
         // Nobody writes to a rank that passes on before it has begun: what was told by now is of a push that was given up.
         let mut stale = Vec::new();
         if let Err(error) = self.arrived(&mut stale) {
             tracing::warn!(error, "what has arrived before the push");
         }
+        self.scales.begin(told, &self.fills).map_err(|error| error.to_string())
     }
 
     fn end(&mut self) -> Vec<DeviceRange> {
@@ -250,7 +281,7 @@ impl Store for GpuMemory {
             Ok(true) => Ok(()),
             Err(error) => Err(error.to_string()),
         };
-        let Filling { slot, began, rows, _cast, end } = self.filling.pop_front()?;
+        let Filling { slot, began, rows, end } = self.filling.pop_front()?;
         let result = done.and_then(|()| {
             end.wait().map_err(|error| error.to_string())?;
             if let Some(rows) = rows {

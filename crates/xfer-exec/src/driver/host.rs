@@ -1,9 +1,10 @@
-//! Host memory as the runner sees it: the regions of the push and the staging slots, and a thread that gathers.
+//! Host memory as the runner sees it: the regions of the push and the staging slots, and a thread that fills them.
 //!
 //! A slot is a lease that is either free, away with the gather thread, or read by rails. None is given to the gather thread
 //! while a rail still holds a slice of it.
 
 use std::io;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender as ChannelSender};
@@ -11,15 +12,20 @@ use efa_core::{Lease, LeaseMut};
 use xfer_plan::Op;
 
 use super::closing::{Closed, Closings};
-use super::gather::{self, Gathered, Job};
+use super::gather::{self, Gathered, Job, Weights};
+use super::transform::{self, Scales};
 use super::{Staged, Store};
 use crate::engine::{Post, Slot, Source};
+use crate::program::Program;
+use crate::quant::Quantization;
 use crate::rail::{Rail, RailIndex};
 use crate::runner::Memory;
 
 /// Staging slots at most: far more than any rail has in flight, so that tiny gathers do not turn a large
 /// watermark into millions of slots.
 const SLOTS_MAX: usize = 1024;
+
+const OUTSIDE: &str = "the plan gathers or transforms what is not in this rank's memory";
 
 enum SlotMemory {
     Free(LeaseMut),
@@ -31,7 +37,8 @@ enum SlotMemory {
 /// See the module.
 pub struct HostMemory {
     /// Of the push that runs.
-    regions: Vec<Lease>,
+    weights: Option<Arc<Weights>>,
+    quantization: Arc<Quantization>,
     slots: Vec<SlotMemory>,
     to_gather: ChannelSender<Job>,
     from_gather: Receiver<Gathered>,
@@ -39,8 +46,13 @@ pub struct HostMemory {
 }
 
 impl HostMemory {
-    /// Cuts `staging` into slots of `slot_bytes`. Starts the thread that gathers.
-    pub(super) fn new(mut staging: LeaseMut, slot_bytes: u64, close_max: Duration) -> io::Result<Self> {
+    /// Cuts `staging` into slots of `slot_bytes`. Starts the thread that fills them.
+    pub(super) fn new(
+        mut staging: LeaseMut,
+        slot_bytes: u64,
+        close_max: Duration,
+        program: &Program,
+    ) -> io::Result<Self> {
         let slot_bytes = usize::try_from(slot_bytes).unwrap_or(usize::MAX);
         let mut slots = Vec::new();
         while slots.len() < SLOTS_MAX
@@ -49,8 +61,8 @@ impl HostMemory {
             slots.push(SlotMemory::Free(slot));
         }
         let (to_gather, from_gather) = gather::start("rows", slots.len())?;
-        let (regions, closing) = (Vec::new(), Closings::new(close_max));
-        Ok(Self { regions, slots, to_gather, from_gather, closing })
+        let (quantization, closing) = (Arc::clone(program.quantization()), Closings::new(close_max));
+        Ok(Self { weights: None, quantization, slots, to_gather, from_gather, closing })
     }
 
     /// The slot's memory, if no rail reads it: it is away afterwards.
@@ -75,12 +87,29 @@ impl Store for HostMemory {
         self.slots.len() as u32
     }
 
-    fn begin(&mut self, regions: Vec<Lease>) {
-        self.regions = regions;
+    fn magnitudes(&mut self, regions: &[Lease]) -> Result<Vec<f32>, String> {
+        transform::magnitudes(&self.quantization, regions).ok_or_else(|| OUTSIDE.to_owned())
+    }
+
+    fn begin(&mut self, regions: Vec<Lease>, told: &[f32]) -> Result<(), String> {
+        let quantization = Arc::clone(&self.quantization);
+        let scales = Scales::new(&quantization, told);
+        let result = match &scales {
+            Some(_) => Ok(()),
+            None => Err(quantization.told_wrongly(told)),
+        };
+        let scales = Mutex::new(scales.unwrap_or_default());
+        self.weights = Some(Arc::new(Weights { regions, quantization, scales }));
+        result
     }
 
     fn end(&mut self) -> Vec<Lease> {
-        std::mem::take(&mut self.regions)
+        let Some(weights) = self.weights.take() else { return Vec::new() };
+        // A fill that was given up still reads them: it keeps handles of its own.
+        let shared = |weights: Arc<Weights>| {
+            weights.regions.iter().filter_map(|region| region.slice(0..region.len())).collect()
+        };
+        Arc::try_unwrap(weights).map_or_else(shared, |weights| weights.regions)
     }
 
     fn staged(&mut self) -> Option<Staged> {
@@ -88,7 +117,7 @@ impl Store for HostMemory {
         if let Some(memory) = self.slots.get_mut(slot.0 as usize) {
             *memory = SlotMemory::Filled(lease.freeze());
         }
-        let result = if ok { Ok(()) } else { Err("the plan gathers outside this rank's memory".into()) };
+        let result = if ok { Ok(()) } else { Err(OUTSIDE.to_owned()) };
         Some(Staged { slot, took, result })
     }
 
@@ -105,7 +134,7 @@ impl Memory for HostMemory {
         match post.source {
             Source::Region(region, offset) => {
                 let offset = usize::try_from(offset).ok()?;
-                self.regions.get(region.index())?.slice(offset..offset.checked_add(bytes)?)
+                self.weights.as_ref()?.regions.get(region.index())?.slice(offset..offset.checked_add(bytes)?)
             }
             Source::Slot(slot, offset) => match self.slots.get(slot.0 as usize)? {
                 SlotMemory::Filled(lease) => {
@@ -118,14 +147,12 @@ impl Memory for HostMemory {
     }
 
     fn stage(&mut self, slot: Slot, _index: u32, op: &Op) -> Result<(), String> {
-        let source = usize::try_from(op.source.offset).ok().and_then(|from| {
-            let region = self.regions.get(op.source.region.index())?;
-            region.slice(from..region.len())
-        });
-        let job = source.and_then(|source| Some(Job { slot, op: *op, source, into: self.take_free(slot)? }));
+        let weights = self.weights.clone();
+        let job =
+            weights.and_then(|weights| Some(Job { slot, op: *op, weights, into: self.take_free(slot)? }));
         // The queue has room for every slot.
         let sent = job.is_some_and(|job| self.to_gather.try_send(job).is_ok());
-        if sent { Ok(()) } else { Err("defect: a gather without memory".into()) }
+        if sent { Ok(()) } else { Err("defect: a slot is filled without memory".into()) }
     }
 
     fn close(&mut self, number: RailIndex, rail: Box<Self::Rail>) {

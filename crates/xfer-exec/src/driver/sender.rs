@@ -41,8 +41,20 @@ pub struct ThreadConfig {
 
 type Reply<B> = Box<dyn FnOnce(Outcome<B>) + Send>;
 
+/// What [`Sender::magnitudes`] has found.
+#[derive(Debug)]
+pub struct Measured<B = Lease> {
+    /// As [`Magnitudes::report`](xfer_plan::Magnitudes::report) takes them, or why they could not be found.
+    pub result: Result<Vec<f32>, String>,
+    /// The weights, as they came in.
+    pub regions: Vec<B>,
+}
+
+type ReplyMeasured<B> = Box<dyn FnOnce(Measured<B>) + Send>;
+
 enum Command<B> {
-    Push(Vec<B>, Reply<B>),
+    Magnitudes(Vec<B>, ReplyMeasured<B>),
+    Push(Vec<B>, Vec<f32>, Reply<B>),
     Abort(String),
 }
 
@@ -77,7 +89,24 @@ impl<B: Send + 'static> Sender<B> {
     /// Begins a push of `regions`, which are this rank's regions in the order of its manifest. `reply` is called from
     /// the thread when it is over; if the thread is gone, it is dropped.
     pub fn push(&self, regions: Vec<B>, reply: impl FnOnce(Outcome<B>) + Send + 'static) {
-        let _ = self.commands.try_send(Command::Push(regions, Box::new(reply)));
+        self.push_told(regions, Vec::new(), reply);
+    }
+
+    /// As [`Sender::push`], with the merged magnitudes of the same weights of which this rank is told
+    /// ([`Magnitudes::merged`](xfer_plan::Magnitudes::merged)).
+    pub fn push_told(
+        &self,
+        regions: Vec<B>,
+        told: Vec<f32>,
+        reply: impl FnOnce(Outcome<B>) + Send + 'static,
+    ) {
+        let _ = self.commands.try_send(Command::Push(regions, told, Box::new(reply)));
+    }
+
+    /// Finds the magnitudes that this rank reports before it pushes these weights, where the plan cuts quantised blocks. Not
+    /// while a push runs.
+    pub fn magnitudes(&self, regions: Vec<B>, reply: impl FnOnce(Measured<B>) + Send + 'static) {
+        let _ = self.commands.try_send(Command::Magnitudes(regions, Box::new(reply)));
     }
 
     /// Ends the present push, if there is one.
@@ -111,12 +140,19 @@ pub(crate) fn pin(name: &str, cpus: &[usize]) {
 
 fn serve<M: Store>(driver: &mut Driver<M>, thread: &ThreadConfig, inbox: &Receiver<Command<BufferOf<M>>>) {
     while let Ok(command) = inbox.recv() {
-        if let Command::Push(regions, reply) = command {
-            thread.progress.store(0, Ordering::Relaxed);
-            driver.begin(regions);
-            let outcome = push(driver, thread, inbox);
-            thread.progress.store(driver.delivered_bytes(), Ordering::Relaxed);
-            reply(outcome);
+        match command {
+            Command::Push(regions, told, reply) => {
+                thread.progress.store(0, Ordering::Relaxed);
+                driver.begin_told(regions, &told);
+                let outcome = push(driver, thread, inbox);
+                thread.progress.store(driver.delivered_bytes(), Ordering::Relaxed);
+                reply(outcome);
+            }
+            Command::Magnitudes(regions, reply) => {
+                let result = driver.magnitudes(&regions);
+                reply(Measured { result, regions });
+            }
+            Command::Abort(_) => {}
         }
     }
 }
@@ -137,7 +173,7 @@ fn push<M: Store>(
                 match command {
                     Command::Abort(reason) => driver.abort(reason),
                     // A session pushes one version at a time; dropping the reply tells a second caller.
-                    Command::Push(..) => {}
+                    Command::Push(..) | Command::Magnitudes(..) => {}
                 }
             }
         }

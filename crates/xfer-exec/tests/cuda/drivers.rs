@@ -40,7 +40,7 @@ fn receiver(gpu: &Gpu) -> Receiver {
 }
 
 /// A rail that takes contiguous bytes alone, as libfabric's do: what lies apart is gathered first.
-struct Contiguous(CudaRail);
+pub(crate) struct Contiguous(pub(crate) CudaRail);
 
 impl Rail for Contiguous {
     type Buffer = DeviceRange;
@@ -221,7 +221,7 @@ fn what_device_memory_cannot_do_is_refused_before_anything_is_pushed() {
             close_max: Duration::ZERO,
         };
         let refused = GpuMemory::new(&gpus[0].kernels, &program, config, None).err().unwrap();
-        assert!(refused.to_string().contains("quantise before the push"), "{refused}");
+        assert!(refused.to_string().contains("device memory cannot do"), "{refused}");
     }
 }
 

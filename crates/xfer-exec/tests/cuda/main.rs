@@ -5,6 +5,7 @@ mod drivers;
 mod faults;
 mod gpu;
 mod peer;
+mod transforms;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;

@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::{ProptestConfig, Strategy, any};
 use xfer_plan::{
     BlockQuant, DType, DestinationParam, DeviceMesh, Manifest, NO_TAG, Op, ParamMap, Placement, Plan,
-    PlanOptions, RailDecl, ReceiverManifest, ReceiverRank, RegionIndex, Relay, ScaleFormat, ScaleTable,
-    SourcePiece, Strided, TensorBox, TrainerManifest, TrainerRank, Transform, shard_box,
+    PlanOptions, QuantPart, RailDecl, ReceiverManifest, ReceiverRank, RegionIndex, Relay, ScaleFormat,
+    ScaleTable, SourcePiece, Strided, TensorBox, TrainerManifest, TrainerRank, Transform, shard_box,
 };
 
 /// So many cases, or as many as the environment asks for.
@@ -506,47 +506,84 @@ fn shape_of(map: &ParamMap, tensors: &Tensors<'_>) -> Vec<u64> {
 /// Scales that each trainer has found out or been told: by trainer, table and block.
 type KnownScales = BTreeMap<(TrainerRank, usize, Vec<u64>), f32>;
 
-/// Carries the exchanges out: every trainer sees its own memory, and what others tell it.
-fn exchange(plan: &Plan, manifest: &Manifest, sources: &Memory) -> KnownScales {
+/// Carries the exchanges out with what each trainer is given of the plan: every one sees its own memory, and what it is told.
+fn exchange(plan: &Plan, manifest: &Manifest, sources: &Memory) -> Result<KnownScales, String> {
+    let mut magnitudes = plan.magnitudes();
+    let ranks = || (0..plan.trainers.len() as u32).map(TrainerRank);
+    let parts: Vec<QuantPart> = ranks()
+        .map(|rank| plan.quant_part(rank, manifest).map_err(|error| error.to_string()))
+        .collect::<Result<_, _>>()?;
+    let found: Vec<Found> = parts.iter().zip(sources).map(|(part, memory)| find(part, memory)).collect();
+    for ((rank, part), found) in ranks().zip(&parts).zip(&found) {
+        let mut reported = Vec::new();
+        for table in &part.tables {
+            for block in table.reports.iter().flat_map(all_indices) {
+                let part = found.get(&(table.table, block));
+                reported
+                    .push(part.ok_or_else(|| format!("{rank} reports of a block that it has nothing of"))?.0);
+            }
+        }
+        magnitudes.report(rank, &reported).map_err(|error| error.to_string())?;
+    }
     let mut known = KnownScales::new();
-    for (place, table) in plan.tables.iter().enumerate() {
-        // What each trainer finds in its own pieces, and how many different elements of each block it has seen.
-        let mut found: BTreeMap<(TrainerRank, Vec<u64>), (f32, BTreeSet<u64>)> = BTreeMap::new();
-        for (rank, trainer) in (0..).map(TrainerRank).zip(&manifest.trainers) {
-            for piece in trainer.pieces.iter().filter(|piece| piece.tensor == table.tensor) {
-                let (local, width) = (piece.bounds.shape(), piece.dtype.bytes());
-                for element in 0..elements(&local) {
-                    let at: Vec<u64> = indices(element, &local)
-                        .iter()
-                        .zip(piece.bounds.start())
-                        .map(|(i, s)| i + s)
-                        .collect();
-                    let byte = (piece.offset + element * width) as usize;
-                    let bytes = &sources[rank.index()][piece.region.index()][byte..byte + width as usize];
-                    let seen = found.entry((rank, block_at(&at, table))).or_default();
-                    seen.0 = seen.0.max(decode(piece.dtype, bytes).abs());
-                    seen.1.insert(number(&at, &table.shape));
+    for ((rank, part), found) in ranks().zip(&parts).zip(&found) {
+        let mut merged = magnitudes.merged(rank).ok_or("not all have reported")?.into_iter();
+        for held in &part.tables {
+            let (place, table) = (held.table as usize, &plan.tables[held.table as usize]);
+            let scale = |amax| scale_of(amax, table.quant.scales);
+            let own = found.range((held.table, Vec::new())..(held.table + 1, Vec::new()));
+            for ((_, block), (amax, seen)) in own {
+                if seen.len() as u64 == elements_in(block, table) {
+                    known.insert((rank, place, block.clone()), scale(*amax));
                 }
             }
-        }
-        for ((rank, block), (amax, seen)) in &found {
-            if seen.len() as u64 == elements_in(block, table) {
-                known.insert((*rank, place, block.clone()), scale_of(*amax, table.quant.scales));
+            for block in held.told.iter().flat_map(all_indices) {
+                let amax = merged.next().ok_or("somebody is told of too few blocks")?;
+                if found.get(&(held.table, block.clone())).is_none_or(|(own, _)| amax < *own) {
+                    return Err(format!("{rank} is told less of a block than it has found itself"));
+                }
+                known.insert((rank, place, block), scale(amax));
             }
         }
-        for exchange in &table.exchanges {
-            for element in 0..elements(&exchange.blocks.shape()) {
-                let at = indices(element, &exchange.blocks.shape());
-                let block: Vec<u64> = at.iter().zip(exchange.blocks.start()).map(|(i, s)| i + s).collect();
-                let reports = exchange.reporters.iter().filter_map(|rank| found.get(&(*rank, block.clone())));
-                let amax = reports.map(|(amax, _)| *amax).fold(0.0, f32::max);
-                for rank in exchange.holders.iter().chain([&exchange.owner]) {
-                    known.insert((*rank, place, block.clone()), scale_of(amax, table.quant.scales));
-                }
+        if merged.next().is_some() {
+            return Err("somebody is told of too many blocks".into());
+        }
+    }
+    Ok(known)
+}
+
+/// What a trainer finds in its own pieces, by table and block: the largest magnitude, and the elements that it has seen.
+type Found = BTreeMap<(u32, Vec<u64>), (f32, BTreeSet<u64>)>;
+
+fn find(part: &QuantPart, memory: &[Vec<u8>]) -> Found {
+    let mut found = Found::new();
+    for held in &part.tables {
+        let width = held.dtype.bytes();
+        for piece in &held.pieces {
+            let local = piece.bounds.shape();
+            for element in 0..elements(&local) {
+                let at: Vec<u64> =
+                    indices(element, &local).iter().zip(piece.bounds.start()).map(|(i, s)| i + s).collect();
+                let byte = (piece.offset + element * width) as usize;
+                let bytes = &memory[piece.region.index()][byte..byte + width as usize];
+                let mut block = at.clone();
+                let rank = block.len();
+                block[rank - 2] /= u64::from(held.quant.block[0]);
+                block[rank - 1] /= u64::from(held.quant.block[1]);
+                let seen = found.entry((held.table, block)).or_default();
+                seen.0 = seen.0.max(decode(held.dtype, bytes).abs());
+                seen.1.insert(number(&at, &held.shape));
             }
         }
     }
-    known
+    found
+}
+
+/// All indices of a box, row-major.
+fn all_indices(bounds: &TensorBox) -> impl Iterator<Item = Vec<u64>> {
+    (0..elements(&bounds.shape())).map(|element| {
+        indices(element, &bounds.shape()).iter().zip(bounds.start()).map(|(i, s)| i + s).collect()
+    })
 }
 
 fn block_at(at: &[u64], table: &ScaleTable) -> Vec<u64> {
@@ -643,7 +680,7 @@ fn payload(
 /// needs a scale that its trainer does not know.
 pub(crate) fn execute(plan: &Plan, manifest: &Manifest, untouched: u8) -> Result<Memory, String> {
     let sources = sources(manifest);
-    let scales = exchange(plan, manifest, &sources);
+    let scales = exchange(plan, manifest, &sources)?;
     let sized = |fill: u8| -> Memory {
         let of = |receiver: &ReceiverManifest| {
             receiver.regions.iter().map(|&bytes| vec![fill; bytes as usize]).collect()

@@ -1,0 +1,272 @@
+//! Whole pushes from one GPU to the next: the planner's plan of a model, the driver and the rail, as a session runs them.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use gpu_mem::PinnedBuffer;
+use rayon::prelude::*;
+use weight_ops::cuda::DeviceRange;
+use weight_ops::{BlockGrid, Dtype, F8E4M3, MatrixMut, MatrixRef, ScaleFormat};
+use xfer_exec::cuda::{
+    Arrivals, CudaPeer, CudaRail, CudaRailConfig, DeviceRegion, GpuMemory, GpuMemoryConfig, expose,
+};
+use xfer_exec::driver::{Driver, Step};
+use xfer_exec::local::Doorman;
+use xfer_exec::program::Route;
+use xfer_exec::{Program, RailIndex, RankLimits};
+use xfer_plan::model::JobSpec;
+use xfer_plan::{
+    HeldTable, Manifest, Op, ParamId, Plan, QuantPart, RankPlan, ReceiverRank, RegionIndex, Strided,
+    TrainerRank, Transform, plan,
+};
+
+use crate::data::{LenBytes as _, Source};
+use crate::gpu::{Gpu, POISON};
+use crate::measure::{Figures, Target, Work, beside};
+use crate::report::Report;
+
+/// The planner takes from here what the copy engine and the kernels are fast with; longer than over a NIC.
+const CHUNK_BYTES: u64 = 64 << 20;
+const SLOT_BYTES: u64 = 16 << 20;
+const STAGING_BYTES: u64 = 512 << 20;
+
+/// How much longer a push may take for quantising on the way.
+const QUANTISED_MAX: f64 = 1.10;
+
+/// Device memory is mapped in multiples of this.
+const GRANULARITY: u64 = 2 << 20;
+
+const DEADLINE: Duration = Duration::from_secs(60);
+const TO: ReceiverRank = ReceiverRank(0);
+const FROM: TrainerRank = TrainerRank(0);
+
+/// From the first GPU to the second, of models of up to eight times `bytes`.
+pub(crate) fn measure(report: &mut Report, gpus: &[Gpu], bytes: u64) -> anyhow::Result<()> {
+    let [first, second, ..] = gpus else { bail!("there is no second GPU") };
+    report.part("push", |report| {
+        let model = Model::new(8 * bytes, false)?;
+        let figures = model.beside_a_copy(report.rounds(), first, second);
+        report.add(&model.name, figures);
+        Ok(())
+    });
+    report.part("quantised push", |report| {
+        let model = Model::new(8 * bytes, true)?;
+        let figures = model.beside_codes_alone(report.rounds(), first, second);
+        report.add(&model.name, figures);
+        Ok(())
+    });
+    Ok(())
+}
+
+/// Qwen3-8B on one trainer and one inference rank, with as many of its layers as there is room for.
+struct Model {
+    name: String,
+    manifest: Manifest,
+    plan: Plan,
+    part: RankPlan,
+    quantised: QuantPart,
+}
+
+impl Model {
+    /// Of at most so many bytes in BF16, but one layer at least. Quantised, it has hardly any embeddings, which stay BF16.
+    fn new(bytes_max: u64, is_quantised: bool) -> anyhow::Result<Self> {
+        // 23 bytes for each square of the hidden size, in BF16. Narrower where not even one layer fits.
+        let layer = |hidden: u64| 23 * hidden * hidden;
+        let hidden = [4096, 1024].into_iter().find(|hidden| layer(*hidden) <= bytes_max).unwrap_or(256);
+        let vocabulary = if is_quantised { 128 } else { 151_936 * hidden / 4096 };
+        let embeddings = 4 * vocabulary * hidden;
+        let layers = (bytes_max.saturating_sub(embeddings) / layer(hidden)).clamp(1, 36);
+        let heads = (hidden / 128).max(1);
+        let fp8 = if is_quantised { r#", "fp8": {"block": [128, 128], "scales": "f32"}"# } else { "" };
+        let job = format!(
+            r#"{{"model": {{"config": {{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
+                "torch_dtype": "bfloat16", "num_hidden_layers": {layers}, "hidden_size": {hidden},
+                "vocab_size": {vocabulary}, "num_attention_heads": {heads}, "num_key_value_heads": {},
+                "head_dim": 128, "intermediate_size": {}, "tie_word_embeddings": false}}}},
+            "trainers": {{"layout": "fsdp=1", "gpus": 1}}, "receivers": {{"layout": "tp=1", "gpus": 1{fp8}}},
+            "options": {{"chunk_bytes_max": {CHUNK_BYTES}, "gather_chunk_bytes_max": {SLOT_BYTES},
+                "watermark_bytes": {STAGING_BYTES}}}}}"#,
+            (heads / 4).max(1),
+            3 * hidden,
+        );
+        let mut manifest = JobSpec::from_json(&job)?.manifest()?;
+        for bytes in manifest.receivers.iter_mut().flat_map(|receiver| &mut receiver.regions) {
+            *bytes = bytes.next_multiple_of(GRANULARITY);
+        }
+        let plan = plan(&manifest)?;
+        let (part, quantised) = (plan.part(FROM, &manifest)?, plan.quant_part(FROM, &manifest)?);
+        let what = if is_quantised { "to FP8 in blocks and sent" } else { "FSDP 1 to TP 1, fused" };
+        let name = format!("{layers} layers of Qwen3-8B ({hidden} wide), {what}");
+        Ok(Self { name, manifest, plan, part, quantised })
+    }
+
+    fn source_bytes(&self) -> anyhow::Result<u64> {
+        self.manifest.trainers.first().and_then(|rank| rank.regions.first()).copied().context("no trainer")
+    }
+
+    fn arena_bytes(&self) -> anyhow::Result<u64> {
+        self.manifest.receivers.first().and_then(|rank| rank.regions.first()).copied().context("no receiver")
+    }
+
+    /// The push, beside one copy of as many bytes.
+    fn beside_a_copy(&self, rounds: usize, first: &Gpu, second: &Gpu) -> anyhow::Result<Figures> {
+        let source = Source::new(first, Dtype::BF16, self.source_bytes()?)?;
+        let receiver = Receiver::new(second, self.arena_bytes()?)?;
+        let mut push =
+            Push::new(first, &receiver, self.part.clone(), &self.quantised, source.device.clone())?;
+        receiver.poison(second)?;
+        push.run()?;
+        second.check(&receiver.arena, &self.expected(&source.host)?)?;
+        let bytes = self.part.bytes;
+        let (from, to) = (source.device.part(0..bytes)?, second.memory(bytes)?);
+        let copy = Work::new(bytes, first.rounds_of_copy(&from, &to));
+        let figures = beside(rounds, Work::new(bytes, || push.run()), "cuMemcpyPeerAsync", copy)?;
+        Ok(figures.with_target(Target::Ratio(0.96)))
+    }
+
+    /// The push that quantises, beside one of the same WRITEs of bytes that were quantised before.
+    fn beside_codes_alone(&self, rounds: usize, first: &Gpu, second: &Gpu) -> anyhow::Result<Figures> {
+        let source = Source::new(first, Dtype::BF16, self.source_bytes()?)?;
+        let receiver = Receiver::new(second, self.arena_bytes()?)?;
+        let mut push =
+            Push::new(first, &receiver, self.part.clone(), &self.quantised, source.device.clone())?;
+        receiver.poison(second)?;
+        push.run()?;
+        let expected = self.expected(&source.host)?;
+        second.check(&receiver.arena, &expected)?;
+        let mut host = first.device.pinned(expected.len())?;
+        host.bytes_mut().copy_from_slice(&expected);
+        let ready = first.upload(&Arc::new(host))?;
+        let mut alone = Push::new(first, &receiver, as_copies(&self.part), &QuantPart::default(), ready)?;
+        receiver.poison(second)?;
+        alone.run()?;
+        second.check(&receiver.arena, &expected)?;
+        let bytes = self.part.bytes;
+        let (ours, theirs) = (Work::new(bytes, || push.run()), Work::new(bytes, || alone.run()));
+        let figures = beside(rounds, ours, "the same FP8 sent alone", theirs)?;
+        Ok(figures.with_target(Target::Ratio(1.0 / QUANTISED_MAX)))
+    }
+
+    /// What the receiver must hold then, found out with the CPU's kernels over whole tensors.
+    fn expected(&self, source: &PinnedBuffer) -> anyhow::Result<Vec<u8>> {
+        let source = source.bytes();
+        let mut expected = vec![POISON; usize::try_from(self.arena_bytes()?)?];
+        let mut codes = vec![F8E4M3::default(); source.len() / 2];
+        let mut scales = BTreeMap::new();
+        for table in &self.quantised.tables {
+            let quantised = quantise(table, source, &mut codes)?;
+            scales.insert(table.table, quantised);
+        }
+        let codes: Vec<u8> = codes.par_iter().map(|code| code.to_bits()).collect();
+        for op in &self.part.ops {
+            let of: &[u8] = match op.transform {
+                Transform::Copy => source,
+                Transform::Quantize { .. } => &codes,
+                Transform::Scales { .. } => scales.get(&op.source.region.0).context("no such table")?,
+                Transform::Cast { .. } => bail!("{} is cast", self.plan.name(op.param)),
+            };
+            // A code for every two bytes.
+            let width = if matches!(op.transform, Transform::Quantize { .. }) { 2 } else { 1 };
+            for row in 0..u64::from(op.rows) {
+                let from = usize::try_from((op.source.offset + row * op.source.stride) / width)?;
+                let to = usize::try_from(op.destination.offset + row * op.destination.stride)?;
+                let len = op.row_bytes as usize;
+                let (from, to) = (of.get(from..from + len), expected.get_mut(to..to + len));
+                to.context("outside the arena")?.copy_from_slice(from.context("outside the weights")?);
+            }
+        }
+        Ok(expected)
+    }
+}
+
+/// Quantises the whole tensor of a table, to where its elements are; its scales as bytes.
+fn quantise(table: &HeldTable, source: &[u8], codes: &mut [F8E4M3]) -> anyhow::Result<Vec<u8>> {
+    let (Some(piece), [rows, columns]) = (table.pieces.first(), table.shape.as_slice()) else {
+        bail!("a tensor of {:?} in {} pieces", table.shape, table.pieces.len());
+    };
+    let shape = [usize::try_from(*rows)?, usize::try_from(*columns)?];
+    let grid = BlockGrid::new(shape, table.quant.block)?;
+    let (first, elements) = (usize::try_from(piece.offset)?, shape[0] * shape[1]);
+    let bytes = source.get(first..first + 2 * elements).context("outside the weights")?;
+    let codes = codes.get_mut(first / 2..first / 2 + elements).context("outside the weights")?;
+    let mut scales = vec![0.0_f32; grid.table_len()];
+    let source = MatrixRef::<half::bf16>::from_bytes(bytes, shape, shape[1])?;
+    let destination = MatrixMut::new(codes, shape, shape[1])?;
+    weight_ops::quantize(&grid, source, ScaleFormat::F32, destination, &mut scales)?;
+    Ok(scales.iter().flat_map(|scale| scale.to_ne_bytes()).collect())
+}
+
+/// The same WRITEs, of bytes that lie at the sender as they do at the receiver.
+fn as_copies(part: &RankPlan) -> RankPlan {
+    let copy = |op: &Op| {
+        let source = Strided { region: RegionIndex(0), ..op.destination };
+        Op { source, gather: false, transform: Transform::Copy, param: ParamId(0), ..*op }
+    };
+    let ops: Vec<Op> = part.ops.iter().map(copy).collect();
+    RankPlan { writes: ops.iter().map(Op::writes).sum(), ops, ..part.clone() }
+}
+
+/// Device memory that is written to.
+struct Receiver {
+    arena: DeviceRange,
+    doorman: Doorman,
+    _arrivals: Arrivals,
+}
+
+impl Receiver {
+    fn new(gpu: &Gpu, bytes: u64) -> anyhow::Result<Self> {
+        let buffer = Arc::new(gpu.device.alloc_vmm(bytes, bytes)?);
+        let (doorman, arrivals) = expose(vec![DeviceRegion::mapped(&buffer)?])?;
+        Ok(Self { arena: DeviceRange::whole(&buffer), doorman, _arrivals: arrivals })
+    }
+
+    fn poison(&self, gpu: &Gpu) -> anyhow::Result<()> {
+        gpu.fill(&self.arena, POISON)
+    }
+}
+
+/// A sender: its driver, and its weights while they are not being pushed.
+struct Push {
+    driver: Driver<GpuMemory>,
+    weights: Vec<DeviceRange>,
+}
+
+impl Push {
+    fn new(
+        gpu: &Gpu,
+        to: &Receiver,
+        part: RankPlan,
+        quantised: &QuantPart,
+        weights: DeviceRange,
+    ) -> anyhow::Result<Self> {
+        let slot_bytes = part.ops.iter().map(Op::staged_bytes).max().unwrap_or(0);
+        let limits = RankLimits { region_bytes: vec![weights.len_bytes()], slot_bytes, transforms: true };
+        let region_bytes = vec![to.arena.len_bytes()];
+        let peer = CudaPeer::open(&gpu.device, to.doorman.address(), &region_bytes, DEADLINE)?;
+        let routes = BTreeMap::from([(TO, Route { rails: vec![RailIndex(0)], region_bytes })]);
+        let program =
+            Program::new(part, BTreeMap::new(), &limits, routes)?.with_quantization(quantised, &limits)?;
+        let rail = CudaRail::new(&gpu.kernels, BTreeMap::from([(TO, peer)]), CudaRailConfig::default())?;
+        let multiprocessors = NonZeroU32::new(gpu.kernels.multiprocessors()).unwrap_or(NonZeroU32::MIN);
+        let staging_bytes = STAGING_BYTES;
+        let config = GpuMemoryConfig { staging_bytes, slot_bytes, multiprocessors, close_max: DEADLINE };
+        let memory = GpuMemory::new(&gpu.kernels, &program, config, None)?;
+        let driver = Driver::over(memory, program, vec![Box::new(rail)], DEADLINE, DEADLINE / 5);
+        Ok(Self { driver, weights: vec![weights] })
+    }
+
+    /// One push, by the host's clock.
+    fn run(&mut self) -> anyhow::Result<Duration> {
+        self.driver.begin(std::mem::take(&mut self.weights));
+        loop {
+            if let Step::Over(outcome) = self.driver.step() {
+                self.weights = outcome.regions;
+                outcome.result?;
+                return Ok(outcome.timings.total);
+            }
+        }
+    }
+}

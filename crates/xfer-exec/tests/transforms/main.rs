@@ -1,0 +1,202 @@
+//! The planner, the host driver and the kernels together: random models are cast and quantised on their way, and arrive as
+//! if each tensor had been quantised whole.
+//!
+//! Two oracles, neither of which knows the planner's boxes or the driver's rectangles: element by element, as the planner's
+//! own tests have it, and the kernels over the whole tensor.
+
+#[allow(dead_code)] // its own tests use all of it
+#[path = "../../../xfer-plan/tests/scenario/mod.rs"]
+mod scenario;
+mod whole;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
+
+use efa_core::{Lease, LeaseMut};
+use proptest::prelude::*;
+use scenario::Choices;
+use xfer_exec::driver::{DriverConfig, HostRail, Measured, Outcome, Sender, ThreadConfig};
+use xfer_exec::program::Route;
+use xfer_exec::{
+    Armed, Done, Program, Rail, RailError, RailIndex, RailLimits, RailWrite, RankLimits, WriteId,
+};
+use xfer_plan::{Manifest, Plan, ReceiverRank, Relay, TrainerRank, plan};
+
+const UNTOUCHED: u8 = 0xee;
+const SOON: Duration = Duration::from_secs(20);
+
+/// Every region of every receiver.
+type Memory = Arc<Mutex<Vec<Vec<Vec<u8>>>>>;
+
+/// A rail into memory of this process, which writes when it is polled.
+struct InMemory {
+    memory: Memory,
+    taken: VecDeque<RailWrite<Lease>>,
+    takes_rows: bool,
+}
+
+impl Rail for InMemory {
+    type Buffer = Lease;
+
+    fn name(&self) -> String {
+        "in memory".into()
+    }
+    fn limits(&self) -> RailLimits {
+        RailLimits { depth: 4, in_flight_bytes_max: 1 << 20, takes_rows: self.takes_rows }
+    }
+    fn post(&mut self, writes: &mut VecDeque<RailWrite<Lease>>) -> Result<(), RailError> {
+        while self.taken.len() < 4
+            && let Some(write) = writes.pop_front()
+        {
+            self.taken.push_back(write);
+        }
+        Ok(())
+    }
+    fn poll(&mut self, done: &mut Vec<Done<Lease>>) -> Result<(), RailError> {
+        for RailWrite { id, from, rows, to, region, offset, .. } in self.taken.drain(..) {
+            let mut memory = self.memory.lock().unwrap();
+            for row in 0..rows.count as usize {
+                let bytes = &from.bytes()[row * rows.stride as usize..][..rows.bytes as usize];
+                let at = offset as usize + row * rows.bytes as usize;
+                memory[to.index()][region.index()][at..at + bytes.len()].copy_from_slice(bytes);
+            }
+            done.push(Done { id, from, result: Ok(()) });
+        }
+        Ok(())
+    }
+    fn arm(&mut self) -> Armed<'_> {
+        Armed::Ready
+    }
+    fn close(self: Box<Self>, unfinished: &mut Vec<WriteId>) -> Result<(), RailError> {
+        unfinished.extend(self.taken.iter().map(|write| write.id));
+        Ok(())
+    }
+}
+
+/// What the receivers' memory is before a push.
+fn untouched(manifest: &Manifest) -> Vec<Vec<Vec<u8>>> {
+    let regions = |regions: &[u64]| regions.iter().map(|bytes| vec![UNTOUCHED; *bytes as usize]).collect();
+    manifest.receivers.iter().map(|receiver| regions(&receiver.regions)).collect()
+}
+
+fn program(plan: &Plan, manifest: &Manifest, rank: TrainerRank) -> (Program, u64) {
+    let part = plan.part(rank, manifest).unwrap();
+    let slot_bytes = part.ops.iter().map(xfer_plan::Op::staged_bytes).max().unwrap_or(0);
+    let region_bytes = manifest.trainers[rank.index()].regions.clone();
+    let limits = RankLimits { region_bytes, slot_bytes, transforms: true };
+    let route = |receiver: &xfer_plan::ReceiverManifest| Route {
+        rails: vec![RailIndex(0)],
+        region_bytes: receiver.regions.clone(),
+    };
+    let routes = (0..).map(ReceiverRank).zip(manifest.receivers.iter().map(route)).collect();
+    let quantised = plan.quant_part(rank, manifest).unwrap();
+    let program = Program::new(part, BTreeMap::new(), &limits, routes).unwrap();
+    (program.with_quantization(&quantised, &limits).unwrap(), slot_bytes)
+}
+
+fn sender(plan: &Plan, manifest: &Manifest, rank: TrainerRank, memory: &Memory, takes_rows: bool) -> Sender {
+    let (program, slot_bytes) = program(plan, manifest, rank);
+    let rail = InMemory { memory: Arc::clone(memory), taken: VecDeque::new(), takes_rows };
+    let rails: Vec<HostRail> = vec![Box::new(rail)];
+    // Two slots: what is transformed has to wait for what is written.
+    let staging = LeaseMut::zeroed(2 * slot_bytes as usize).unwrap();
+    let driver = DriverConfig { program, rails, staging, slot_bytes, deadline: SOON, stall: SOON / 5 };
+    Sender::start(driver, ThreadConfig { name: rank.to_string(), ..ThreadConfig::default() }).unwrap()
+}
+
+fn lease(bytes: &[u8]) -> Lease {
+    let mut lease = LeaseMut::zeroed(bytes.len()).unwrap();
+    lease.bytes_mut().copy_from_slice(bytes);
+    lease.freeze()
+}
+
+/// Pushes what the trainers have, twice with the same drivers, and gives what has arrived.
+fn push(manifest: &Manifest, sources: &[Vec<Vec<u8>>], takes_rows: bool) -> Vec<Vec<Vec<u8>>> {
+    let plan = plan(manifest).unwrap();
+    let memory: Memory = Arc::new(Mutex::new(Vec::new()));
+    let ranks: Vec<TrainerRank> = (0..sources.len() as u32).map(TrainerRank).collect();
+    let senders: Vec<Sender> =
+        ranks.iter().map(|rank| sender(&plan, manifest, *rank, &memory, takes_rows)).collect();
+    let mut magnitudes = plan.magnitudes();
+    let mut weights: Vec<Vec<Lease>> =
+        sources.iter().map(|regions| regions.iter().map(|bytes| lease(bytes)).collect()).collect();
+    for _ in 0..2 {
+        *memory.lock().unwrap() = untouched(manifest);
+        magnitudes.clear();
+        for ((rank, sender), weights) in ranks.iter().zip(&senders).zip(&mut weights) {
+            let (reply, measured) = mpsc::channel();
+            sender.magnitudes(std::mem::take(weights), move |measured| reply.send(measured).unwrap());
+            let Measured { result, regions } = measured.recv_timeout(SOON).unwrap();
+            *weights = regions;
+            magnitudes.report(*rank, &result.unwrap()).unwrap();
+        }
+        for ((rank, sender), weights) in ranks.iter().zip(&senders).zip(&mut weights) {
+            let (reply, outcome) = mpsc::channel();
+            let told = magnitudes.merged(*rank).unwrap();
+            sender.push_told(std::mem::take(weights), told, move |outcome| reply.send(outcome).unwrap());
+            let Outcome { result, regions, .. } = outcome.recv_timeout(2 * SOON).unwrap();
+            result.unwrap();
+            // Nobody keeps a handle on what was given back.
+            *weights = regions.into_iter().map(|region| region.thaw().unwrap().freeze()).collect();
+        }
+    }
+    senders.into_iter().for_each(Sender::close);
+    std::mem::take(&mut *memory.lock().unwrap())
+}
+
+proptest! {
+    #![proptest_config(scenario::config(300))]
+
+    #[test]
+    fn what_arrives_is_what_the_whole_tensors_give(choices in scenario::choices(), takes_rows: bool) {
+        let mut manifest = scenario::manifest(&mut Choices::new(choices));
+        manifest.options.relay = Relay::Never;
+        let found = push(&manifest, &scenario::sources(&manifest), takes_rows);
+        prop_assert_eq!(found, scenario::expected(&manifest, UNTOUCHED), "{:#?}", manifest);
+    }
+}
+
+#[test]
+fn blocks_that_four_trainers_cut_arrive_as_the_kernels_quantise_the_whole() {
+    whole::check(&|manifest, sources| push(manifest, sources, false));
+}
+
+#[test]
+fn a_push_that_is_told_too_little_fails_and_gives_the_weights_back() {
+    let (manifest, sources) = whole::cut_by_four();
+    let plan = plan(&manifest).unwrap();
+    let memory: Memory = Arc::new(Mutex::new(untouched(&manifest)));
+    let sender = sender(&plan, &manifest, TrainerRank(1), &memory, true);
+    let weights: Vec<Lease> = sources[1].iter().map(|bytes| lease(bytes)).collect();
+    let (reply, outcome) = mpsc::channel();
+    sender.push(weights, move |outcome| reply.send(outcome).unwrap());
+    let Outcome { result, regions, .. } = outcome.recv_timeout(SOON).unwrap();
+    let error = result.unwrap_err().to_string();
+    assert!(error.contains("is told 0 magnitudes"), "{error}");
+    assert_eq!(regions.len(), sources[1].len());
+    sender.close();
+    assert!(*memory.lock().unwrap() == untouched(&manifest), "nothing was written");
+}
+
+#[test]
+fn a_part_that_lies_elsewhere_is_refused() {
+    let (manifest, _) = whole::cut_by_four();
+    let plan = plan(&manifest).unwrap();
+    let rank = TrainerRank(1);
+    let refused = |change: &dyn Fn(&mut xfer_plan::HeldTable)| {
+        let region_bytes = manifest.trainers[1].regions.clone();
+        let limits = RankLimits { region_bytes, slot_bytes: 1 << 20, transforms: true };
+        let (program, _) = program(&plan, &manifest, rank);
+        let mut part = plan.quant_part(rank, &manifest).unwrap();
+        change(&mut part.tables[0]);
+        program.with_quantization(&part, &limits).unwrap_err().to_string()
+    };
+    assert!(refused(&|table| table.pieces[0].offset += 1 << 30).contains("is not in region 0"));
+    assert!(refused(&|table| table.pieces[0].offset += 2).contains("share bytes"));
+    assert!(refused(&|table| table.pieces.clear()).contains("holds nothing"));
+    assert!(refused(&|table| table.shape[0] = 8).contains("is not in region 0"));
+    assert!(refused(&|table| table.shape = vec![3]).contains("not possible"));
+    assert!(refused(&|table| table.dtype = xfer_plan::DType::I16).contains("not possible"));
+    assert!(refused(&|table| table.quant.block = [64, 128]).contains("holds nothing"));
+}

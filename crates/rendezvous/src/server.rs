@@ -24,7 +24,11 @@ use crate::handshake::{self, Secret, random_seed};
 use crate::protocol::{
     DEADLINE_DEFAULT, FRAME_BYTES_MAX, JOB_DEFAULT, MEMBER_FRAME_BYTES_MAX, ToController, ToMember, World,
 };
+use crate::refusal::Refusal;
 use crate::verify::Verify;
+
+mod log;
+mod watching;
 
 /// Connections that have not proved themselves. A full job of 65 536 ranks comes in waves; the rest wait in the backlog.
 const UNPROVED_MAX: usize = 1024;
@@ -149,6 +153,7 @@ impl Server {
         let unproved = Arc::new(Semaphore::new(UNPROVED_MAX));
         let mut outgoing: HashMap<ConnectionId, mpsc::Sender<ToMember>> = HashMap::new();
         let mut tasks = JoinSet::new();
+        let observers = Arc::new(Semaphore::new(watching::OBSERVERS_MAX));
         let mut connections = 0;
         let mut actions = Vec::new();
         let mut ended = None;
@@ -158,7 +163,8 @@ impl Server {
                     let (stream, peer, permit) = accepted;
                     connections += 1;
                     let (id, events) = (ConnectionId(connections), events_in.clone());
-                    let connection = Connection { id, peer, events, join_max, frame_bytes_max };
+                    let observers = observers.clone();
+                    let connection = Connection { id, peer, events, observers, join_max, frame_bytes_max };
                     let secret = secret.clone();
                     tasks.spawn(async move {
                         // The permit covers the handshake only.
@@ -167,8 +173,13 @@ impl Server {
                     continue;
                 }
                 Some(input) = events.recv() => match input {
-                    Input::Opened(connection, sender) => {
+                    Input::Opened(connection, peer, sender) => {
                         outgoing.insert(connection, sender);
+                        Event::Connected(connection, peer.to_string())
+                    }
+                    Input::Refused(refused) => {
+                        log::tell(&refused);
+                        observe(refused);
                         continue;
                     }
                     // What a connection says after it was closed counts for nothing.
@@ -198,7 +209,7 @@ impl Server {
                         }
                         Action::Close(connection) => drop(outgoing.remove(&connection)),
                         Action::Report(report) => {
-                            tracing::debug!(?report);
+                            log::tell(&report);
                             if let Report::Ended { reason } = &report {
                                 ended.clone_from(reason);
                             }
@@ -234,7 +245,8 @@ async fn accept(listener: &TcpListener, unproved: &Arc<Semaphore>) -> (TcpStream
 }
 
 enum Input {
-    Opened(ConnectionId, mpsc::Sender<ToMember>),
+    Opened(ConnectionId, SocketAddr, mpsc::Sender<ToMember>),
+    Refused(Report),
     Event(Event),
 }
 
@@ -242,6 +254,8 @@ struct Connection {
     id: ConnectionId,
     peer: SocketAddr,
     events: mpsc::Sender<Input>,
+    /// Room for connections that only watch.
+    observers: Arc<Semaphore>,
     /// From its proof to its join.
     join_max: Duration,
     /// Once it has joined.
@@ -256,9 +270,10 @@ impl Connection {
         });
         match proved.await {
             Ok(Ok(())) => drop(permit),
-            Ok(Err(error)) => return tracing::warn!(peer = %self.peer, %error, "refused a connection"),
+            Ok(Err(error)) => return self.refused(Refusal::of(&error), error.to_string()).await,
             Err(_) => {
-                return tracing::warn!(peer = %self.peer, "did not prove itself within {HANDSHAKE_MAX:?}");
+                let reason = format!("it did not prove itself within {HANDSHAKE_MAX:?}");
+                return self.refused(Refusal::Timeout, reason).await;
             }
         }
         // A member opens and registers its memory before it joins, which takes time.
@@ -267,12 +282,18 @@ impl Connection {
         let first = match first.await {
             Ok(Ok(Some(message))) => message,
             Ok(Ok(None)) => return tracing::debug!(peer = %self.peer, "closed before it joined"),
-            Ok(Err(error)) => return tracing::warn!(peer = %self.peer, %error, "refused a connection"),
-            Err(_) => return tracing::warn!(peer = %self.peer, "did not join within {:?}", self.join_max),
+            Ok(Err(error)) => return self.refused(Refusal::of(&error), error.to_string()).await,
+            Err(_) => {
+                let reason = format!("it did not join within {:?}", self.join_max);
+                return self.refused(Refusal::Timeout, reason).await;
+            }
         };
+        if first == ToController::Status {
+            return self.watch(&mut stream).await;
+        }
         let (sender, outgoing) = mpsc::channel(OUTGOING_MAX);
         let (mut read_half, write_half) = stream.split();
-        let _ = self.events.send(Input::Opened(self.id, sender)).await;
+        let _ = self.events.send(Input::Opened(self.id, self.peer, sender)).await;
         let _ = self.events.send(Input::Event(Event::Received(self.id, first))).await;
         let read = async {
             loop {
@@ -298,6 +319,12 @@ impl Connection {
         let mut sink = [0; 1024];
         let drain = async { while matches!(stream.read(&mut sink).await, Ok(1..)) {} };
         let _ = timeout(LINGER_MAX, drain).await;
+    }
+
+    /// Tells whoever watches that this connection was not let in.
+    async fn refused(&self, refusal: Refusal, reason: String) {
+        let peer = self.peer.to_string();
+        let _ = self.events.send(Input::Refused(Report::Refused { peer, refusal, reason })).await;
     }
 }
 

@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -12,8 +12,10 @@ use crate::commands::simulate::args::SimulateArgs;
 use crate::commands::topo::TopoArgs;
 
 mod local_rank;
+mod observing;
 mod rank;
 
+pub(crate) use observing::{LogFormat, MetricsArgs, StatusArgs};
 pub(crate) use rank::RankArgs;
 
 /// The secret's environment variable; a command line is visible to every user of the host.
@@ -32,9 +34,13 @@ pub(crate) const SECRET_VARIABLE: &str = "WEIGHTSYNC_SECRET";
                        Environment:\n  LIBFABRIC_SO       the libfabric.so.1 to open, before the system's\n  \
                        WEIGHTSYNC_SECRET  the job's secret, where --secret-file is not given\n  \
                        LOCAL_RANK, LOCAL_WORLD_SIZE and those of Open MPI and Slurm: see push --local-rank\n  \
-                       RUST_LOG           what to log to standard error, for example info or rendezvous=debug"
+                       WEIGHTSYNC_LOG     what to log to standard error, for example info or rendezvous=debug [default: \
+                       RUST_LOG, then warn]"
 )]
 pub(crate) struct Cli {
+    /// How to log to standard error: text, or json with one object per line, the final error included
+    #[arg(long, global = true, default_value = "text", value_name = "FORMAT", hide_short_help = true)]
+    pub(crate) log_format: LogFormat,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -54,6 +60,8 @@ pub(crate) enum Command {
     Push(PushArgs),
     /// Be one inference rank: take version after version, and compare them if asked
     Serve(ServeArgs),
+    /// Show what a running job does: who has joined, what is waited for, how far the push is
+    Status(StatusArgs),
     /// Say what this machine has (libfabric, NICs, GPUs, limits) and what it means for a push
     Info(InfoArgs),
     /// Make the plan of a transfer and show what it means, without any of its machines; or compare two plans
@@ -98,6 +106,8 @@ pub(crate) struct DemoArgs {
     pub(crate) checksums: ChecksumArgs,
     #[command(flatten)]
     pub(crate) launch: LaunchArgs,
+    #[command(flatten)]
+    pub(crate) metrics: MetricsArgs,
     /// Write a timeline of all ranks, for Perfetto (ui.perfetto.dev) or chrome://tracing
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
@@ -219,6 +229,8 @@ pub(crate) struct ControllerArgs {
     /// Allow an address that other hosts can reach without a secret
     #[arg(long)]
     pub(crate) insecure: bool,
+    #[command(flatten)]
+    pub(crate) metrics: MetricsArgs,
     /// Print one JSON object per line, each with an "event"
     #[arg(long)]
     pub(crate) json: bool,
@@ -340,19 +352,24 @@ impl JobArgs {
     }
 
     pub(crate) fn secret(&self) -> anyhow::Result<Secret> {
-        let text = match &self.secret_file {
-            Some(path) => std::fs::read_to_string(path)
-                .with_context(|| format!("cannot read the secret from {}", path.display()))?,
-            None => match std::env::var(SECRET_VARIABLE) {
-                Ok(text) => text,
-                Err(std::env::VarError::NotPresent) => return Ok(Secret::none()),
-                Err(error) => bail!("{SECRET_VARIABLE}: {error}"),
-            },
-        };
-        match text.trim() {
-            "" => bail!("the secret is empty; leave it out or give one"),
-            text => Ok(Secret::new(text)),
-        }
+        secret(self.secret_file.as_deref())
+    }
+}
+
+/// The job's secret: from this file, or from the environment.
+fn secret(file: Option<&Path>) -> anyhow::Result<Secret> {
+    let text = match file {
+        Some(path) => std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read the secret from {}", path.display()))?,
+        None => match std::env::var(SECRET_VARIABLE) {
+            Ok(text) => text,
+            Err(std::env::VarError::NotPresent) => return Ok(Secret::none()),
+            Err(error) => bail!("{SECRET_VARIABLE}: {error}"),
+        },
+    };
+    match text.trim() {
+        "" => bail!("the secret is empty; leave it out or give one"),
+        text => Ok(Secret::new(text)),
     }
 }
 

@@ -58,7 +58,7 @@ impl Job {
     pub fn command<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_weightsync"));
         command.args(arguments).env(MARK, &self.mark);
-        for variable in ["RUST_LOG", "WEIGHTSYNC_SECRET", "RUST_BACKTRACE"] {
+        for variable in ["RUST_LOG", "WEIGHTSYNC_LOG", "WEIGHTSYNC_SECRET", "RUST_BACKTRACE"] {
             command.env_remove(variable);
         }
         command

@@ -5,7 +5,7 @@
 //! every metric.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
@@ -27,9 +27,9 @@ pub(crate) use rank::{Ended, RankMetrics};
 pub struct Metrics(Arc<Inner>);
 
 struct Inner {
-    registry: Registry,
+    registry: Mutex<Registry>,
     ranks: rank::Families,
-    controller: controller::Families,
+    controller: OnceLock<controller::Families>,
 }
 
 impl Metrics {
@@ -37,18 +37,22 @@ impl Metrics {
     pub fn new() -> Self {
         let mut registry = Registry::with_prefix("weightsync");
         let ranks = rank::Families::register(&mut registry);
-        let controller = controller::Families::register(&mut registry);
-        Self(Arc::new(Inner { registry, ranks, controller }))
+        Self(Arc::new(Inner { registry: Mutex::new(registry), ranks, controller: OnceLock::new() }))
     }
 
     /// All of them in the text format of OpenMetrics, which Prometheus reads.
     pub fn text(&self) -> String {
         let mut text = String::new();
-        match encode(&mut text, &self.0.registry) {
+        match encode(&mut text, &self.registry()) {
             Ok(()) => text,
             // A `String` takes all that is written to it.
             Err(fmt::Error) => String::new(),
         }
+    }
+
+    /// What was registered, at worst in part, by a thread that panicked.
+    fn registry(&self) -> MutexGuard<'_, Registry> {
+        self.0.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn rank(&self, rank: xfer_plan::Rank) -> RankMetrics {

@@ -287,7 +287,7 @@ impl Drop for InPush<'_> {
             // Dropped in the middle: the guard tells the controller, and the rails stop posting.
             Some(_guard) => {
                 self.session.sender.abort(GIVEN_UP.into());
-                self.session.watch.failed(&Error::Broken);
+                self.session.watch.given_up(GIVEN_UP);
             }
             None => self.session.pushing = false,
         }
@@ -378,7 +378,7 @@ impl TrainerSession {
         self.watch.named(push);
         self.watch.stage("write");
         let (Written { outcome, summed }, ended) = self.write(push, version).await?;
-        self.tell_rails(&outcome)?;
+        self.tell_rails(&outcome);
         let fences = self.fences(&outcome.rails);
         let (sums, verified) = summed.map(|Summed { sums, report }| (sums, report)).unzip();
         let result = match (&ended, &outcome.result) {
@@ -482,14 +482,14 @@ impl TrainerSession {
     }
 
     /// For whoever watches: logs, metrics, and observers of the controller.
-    fn tell_rails(&mut self, outcome: &Outcome) -> Result<(), Error> {
+    fn tell_rails(&mut self, outcome: &Outcome) {
         let rails = || self.rails.iter().map(|rail| rail.name.as_str()).zip(&outcome.rails);
         let seconds = outcome.timings.total.as_secs_f64();
         let told = rails().take(RAILS_TOLD_MAX);
         let told = told.map(|(name, used)| RailStatus::new(name, used.bytes, seconds, used.closed.is_none()));
-        self.client.send(ToController::Rails { rails: told.collect() })?;
+        // A queue without room is met again by what has to be said.
+        let _ = self.client.send(ToController::Rails { rails: told.collect() });
         self.watch.rails(rails(), outcome.result.as_ref().map_or(0, |delivered| delivered.refusals));
-        Ok(())
     }
 
     /// Which rails inference ranks have to close: those over which bytes may still come that were given up on. A kernel goes

@@ -132,18 +132,26 @@ impl Watch {
         if is_deadline(error) {
             self.metrics.deadlines.inc();
         }
-        let Some(Attempt { version, push, stage }) = self.attempt.take() else { return };
-        self.failed = Some(version);
         let ended = match error {
             Error::Aborted { .. } => Ended::Aborted,
             // The version is there; who did not confirm it is lost.
             Error::Unconfirmed { .. } => Ended::Committed,
             _ => Ended::Failed,
         };
+        self.end(ended, peer(error), &error.to_string());
+    }
+
+    /// The attempt was dropped in the middle.
+    pub(crate) fn given_up(&mut self, reason: &'static str) {
+        self.end(Ended::Failed, None, reason);
+    }
+
+    fn end(&mut self, ended: Ended, peer: Option<Rank>, error: &str) {
+        let Some(Attempt { version, push, stage }) = self.attempt.take() else { return };
+        self.failed = Some(version);
         self.metrics.ended(ended);
-        let push = push.map(tracing::field::display);
-        let peer = peer(error).map(tracing::field::display);
-        tracing::warn!(rank = %self.rank, version, push, stage, peer, %error, "push failed");
+        let (push, peer) = (push.map(tracing::field::display), peer.map(tracing::field::display));
+        tracing::warn!(rank = %self.rank, version, push, stage, peer, error, "push failed");
     }
 }
 
@@ -158,14 +166,12 @@ fn is_deadline(error: &Error) -> bool {
 
 /// The inference rank that a trainer's own failure names.
 fn peer(error: &Error) -> Option<Rank> {
-    match error {
-        Error::Push { failure, .. } => match failure {
-            Failure::Write { to, .. }
-            | Failure::Uncertain { to, .. }
-            | Failure::Deadline { to, .. }
-            | Failure::Closed { to } => Some(Rank::Receiver(*to)),
-            _ => None,
-        },
+    let Error::Push { failure, .. } = error else { return None };
+    match failure {
+        Failure::Write { to, .. }
+        | Failure::Uncertain { to, .. }
+        | Failure::Deadline { to, .. }
+        | Failure::Closed { to } => Some(Rank::Receiver(*to)),
         _ => None,
     }
 }

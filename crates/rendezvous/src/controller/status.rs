@@ -95,7 +95,7 @@ impl History {
     /// A stage begins: what members have moved counts from zero.
     pub(super) fn entered(&mut self) {
         for known in self.ranks.values_mut() {
-            known.pace = Pace::default();
+            known.pace = Pace { heard: Some((0, self.now)), bytes_per_second: 0.0 };
         }
     }
 

@@ -31,6 +31,7 @@ pub(super) fn tell(report: &Report) {
             tracing::warn!(version, %push, %stage, cause = cause.name(), reason, "push aborted");
         }
         Report::Ended { reason: None } => tracing::info!("the job is over"),
-        Report::Ended { reason: Some(reason) } => tracing::error!(reason, "the job has ended"),
+        // Who runs the controller is told by its result; what led to it has been logged.
+        Report::Ended { reason: Some(reason) } => tracing::info!(reason, "the job has ended"),
     }
 }

@@ -13,13 +13,14 @@ use xfer_plan::Rank;
 use super::Metrics;
 use super::families::{Counters, Gauges, OfRank, OfReason, OfSide, histogram, register};
 
+/// Registered with the first controller: a process that runs none tells none of it.
 #[derive(Clone)]
 pub(super) struct Families {
     ranks: Gauges<OfSide>,
     members: Gauges<OfSide>,
     version: Gauge,
     planned: Gauge,
-    pushes: Counter,
+    commits: Counter,
     aborts: Counters<OfReason>,
     losses: Counters<OfSide>,
     refused: Counters<OfReason>,
@@ -35,7 +36,7 @@ impl Families {
             members: register(r, "members", None, "Ranks that have joined, and have neither left nor been lost", Gauges::default()),
             version: register(r, "version", None, "The last committed version", Gauge::default()),
             planned: register(r, "planned", Some(Unit::Bytes), "Bytes of one push, as planned", Gauge::default()),
-            pushes: register(r, "commits", None, "Committed versions", Counter::default()),
+            commits: register(r, "commits", None, "Committed versions", Counter::default()),
             aborts: register(r, "aborts", None, "Attempts that were aborted, by cause", Counters::default()),
             losses: register(r, "losses", None, "Ranks that were lost", Counters::default()),
             refused: register(r, "refused_connections", None, "Connections that were not let in, by reason", Counters::default()),
@@ -53,7 +54,7 @@ pub struct ControllerMetrics {
 impl Metrics {
     /// The metrics of a controller of this job: give it every [`Report`].
     pub fn controller(&self, world: World) -> ControllerMetrics {
-        let families = self.0.controller.clone();
+        let families = self.0.controller.get_or_init(|| Families::register(&mut self.registry())).clone();
         for (side, ranks) in [("trainer", world.trainers), ("inference", world.inference)] {
             let of = OfSide { side };
             families.ranks.get_or_create(&of).set(ranks.into());
@@ -94,7 +95,7 @@ impl ControllerMetrics {
             }
             Report::Committed { version, elapsed, .. } => {
                 families.version.set(i64::try_from(*version).unwrap_or(i64::MAX));
-                families.pushes.inc();
+                families.commits.inc();
                 families.push_seconds.observe(elapsed.as_secs_f64());
             }
             Report::Aborted { cause, .. } => {

@@ -53,6 +53,22 @@ fn counted() -> Metrics {
     metrics
 }
 
+#[test]
+fn a_process_tells_of_what_it_runs_alone() {
+    let metrics = Metrics::new();
+    assert_eq!(metrics.text(), "# EOF\n");
+    let rank = metrics.rank(T0);
+    assert!(!metrics.text().contains("controller"), "{}", metrics.text());
+    drop(rank);
+    let metrics = Metrics::new();
+    metrics.controller(World { trainers: 1, inference: 1 });
+    let series = metrics.text();
+    assert!(
+        series.lines().all(|line| line.contains("weightsync_controller_") || line == "# EOF"),
+        "{series}"
+    );
+}
+
 /// The labels of a series, unescaped.
 fn labels(text: &str) -> BTreeMap<String, String> {
     let mut labels = BTreeMap::new();

@@ -14,6 +14,7 @@ pub struct Observer {
 
 impl Observer {
     /// Reaches the controller and proves itself, within the deadline of `config`; no answer takes longer than that either.
+    /// Ask at least that often: a connection on which nothing is heard for as long is taken for lost.
     ///
     /// # Errors
     ///

@@ -369,7 +369,7 @@ fn refuse_shortcuts(library: &sys::Library, endpoint: &Object<sys::fid_ep>) {
         };
         if code != 0 {
             let errno = errno(library, code);
-            tracing::warn!(%errno, "this libfabric's efa does not let {what} be switched off");
+            tracing::warn!(%errno, what, "this libfabric's efa does not let it be switched off");
         }
     }
 }

@@ -24,10 +24,13 @@ mod event;
 mod joining;
 mod losses;
 mod push;
+mod status;
 mod verifying;
 
-pub use event::{Action, Event, Report};
-use push::{Push, Stage};
+pub use event::{Action, Cause, Event, Report};
+use push::Push;
+pub use push::Stage;
+use status::History;
 
 /// A member is lost when nothing was heard from it for this part of the deadline, so that the stage that waits for it
 /// still has time to name it.
@@ -123,6 +126,8 @@ pub struct Controller {
     committed: u64,
     attempts: u64,
     ticked_at: Duration,
+    /// For observers; no rule reads it.
+    history: History,
 }
 
 type Actions = Vec<Action>;
@@ -163,6 +168,7 @@ impl Controller {
             committed: 0,
             attempts: 0,
             ticked_at: Duration::ZERO,
+            history: History::default(),
         })
     }
 
@@ -193,9 +199,12 @@ impl Controller {
 
     /// Takes one event at time `now` (since any fixed moment, never decreasing) and appends what is to be done.
     pub fn handle(&mut self, event: Event, now: Duration, actions: &mut Actions) {
+        self.history.at(now);
         match event {
+            Event::Connected(connection, address) => self.history.connected(connection, address),
             Event::Received(from, message) => self.receive(from, message, now, actions),
             Event::Disconnected(connection, reason) => {
+                self.history.disconnected(connection);
                 if let Some(member) = self.members.remove(&connection) {
                     self.lose(member, &format!("its connection ended: {reason}"), actions);
                 }
@@ -208,6 +217,7 @@ impl Controller {
         let Some(&member) = self.members.get(&from) else {
             return match message {
                 ToController::Join(join) => self.join(from, *join, now, actions),
+                ToController::Status => actions.push(Action::Send(from, self.status())),
                 _ => refuse(from, "the first message must be a join".into(), actions),
             };
         };
@@ -216,6 +226,8 @@ impl Controller {
         }
         match message {
             ToController::Join(_) => self.lose(member, "it joined twice", actions),
+            ToController::Status => self.lose(member, "it asked for what only observers are told", actions),
+            ToController::Rails { rails } => self.history.rails(member, rails),
             ToController::Ready { digest } => self.ready(member, digest, actions),
             ToController::Begin { version } => self.begin(member, version, now, actions),
             ToController::Prepared { push } => self.advance(member, push, Stage::Preparing, now, actions),
@@ -235,6 +247,7 @@ impl Controller {
                 self.stopped(member, push, now, actions);
             }
             ToController::Heartbeat { progress } => {
+                self.history.progressed(member, progress);
                 if let Some(seat) = self.seats.get_mut(&member)
                     && seat.progress != progress
                 {
@@ -284,7 +297,7 @@ impl Controller {
             Phase::Pushing(push) if push.stage == Stage::Collecting => {
                 let reason =
                     format!("{member} began version {version} while others began version {}", push.version);
-                self.abort(reason.clone(), actions);
+                self.abort(Cause::Disagreement, reason.clone(), actions);
                 return self.reply(member, ToMember::Abort { version, reason }, actions);
             }
             _ => {
@@ -294,7 +307,7 @@ impl Controller {
         if let Some(gone) =
             self.trainers().find(|trainer| self.seats.get(trainer).is_none_or(|seat| seat.left))
         {
-            return self.abort(format!("{gone} has left the job"), actions);
+            return self.abort(Cause::Disagreement, format!("{gone} has left the job"), actions);
         }
         if self.nobody_waited_for() {
             self.enter(Stage::Stopping, now, actions);
@@ -308,6 +321,7 @@ impl Controller {
                 if !current.waiting.remove(&member) {
                     return self.lose(member, "it answered what it was not asked", actions);
                 }
+                self.history.advanced(member, stage, current.version);
             }
             // An answer to an attempt that has ended meanwhile.
             _ => return,
@@ -350,7 +364,7 @@ impl Controller {
             Phase::Pushing(current) if current.stage == Stage::Committing => {
                 self.lose(member, &format!("it failed after the commit: {reason}"), actions);
             }
-            Phase::Pushing(_) => self.abort(format!("{member}: {reason}"), actions),
+            Phase::Pushing(_) => self.abort(Cause::Failure, format!("{member}: {reason}"), actions),
             _ => {}
         }
     }
@@ -388,6 +402,7 @@ impl Controller {
         for seat in self.seats.values_mut() {
             (seat.progress, seat.progress_at) = (0, now);
         }
+        self.history.entered();
         let Phase::Pushing(push) = &mut self.phase else {
             return;
         };
@@ -434,7 +449,9 @@ impl Controller {
         if let Phase::Pushing(push) = &self.phase {
             self.committed = push.version;
             let elapsed = now.saturating_sub(push.began_at);
-            actions.push(Action::Report(Report::Committed { version: push.version, elapsed }));
+            self.history.ended(push, None);
+            let (version, push) = (push.version, push.id);
+            actions.push(Action::Report(Report::Committed { version, push, elapsed }));
             self.enter(Stage::Committing, now, actions);
         }
     }
@@ -452,10 +469,11 @@ impl Controller {
     }
 
     /// Ends the attempt without a commit. The job goes on.
-    fn abort(&mut self, reason: String, actions: &mut Actions) {
+    fn abort(&mut self, cause: Cause, reason: String, actions: &mut Actions) {
         let Phase::Pushing(push) = std::mem::replace(&mut self.phase, Phase::Idle) else {
             return;
         };
+        self.history.ended(&push, Some(reason.clone()));
         let version = push.version;
         let message = ToMember::Abort { version, reason: reason.clone() };
         // A trainer that has not begun, or an inference rank that was not told, knows of no attempt.
@@ -464,7 +482,8 @@ impl Controller {
             Rank::Receiver(_) => !matches!(push.stage, Stage::Collecting | Stage::Stopping),
         };
         self.send_all(involved, message, actions);
-        actions.push(Action::Report(Report::Aborted { version, reason }));
+        let (push, stage) = (push.id, push.stage);
+        actions.push(Action::Report(Report::Aborted { version, push, stage, cause, reason }));
     }
 
     // --- helpers -------------------------------------------------------------------------------------------------

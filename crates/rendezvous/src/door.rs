@@ -12,6 +12,8 @@ use std::time::Duration;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep, timeout_at};
 
+use crate::refusal::Refusal;
+
 /// Connections that have not proved themselves. A full job of 65 536 ranks comes in waves; the rest wait in the backlog.
 const UNPROVED_MAX: usize = 1024;
 
@@ -112,7 +114,7 @@ impl Door {
 
     /// Says in the log what became of a stranger, unless there were many such lines lately; then it counts, and the next line
     /// says how many were left out.
-    pub(crate) fn tell(&self, peer: SocketAddr, what: &str) {
+    pub(crate) fn tell(&self, peer: SocketAddr, refusal: Refusal, reason: &str) {
         let left_out = {
             let lines = &mut self.lock().lines;
             let now = Instant::now();
@@ -127,8 +129,10 @@ impl Door {
             std::mem::take(&mut lines.left_out)
         };
         match left_out {
-            0 => tracing::warn!(%peer, "refused a connection: {what}"),
-            _ => tracing::warn!(%peer, "refused a connection: {what} (and {left_out} before it, not shown)"),
+            0 => tracing::warn!(%peer, %refusal, reason, "refused a connection"),
+            _ => {
+                tracing::warn!(%peer, %refusal, reason, left_out, "refused a connection, and others before it")
+            }
         }
     }
 

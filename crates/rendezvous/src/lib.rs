@@ -19,9 +19,13 @@ pub mod fuzzing;
 #[cfg(feature = "net")]
 mod handshake;
 pub mod member;
+#[cfg(feature = "net")]
+mod observer;
 mod protocol;
+mod refusal;
 #[cfg(feature = "net")]
 pub mod server;
+pub mod status;
 #[cfg(feature = "tls")]
 mod tls;
 #[cfg(feature = "net")]
@@ -34,10 +38,13 @@ pub use client::{Client, ClientConfig, GiveUp};
 pub use error::RendezvousError;
 #[cfg(feature = "net")]
 pub use handshake::Secret;
+#[cfg(feature = "net")]
+pub use observer::Observer;
 pub use protocol::{
     ABORT_REASON_BYTES_MAX, DEADLINE_DEFAULT, DEADLINE_RANGE, ENDPOINT_BYTES_MAX, Fence, JOB_DEFAULT, Join,
     MemberManifest, PROTOCOL_VERSION, Peer, Planned, PlannedPart, PushId, ToController, ToMember, World,
 };
+pub use refusal::Refusal;
 #[cfg(feature = "net")]
 pub use server::{Server, ServerConfig, ServerHandle};
 #[cfg(feature = "tls")]

@@ -47,6 +47,7 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
 use xfer_plan::Digest;
 
 use crate::protocol::{Fence, Planned, PushId, ToController, ToMember};
@@ -59,7 +60,7 @@ pub use inference::{InferenceMember, InferenceStep};
 pub use trainer::{TrainerMember, TrainerStep};
 
 /// Which version the bytes of a rank are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Served {
     /// This version, whole. 0 is what was there at the start: zeros.
     Version(u64),

@@ -14,6 +14,7 @@ use xfer_plan::{
     TrainerManifest, TrainerRank,
 };
 
+use crate::status::{RailStatus, Status};
 use crate::verify::{Checksum, ParamSum, Verify};
 
 /// Raised whenever a message changes its meaning or its bytes. Both sides say theirs before anything else.
@@ -248,6 +249,13 @@ pub enum ToController {
         /// Why, when it is not that its work is done.
         reason: Option<String>,
     },
+    /// What the rails of this rank did in the attempt that it has written; for observers, nothing depends on it.
+    Rails {
+        /// One for each rail.
+        rails: Vec<RailStatus>,
+    },
+    /// As the first message: this is an observer. What does the job do? Each is answered by a [`ToMember::StatusReport`].
+    Status,
 }
 
 /// From the controller to a member.
@@ -320,6 +328,8 @@ pub enum ToMember {
     Finished,
     /// Sign of life.
     Heartbeat,
+    /// To an observer: what the job does.
+    StatusReport(Box<Status>),
 }
 
 impl ToController {
@@ -359,6 +369,7 @@ impl ToMember {
             Self::Refused { .. } => "a refusal",
             Self::Finished => "a finish",
             Self::Heartbeat => "a heartbeat",
+            Self::StatusReport(_) => "a status report",
         }
     }
 }

@@ -7,11 +7,12 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use xfer_plan::PlanOptions;
@@ -24,8 +25,12 @@ use crate::handshake::{self, Secret, random_seed};
 use crate::protocol::{
     DEADLINE_DEFAULT, FRAME_BYTES_MAX, JOB_DEFAULT, MEMBER_FRAME_BYTES_MAX, ToController, ToMember, World,
 };
+use crate::refusal::Refusal;
 use crate::transport::{self, Transport};
 use crate::verify::Verify;
+
+mod log;
+mod watching;
 
 /// A connection proves itself within this time, or goes; sooner where [`Door`] needs its place.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
@@ -157,6 +162,7 @@ impl Server {
         let door = Door::default();
         let mut outgoing: HashMap<ConnectionId, mpsc::Sender<ToMember>> = HashMap::new();
         let mut tasks = JoinSet::new();
+        let observers = Arc::new(Semaphore::new(watching::OBSERVERS_MAX));
         let mut connections = 0;
         let mut actions = Vec::new();
         let mut ended = None;
@@ -166,7 +172,8 @@ impl Server {
                     let (stream, peer, place) = accepted;
                     connections += 1;
                     let (id, events) = (ConnectionId(connections), events_in.clone());
-                    let connection = Connection { id, peer, events, join_max, frame_bytes_max };
+                    let observers = observers.clone();
+                    let connection = Connection { id, peer, events, observers, join_max, frame_bytes_max };
                     let (secret, transport, door) = (secret.clone(), transport.clone(), door.clone());
                     tasks.spawn(async move {
                         let entrance = Entrance { secret: &secret, transport: &transport, door: &door };
@@ -175,8 +182,13 @@ impl Server {
                     continue;
                 }
                 Some(input) = events.recv() => match input {
-                    Input::Opened(connection, sender) => {
+                    Input::Opened(connection, peer, sender) => {
                         outgoing.insert(connection, sender);
+                        Event::Connected(connection, peer.to_string())
+                    }
+                    // The door has logged it.
+                    Input::Refused(refused) => {
+                        observe(refused);
                         continue;
                     }
                     // What a connection says after it was closed counts for nothing.
@@ -206,7 +218,7 @@ impl Server {
                         }
                         Action::Close(connection) => drop(outgoing.remove(&connection)),
                         Action::Report(report) => {
-                            tracing::debug!(?report);
+                            log::tell(&report);
                             if let Report::Ended { reason } = &report {
                                 ended.clone_from(reason);
                             }
@@ -240,7 +252,8 @@ async fn accept(listener: &TcpListener, door: &Door) -> (TcpStream, SocketAddr, 
 }
 
 enum Input {
-    Opened(ConnectionId, mpsc::Sender<ToMember>),
+    Opened(ConnectionId, SocketAddr, mpsc::Sender<ToMember>),
+    Refused(Report),
     Event(Event),
 }
 
@@ -255,6 +268,8 @@ struct Connection {
     id: ConnectionId,
     peer: SocketAddr,
     events: mpsc::Sender<Input>,
+    /// Room for connections that only watch.
+    observers: Arc<Semaphore>,
     /// From its proof to its join.
     join_max: Duration,
     /// Once it has joined.
@@ -272,15 +287,17 @@ impl Connection {
         let proved = tokio::select! {
             proved = timeout(HANDSHAKE_MAX, proved) => proved,
             () = place.turned_away() => {
-                return door.tell(self.peer, "it had not proved itself, and others needed its place");
+                let reason = "it had not proved itself, and others needed its place".to_owned();
+                return self.refused(door, Refusal::Bound, reason).await;
             }
         };
         drop(place);
         let mut stream = match proved {
             Ok(Ok(stream)) => stream,
-            Ok(Err(error)) => return door.tell(self.peer, &error.to_string()),
+            Ok(Err(error)) => return self.refused(door, Refusal::of(&error), error.to_string()).await,
             Err(_) => {
-                return door.tell(self.peer, &format!("it did not prove itself within {HANDSHAKE_MAX:?}"));
+                let reason = format!("it did not prove itself within {HANDSHAKE_MAX:?}");
+                return self.refused(door, Refusal::Timeout, reason).await;
             }
         };
         // A member opens and registers its memory before it joins, which takes time.
@@ -289,12 +306,18 @@ impl Connection {
         let first = match first.await {
             Ok(Ok(Some(message))) => message,
             Ok(Ok(None)) => return tracing::debug!(peer = %self.peer, "closed before it joined"),
-            Ok(Err(error)) => return door.tell(self.peer, &error.to_string()),
-            Err(_) => return door.tell(self.peer, &format!("it did not join within {:?}", self.join_max)),
+            Ok(Err(error)) => return self.refused(door, Refusal::of(&error), error.to_string()).await,
+            Err(_) => {
+                let reason = format!("it did not join within {:?}", self.join_max);
+                return self.refused(door, Refusal::Timeout, reason).await;
+            }
         };
+        if first == ToController::Status {
+            return self.watch(&mut stream, door).await;
+        }
         let (sender, outgoing) = mpsc::channel(OUTGOING_MAX);
         let (mut read_half, write_half) = tokio::io::split(stream);
-        let _ = self.events.send(Input::Opened(self.id, sender)).await;
+        let _ = self.events.send(Input::Opened(self.id, self.peer, sender)).await;
         let _ = self.events.send(Input::Event(Event::Received(self.id, first))).await;
         let read = async {
             loop {
@@ -313,13 +336,20 @@ impl Connection {
         };
         let reason = tokio::select! {
             reason = read => reason,
-            reason = send_all(write_half, outgoing, self.peer, door) => reason,
+            reason = send_all(write_half, outgoing, self.peer) => reason,
         };
         let _ = self.events.send(Input::Event(Event::Disconnected(self.id, reason))).await;
         // Closing a socket with unread bytes resets it, and a reset can overtake our last message.
         let mut sink = [0; 1024];
         let drain = async { while matches!(read_half.read(&mut sink).await, Ok(1..)) {} };
         let _ = timeout(LINGER_MAX, drain).await;
+    }
+
+    /// Tells whoever watches that this connection was not let in.
+    async fn refused(&self, door: &Door, refusal: Refusal, reason: String) {
+        door.tell(self.peer, refusal, &reason);
+        let peer = self.peer.to_string();
+        let _ = self.events.send(Input::Refused(Report::Refused { peer, refusal, reason })).await;
     }
 }
 
@@ -328,14 +358,8 @@ async fn send_all(
     mut to: impl tokio::io::AsyncWrite + Unpin,
     mut outgoing: mpsc::Receiver<ToMember>,
     peer: SocketAddr,
-    door: &Door,
 ) -> String {
-    let mut is_in = false;
     while let Some(message) = outgoing.recv().await {
-        match &message {
-            ToMember::Refused { reason } if !is_in => door.tell(peer, reason),
-            _ => is_in = true,
-        }
         if let Err(error) = frame::write(&mut to, &message, peer, FRAME_BYTES_MAX).await {
             return error.to_string();
         }

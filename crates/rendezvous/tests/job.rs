@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rendezvous::controller::Report;
 use rendezvous::{
-    Client, ClientConfig, Join, MemberManifest, PROTOCOL_VERSION, RendezvousError, Secret, Server,
+    Client, ClientConfig, Join, MemberManifest, PROTOCOL_VERSION, Refusal, RendezvousError, Secret, Server,
     ServerConfig, ServerHandle, ToController, ToMember, Transport, World,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -181,7 +181,15 @@ async fn a_wrong_secret_is_refused_on_both_sides() {
         assert!(matches!(error, RendezvousError::Secret { .. }), "{error}");
     }
     connect(&server, Secret::new("right")).await.unwrap();
-    assert!(reports.lock().unwrap().is_empty());
+    // The member hears of its refusal before the server reports it.
+    let began = std::time::Instant::now();
+    while reports.lock().unwrap().len() < 2 {
+        assert!(began.elapsed() < DEADLINE);
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let refused = |report: &Report| matches!(report, Report::Refused { refusal: Refusal::Secret, .. });
+    let reports = reports.lock().unwrap();
+    assert!(reports.len() == 2 && reports.iter().all(refused), "{reports:?}");
 }
 
 #[tokio::test]

@@ -13,10 +13,12 @@ use crate::commands::topo::TopoArgs;
 mod access;
 mod launched;
 mod local_rank;
+mod observing;
 mod rank;
 
 pub(crate) use access::{AccessArgs, SECRET_VARIABLE, TLS_VARIABLES};
 pub(crate) use launched::parse;
+pub(crate) use observing::{LogFormat, MetricsArgs, StatusArgs};
 pub(crate) use rank::RankArgs;
 
 #[derive(Parser)]
@@ -34,9 +36,13 @@ pub(crate) use rank::RankArgs;
                        WEIGHTSYNC_TLS_CA, _CERT, _KEY and _NAME: as --tls-ca and so on\n  \
                        LOCAL_RANK, LOCAL_WORLD_SIZE and those of Open MPI and Slurm: see push --local-rank\n  \
                        RANK, WORLD_SIZE, MASTER_ADDR and those of MPI and Slurm: see push --rank and --controller\n  \
-                       RUST_LOG           what to log to standard error, for example info or rendezvous=debug"
+                       WEIGHTSYNC_LOG     what to log to standard error, for example info or rendezvous=debug [default: \
+                       RUST_LOG, then warn]"
 )]
 pub(crate) struct Cli {
+    /// How to log to standard error: text, or json with one object per line, the final error included
+    #[arg(long, global = true, default_value = "text", value_name = "FORMAT", hide_short_help = true)]
+    pub(crate) log_format: LogFormat,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -56,6 +62,8 @@ pub(crate) enum Command {
     Push(PushArgs),
     /// Be one inference rank: take version after version, and compare them if asked
     Serve(ServeArgs),
+    /// Show what a running job does: who has joined, what is waited for, how far the push is
+    Status(StatusArgs),
     /// Say what this machine has (libfabric, NICs, GPUs, limits) and what it means for a push
     Info(InfoArgs),
     /// Make the plan of a transfer and show what it means, without any of its machines; or compare two plans
@@ -100,6 +108,8 @@ pub(crate) struct DemoArgs {
     pub(crate) checksums: ChecksumArgs,
     #[command(flatten)]
     pub(crate) launch: LaunchArgs,
+    #[command(flatten)]
+    pub(crate) metrics: MetricsArgs,
     /// Write a timeline of all ranks, for Perfetto (ui.perfetto.dev) or chrome://tracing
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
@@ -220,6 +230,8 @@ pub(crate) struct ControllerArgs {
     /// Allow an address that other hosts can reach with neither a secret nor TLS
     #[arg(long)]
     pub(crate) insecure: bool,
+    #[command(flatten)]
+    pub(crate) metrics: MetricsArgs,
     /// Print one JSON object per line, each with an "event"
     #[arg(long)]
     pub(crate) json: bool,

@@ -6,16 +6,14 @@ mod args;
 mod children;
 mod commands;
 mod events;
+mod logs;
 mod losses;
 mod say;
 mod spinner;
 mod table;
 mod trace;
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
-
-use tracing_subscriber::EnvFilter;
 
 use crate::args::{Cli, Command};
 use crate::events::{BytesDiffer, EXIT_BYTES_DIFFER};
@@ -34,10 +32,8 @@ struct WrongInput(String);
 fn main() -> ExitCode {
     let variable = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
     let cli = args::parse(std::env::args_os(), &variable).unwrap_or_else(|error| error.exit());
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
-    // Colours are for a person's terminal, not for a log file.
-    let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
+    let format = cli.log_format;
+    logs::start(format);
     // Rails and heartbeats have threads of their own: what is left to this runtime waits for messages.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let result = match runtime {
@@ -47,7 +43,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("weightsync: {}", with_causes(&error));
+            logs::last_word(format, &with_causes(&error));
             let code = if error.is::<BytesDiffer>() {
                 EXIT_BYTES_DIFFER
             } else if error.is::<WrongInput>() {
@@ -75,6 +71,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Controller(args) => commands::controller::run(args).await,
         Command::Push(args) => commands::push::run(args).await,
         Command::Serve(args) => commands::serve::run(args).await,
+        Command::Status(args) => commands::status::run(args).await,
         Command::Info(args) => commands::info::run(&args),
         Command::Plan(args) => commands::plan::run(&args),
         Command::Simulate(args) => commands::simulate::run(&args),

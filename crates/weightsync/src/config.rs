@@ -6,6 +6,7 @@ use std::time::Duration;
 use rendezvous::{ClientConfig, DEADLINE_DEFAULT, JOB_DEFAULT, Secret, Transport, World};
 
 use crate::fabric::{self, Fabric, FabricError};
+use crate::metrics::Metrics;
 
 /// Staging memory of a trainer, unless told otherwise: twice the chunks of 1 MiB that a rail has in flight.
 pub const WATERMARK_BYTES_DEFAULT: u64 = 256 << 20;
@@ -45,6 +46,8 @@ pub struct SessionConfig {
     /// Each rail's bandwidth for the lower bound; `None` takes the NIC's line rate, or over loopback and shared memory
     /// what one thread copies here.
     pub rail_bytes_per_second: Option<u64>,
+    /// What this rank counts into. Ranks of one process may share one, and a controller with them.
+    pub metrics: Metrics,
 }
 
 impl SessionConfig {
@@ -64,6 +67,7 @@ impl SessionConfig {
             nics: Vec::new(),
             cpus: Vec::new(),
             rail_bytes_per_second: None,
+            metrics: Metrics::new(),
         }
     }
 

@@ -23,6 +23,7 @@ use crate::error::Error;
 use crate::fabric::{self, FabricError};
 use crate::report::{Span, Stopwatch, VerifyReport, VersionReport, gb_per_second};
 use crate::verify::{Compared, Incoming};
+use crate::watch::Watch;
 
 /// Bytes that anybody may overwrite, for warm-ups.
 const SCRATCH_BYTES: usize = 4096;
@@ -154,6 +155,8 @@ impl Inference {
         let InferenceStep::Started = next(&mut client, &mut member, "every rank to connect").await? else {
             return Err(out_of_turn("the start"));
         };
+        let watch = Watch::new(&config.metrics, Rank::Receiver(rank));
+        watch.connected(std::iter::empty());
         Ok(InferenceSession {
             client,
             member,
@@ -166,6 +169,7 @@ impl Inference {
             incoming,
             verifying: None,
             last: None,
+            watch,
             bytes_per_push: part.bytes,
         })
     }
@@ -245,6 +249,7 @@ pub struct InferenceSession {
     /// Under way; a call that is dropped in the middle leaves it to the next.
     verifying: Option<oneshot::Receiver<Compared>>,
     last: Option<VersionReport>,
+    watch: Watch,
     bytes_per_push: u64,
     /// The rail's thread polls while a version is in flight.
     busy_poll: bool,
@@ -297,14 +302,18 @@ impl InferenceSession {
                 },
                 _ => next.await,
             };
-            let step = step.inspect_err(|_| self.receive_bytes(false))?;
+            let step = step.inspect_err(|error| {
+                self.receive_bytes(false);
+                self.watch.failed(error);
+            })?;
             match step {
-                InferenceStep::Prepare { version, close, .. } => {
+                InferenceStep::Prepare { push, version, close } => {
                     let closed = self.close_rails(&close);
                     if closed.is_ok() {
                         self.receive_bytes(true);
                         let (stage, whole) = (Stopwatch::start("write"), std::time::Instant::now());
                         self.push = Some(Push { version, whole, stage, stages: Vec::new(), verified: None });
+                        self.watch.torn(version, push);
                     }
                     // From here on a byte may change at any time.
                     say(&self.client, self.member.prepared(closed.clone()))?;
@@ -319,6 +328,7 @@ impl InferenceSession {
                     self.receive_bytes(false);
                     if let Some(Push { stage, stages, .. }) = &mut self.push {
                         stage.next("verify", stages);
+                        self.watch.stage("verify");
                     }
                     match &self.incoming {
                         Some(incoming) => {
@@ -332,6 +342,7 @@ impl InferenceSession {
                     say(&self.client, self.member.committed())?;
                     let Some(ended) = self.push.take() else { continue };
                     let report = self.report(ended);
+                    self.watch.served(&report);
                     self.last = Some(report.clone());
                     if committed >= version {
                         return Ok(report);
@@ -340,7 +351,9 @@ impl InferenceSession {
                 InferenceStep::Aborted { version, reason } => {
                     self.receive_bytes(false);
                     self.push = None;
-                    return Err(Error::Aborted { version, reason });
+                    let error = Error::Aborted { version, reason };
+                    self.watch.failed(&error);
+                    return Err(error);
                 }
                 InferenceStep::Finished => {
                     return Err(Error::Finished { committed: self.member.committed_version() });

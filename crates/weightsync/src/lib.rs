@@ -11,19 +11,22 @@ mod fabric;
 #[doc(hidden)]
 pub mod fuzzing;
 mod inference;
+pub mod metrics;
 mod report;
 mod trainer;
 mod verify;
+mod watch;
 
 pub use config::{SessionConfig, WATERMARK_BYTES_DEFAULT};
 pub use efa_core::LeaseMut;
 pub use error::Error;
 pub use fabric::{Fabric, FabricError};
 pub use inference::{Inference, InferenceSession, ParamId, Served};
-pub use rendezvous::controller::{ControllerConfig, Report};
+pub use rendezvous::controller::{Cause, ControllerConfig, Report, Stage};
+pub use rendezvous::status;
 pub use rendezvous::{
-    DEADLINE_DEFAULT, DEADLINE_RANGE, JOB_DEFAULT, PROTOCOL_VERSION, RendezvousError, Secret,
-    Server as Controller, ServerConfig, ServerHandle, Transport, Verify, World,
+    ClientConfig, DEADLINE_DEFAULT, DEADLINE_RANGE, JOB_DEFAULT, Observer, PROTOCOL_VERSION, Refusal,
+    RendezvousError, Secret, Server as Controller, ServerConfig, ServerHandle, Transport, Verify, World,
 };
 #[cfg(feature = "tls")]
 pub use rendezvous::{Identity, IdentityError};

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use efa_core::{Lease, LeaseMut, MemoryRef};
 use rendezvous::member::{TrainerMember, TrainerStep};
-use rendezvous::{Client, Fence, GiveUp, Join, MemberManifest, PushId, RendezvousError};
+use rendezvous::status::{RAILS_TOLD_MAX, RailStatus};
+use rendezvous::{Client, Fence, GiveUp, Join, MemberManifest, PushId, RendezvousError, ToController};
 use tokio::sync::oneshot;
 use xfer_exec::driver::{Outcome, Sender};
 use xfer_exec::{Failure, RailUse};
@@ -22,6 +23,7 @@ use crate::error::Error;
 use crate::fabric;
 use crate::report::{PushReport, RailReport, Stopwatch, gb_per_second};
 use crate::verify::{Outgoing, Summed};
+use crate::watch::Watch;
 
 /// A tensor, or a rank's box of it, as it is declared.
 #[derive(Debug, Clone, PartialEq)]
@@ -207,6 +209,8 @@ impl Trainer {
         let TrainerStep::Started = next(&mut client, &mut member, "every rank to connect").await? else {
             return Err(out_of_turn("the start"));
         };
+        let watch = Watch::new(&config.metrics, Rank::Trainer(rank));
+        watch.connected(rails.iter().map(|rail| rail.name.as_str()));
         Ok(TrainerSession {
             client,
             member,
@@ -217,6 +221,7 @@ impl Trainer {
             routes,
             outgoing,
             bound_seconds,
+            watch,
             pushing: false,
         })
     }
@@ -265,6 +270,7 @@ pub struct TrainerSession {
     routes: BTreeMap<ReceiverRank, String>,
     outgoing: Option<Outgoing>,
     bound_seconds: f64,
+    watch: Watch,
     /// A push is under way, or was dropped in the middle.
     pushing: bool,
 }
@@ -279,7 +285,10 @@ impl Drop for InPush<'_> {
     fn drop(&mut self) {
         match self.guard.take() {
             // Dropped in the middle: the guard tells the controller, and the rails stop posting.
-            Some(_guard) => self.session.sender.abort(GIVEN_UP.into()),
+            Some(_guard) => {
+                self.session.sender.abort(GIVEN_UP.into());
+                self.session.watch.given_up(GIVEN_UP);
+            }
             None => self.session.pushing = false,
         }
     }
@@ -340,11 +349,13 @@ impl TrainerSession {
         }
         self.pushing = true;
         let guard = self.client.give_up_on_drop(GIVEN_UP);
+        self.watch.began(version, None, "wait for trainers");
         let mut push = InPush { session: self, guard: Some(guard) };
         let pushed = push.session.push_to_end(version).await;
         if let Some(guard) = push.guard.take() {
             guard.never_mind();
         }
+        push.session.watch.pushed(&pushed);
         pushed
     }
 
@@ -355,6 +366,8 @@ impl TrainerSession {
         let whole = std::time::Instant::now();
         let mut stages = Vec::new();
         let mut stage = Stopwatch::start("wait for trainers");
+        // Heartbeats tell it until the rails begin to count anew.
+        self.client.progress().store(0, Ordering::Relaxed);
         say(&self.client, self.member.begin(version))?;
         let push = match self.next("the other trainers and the inference ranks").await? {
             TrainerStep::Write { push, .. } => push,
@@ -362,7 +375,10 @@ impl TrainerSession {
             _ => return Err(out_of_turn("the start of the push")),
         };
         stage.next("write", &mut stages);
+        self.watch.named(push);
+        self.watch.stage("write");
         let (Written { outcome, summed }, ended) = self.write(push, version).await?;
+        self.tell_rails(&outcome);
         let fences = self.fences(&outcome.rails);
         let (sums, verified) = summed.map(|Summed { sums, report }| (sums, report)).unzip();
         let result = match (&ended, &outcome.result) {
@@ -386,6 +402,7 @@ impl TrainerSession {
             (Some(error), _) => return Err(error),
         };
         stage.next("commit", &mut stages);
+        self.watch.stage("commit");
         let (bytes, writes) = (delivered.bytes, delivered.writes);
         match self.next("the commit").await? {
             TrainerStep::Committed { unconfirmed, .. } if unconfirmed.is_empty() => {}
@@ -462,6 +479,17 @@ impl TrainerSession {
         };
         self.weights = thaw(std::mem::take(&mut written.outcome.regions));
         Ok((written, ended))
+    }
+
+    /// For whoever watches: logs, metrics, and observers of the controller.
+    fn tell_rails(&mut self, outcome: &Outcome) {
+        let rails = || self.rails.iter().map(|rail| rail.name.as_str()).zip(&outcome.rails);
+        let seconds = outcome.timings.total.as_secs_f64();
+        let told = rails().take(RAILS_TOLD_MAX);
+        let told = told.map(|(name, used)| RailStatus::new(name, used.bytes, seconds, used.closed.is_none()));
+        // A queue without room is met again by what has to be said.
+        let _ = self.client.send(ToController::Rails { rails: told.collect() });
+        self.watch.rails(rails(), outcome.result.as_ref().map_or(0, |delivered| delivered.refusals));
     }
 
     /// Which rails inference ranks have to close: those over which bytes may still come that were given up on. A kernel goes

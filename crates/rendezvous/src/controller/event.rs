@@ -4,12 +4,15 @@ use std::time::Duration;
 
 use xfer_plan::{Digest, Rank};
 
-use super::ConnectionId;
+use super::{ConnectionId, Stage};
 use crate::protocol::{PushId, ToController, ToMember};
+use crate::refusal::Refusal;
 
 /// What happened.
 #[derive(Debug)]
 pub enum Event {
+    /// A connection has proved itself; where it comes from, for observers. A driver may leave this out.
+    Connected(ConnectionId, String),
     /// A connection that has proved itself sent a message.
     Received(ConnectionId, ToController),
     /// A connection ended, with the reason.
@@ -34,6 +37,24 @@ pub enum Action {
 pub enum Report {
     /// A member joined.
     Joined(Rank),
+    /// A member left in good order.
+    Left(Rank),
+    /// A member was lost.
+    Lost {
+        /// Who.
+        rank: Rank,
+        /// During what, and why.
+        reason: String,
+    },
+    /// A connection was not let in.
+    Refused {
+        /// Who, as far as is known: an address, or the rank that it says it is.
+        peer: String,
+        /// As a class.
+        refusal: Refusal,
+        /// In words.
+        reason: String,
+    },
     /// All have joined and there is a plan.
     Planned {
         /// Its digest.
@@ -60,6 +81,8 @@ pub enum Report {
     Committed {
         /// The version.
         version: u64,
+        /// The attempt.
+        push: PushId,
         /// From the moment that all trainers had begun.
         elapsed: Duration,
     },
@@ -67,6 +90,12 @@ pub enum Report {
     Aborted {
         /// The version that was not committed.
         version: u64,
+        /// The attempt.
+        push: PushId,
+        /// Where it stood.
+        stage: Stage,
+        /// Why, as a class.
+        cause: Cause,
         /// Why.
         reason: String,
     },
@@ -75,4 +104,32 @@ pub enum Report {
         /// What went wrong.
         reason: Option<String>,
     },
+}
+
+/// Why an attempt was aborted, as a class: what is counted and watched over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Cause {
+    /// Trainers began different versions, or one had left.
+    Disagreement,
+    /// A rank could not go on with it, and stays in the job.
+    Failure,
+    /// A rank took longer than the deadline.
+    Deadline,
+    /// A rank was lost.
+    Loss,
+}
+
+impl Cause {
+    /// All of them.
+    pub const ALL: [Cause; 4] = [Self::Disagreement, Self::Failure, Self::Deadline, Self::Loss];
+
+    /// One word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Disagreement => "disagreement",
+            Self::Failure => "failure",
+            Self::Deadline => "deadline",
+            Self::Loss => "loss",
+        }
+    }
 }

@@ -13,10 +13,15 @@ use xfer_plan::{
 
 use super::{Action, Actions, ConnectionId, Controller, Phase, Quota, Report, Seat, refuse};
 use crate::protocol::{ENDPOINT_BYTES_MAX, Join, MemberManifest, Peer, Planned, PlannedPart, ToMember};
+use crate::refusal::Refusal;
+use crate::status::PlanStatus;
 
 impl Controller {
     pub(super) fn join(&mut self, from: ConnectionId, join: Join, now: Duration, actions: &mut Actions) {
         if let Err(reason) = self.admits(&join) {
+            let peer = join.member.to_string();
+            let refused = Report::Refused { peer, refusal: Refusal::Join, reason: reason.clone() };
+            actions.push(Action::Report(refused));
             return refuse(from, reason, actions);
         }
         let member = join.member;
@@ -31,6 +36,7 @@ impl Controller {
             left: false,
         };
         self.seats.insert(member, seat);
+        self.history.joined(member, from);
         actions.push(Action::Report(Report::Joined(member)));
         if let Phase::Joining(since) = &mut self.phase {
             // Whoever joins is progress: the others get the whole deadline again.
@@ -116,10 +122,12 @@ impl Controller {
         };
         let bytes_total = self.quotas.values().map(|quota| quota.bytes).sum();
         let bound_seconds = plan.bound.seconds();
+        let writes = plan.receivers.iter().map(|part| part.writes).sum();
+        self.history.planned(PlanStatus { digest: self.digest, bytes: bytes_total, writes, bound_seconds });
         actions.push(Action::Report(Report::Planned {
             digest: self.digest,
             bytes: bytes_total,
-            writes: plan.receivers.iter().map(|part| part.writes).sum(),
+            writes,
             bound_seconds,
             limited_by: plan.bound.limited_by.map(|(rank, _)| rank),
         }));
@@ -162,6 +170,7 @@ impl Controller {
         waiting.remove(&member);
         if waiting.is_empty() {
             self.phase = Phase::Idle;
+            self.history.settled();
             self.send_all(|_| true, ToMember::Start, actions);
             actions.push(Action::Report(Report::Started));
         }

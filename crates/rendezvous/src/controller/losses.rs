@@ -7,7 +7,8 @@ use std::time::Duration;
 use xfer_plan::Rank;
 
 use super::{
-    Action, Actions, Controller, Phase, Report, SILENCE_DIVISOR, STALL_TICKS, Seat, Stage, list, refuse,
+    Action, Actions, Cause, Controller, Phase, Report, SILENCE_DIVISOR, STALL_TICKS, Seat, Stage, list,
+    refuse,
 };
 use crate::protocol::ToMember;
 
@@ -20,6 +21,7 @@ impl Controller {
             seat.left = true;
             self.members.remove(&seat.connection);
             actions.push(Action::Close(seat.connection));
+            actions.push(Action::Report(Report::Left(member)));
         }
         let all_left = self.trainers().all(|trainer| self.seats.get(&trainer).is_none_or(|seat| seat.left));
         if all_left {
@@ -33,18 +35,23 @@ impl Controller {
             return;
         };
         self.members.remove(&seat.connection);
+        self.history.lost(member);
         let during = match &self.phase {
             Phase::Ended => return actions.push(Action::Close(seat.connection)),
             // It may be started again and join: nobody depends on it yet.
-            Phase::Joining(_) => return refuse(seat.connection, format!("{member}: {reason}"), actions),
+            Phase::Joining(_) => {
+                actions.push(Action::Report(Report::Lost { rank: member, reason: reason.to_owned() }));
+                return refuse(seat.connection, format!("{member}: {reason}"), actions);
+            }
             Phase::Connecting { .. } => "while connecting".into(),
             Phase::Idle => "between versions".into(),
             Phase::Pushing(push) => {
-                format!("during version {} (stage: {:?})", push.version, push.stage).to_lowercase()
+                format!("during version {} (stage: {})", push.version, push.stage)
             }
         };
         let reason = format!("{member} was lost {during}: {reason}");
         refuse(seat.connection, reason.clone(), actions);
+        actions.push(Action::Report(Report::Lost { rank: member, reason: reason.clone() }));
         match &mut self.phase {
             // The decision is taken: the others still learn it, and the trainers who did not confirm.
             Phase::Pushing(push) if push.stage == Stage::Committing => {
@@ -57,7 +64,7 @@ impl Controller {
                 }
             }
             Phase::Pushing(_) => {
-                self.abort(reason.clone(), actions);
+                self.abort(Cause::Loss, reason.clone(), actions);
                 self.end(Some(reason), actions);
             }
             _ => self.end(Some(reason), actions),
@@ -72,6 +79,7 @@ impl Controller {
             actions.push(Action::Close(*connection));
         }
         self.phase = Phase::Ended;
+        self.history.settled();
         actions.push(Action::Report(Report::Ended { reason }));
     }
 
@@ -130,7 +138,7 @@ impl Controller {
                         );
                     }
                 } else {
-                    self.abort(reason, actions);
+                    self.abort(Cause::Deadline, reason, actions);
                 }
             }
             _ => {}

@@ -3,27 +3,37 @@
 //! Stages only go forward; [`super::Controller`] says when.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use xfer_plan::{ParamId, Rank, ReceiverRank};
 
 use crate::protocol::PushId;
 use crate::verify::Checksum;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Stage {
+/// Where an attempt stands. Observers and reports tell it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Stage {
+    /// Trainers begin the version, one after another.
     Collecting,
+    /// Inference ranks stop passing on what is left of the attempt before.
     Stopping,
+    /// Inference ranks stop serving.
     Preparing,
+    /// Everyone who writes does.
     Writing,
+    /// Inference ranks close rails that a trainer has given up on.
     Fencing,
+    /// Inference ranks compare what arrived with what was sent.
     Verifying,
+    /// The version is committed, inference ranks make it visible.
     Committing,
 }
 
 impl Stage {
     /// What a member that is waited for has not done.
-    pub(super) fn missing(self) -> &'static str {
+    pub fn missing(self) -> &'static str {
         match self {
             Self::Collecting => "to begin the version",
             Self::Stopping => "to stop passing on what the attempt before left",
@@ -33,6 +43,25 @@ impl Stage {
             Self::Verifying => "to compare what arrived with what was sent",
             Self::Committing => "to confirm the commit",
         }
+    }
+
+    /// One word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Collecting => "collecting",
+            Self::Stopping => "stopping",
+            Self::Preparing => "preparing",
+            Self::Writing => "writing",
+            Self::Fencing => "fencing",
+            Self::Verifying => "verifying",
+            Self::Committing => "committing",
+        }
+    }
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 

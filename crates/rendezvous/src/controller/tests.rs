@@ -9,6 +9,7 @@ use xfer_plan::{
 use super::*;
 use crate::protocol::{ENDPOINT_BYTES_MAX, Join};
 
+mod status;
 mod verify;
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -478,6 +479,7 @@ proptest! {
                 Step::Lose(who) => bench.event(Event::Disconnected(connection(members[usize::from(who)]), "x".into())),
                 Step::Pass(seconds) => bench.pass(u64::from(seconds), &members),
             }
+            bench.check_status();
             let now_committed = bench.controller.committed();
             if now_committed != committed {
                 prop_assert!(now_committed > committed);

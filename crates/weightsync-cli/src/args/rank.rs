@@ -10,7 +10,7 @@ use weightsync::SessionConfig;
 
 use super::access::NAME_VARIABLE;
 use super::local_rank::{self, LocalRank};
-use super::{JobArgs, RailArgs};
+use super::{JobArgs, MetricsArgs, RailArgs};
 
 /// Which rank of a job, where it runs and what it loads.
 #[derive(Args, Clone)]
@@ -45,6 +45,8 @@ pub(crate) struct RankArgs {
     /// The checkpoint: trainers load their shard of it, inference ranks read its shapes
     #[arg(long, value_name = "PATH")]
     pub(crate) checkpoint: PathBuf,
+    #[command(flatten)]
+    pub(crate) metrics: MetricsArgs,
     /// Print one JSON object per line, each with an "event"
     #[arg(long)]
     pub(crate) json: bool,

@@ -2,6 +2,7 @@
 
 use anyhow::bail;
 use serde_json::json;
+use weightsync::metrics::Metrics;
 use weightsync::{Controller, Report, ServerConfig};
 
 use crate::args::ControllerArgs;
@@ -29,7 +30,14 @@ pub(crate) async fn run(args: ControllerArgs) -> anyhow::Result<()> {
     } else {
         say!("listening on {address} for {world}");
     }
-    match controller.run(|report| print(&report, args.json)).await {
+    let metrics = Metrics::new();
+    let _page = args.metrics.serve(&metrics).await?;
+    let mut counted = metrics.controller(world);
+    let observe = |report| {
+        counted.observe(&report);
+        print(&report, args.json);
+    };
+    match controller.run(observe).await {
         None => Ok(()),
         Some(reason) => bail!("{reason}"),
     }
@@ -47,6 +55,13 @@ fn print(report: &Report, json: bool) {
 pub(crate) fn as_json(report: &Report) -> serde_json::Value {
     match report {
         Report::Joined(member) => json!({ "event": "joined", "rank": member.to_string() }),
+        Report::Left(member) => json!({ "event": "left", "rank": member.to_string() }),
+        Report::Lost { rank, reason } => {
+            json!({ "event": "lost", "rank": rank.to_string(), "reason": reason })
+        }
+        Report::Refused { peer, refusal, reason } => {
+            json!({ "event": "refused", "peer": peer, "refusal": refusal.name(), "reason": reason })
+        }
         Report::Planned { digest, bytes, writes, bound_seconds, limited_by } => json!({
             "event": "planned",
             "digest": digest.to_string(),
@@ -59,12 +74,20 @@ pub(crate) fn as_json(report: &Report) -> serde_json::Value {
         Report::Pushing { version, push } => {
             json!({ "event": "pushing", "version": version, "push": push.to_string() })
         }
-        Report::Committed { version, elapsed } => {
-            json!({ "event": "committed", "version": version, "seconds": elapsed.as_secs_f64() })
-        }
-        Report::Aborted { version, reason } => {
-            json!({ "event": "aborted", "version": version, "reason": reason })
-        }
+        Report::Committed { version, push, elapsed } => json!({
+            "event": "committed",
+            "version": version,
+            "push": push.to_string(),
+            "seconds": elapsed.as_secs_f64(),
+        }),
+        Report::Aborted { version, push, stage, cause, reason } => json!({
+            "event": "aborted",
+            "version": version,
+            "push": push.to_string(),
+            "stage": stage.name(),
+            "cause": cause.name(),
+            "reason": reason,
+        }),
         Report::Ended { reason } => json!({ "event": "ended", "reason": reason }),
     }
 }
@@ -72,6 +95,7 @@ pub(crate) fn as_json(report: &Report) -> serde_json::Value {
 fn as_text(report: &Report) -> Option<String> {
     Some(match report {
         Report::Joined(member) => format!("{member} joined"),
+        Report::Left(member) => format!("{member} left"),
         Report::Planned { digest, bytes, writes, bound_seconds, limited_by } => {
             let limit = limited_by.map(|rank| format!(", limited by {rank}")).unwrap_or_default();
             let digest = digest.to_string();
@@ -84,12 +108,12 @@ fn as_text(report: &Report) -> Option<String> {
         }
         Report::Started => "all ranks are connected".into(),
         Report::Pushing { version, .. } => format!("version {version} begins"),
-        Report::Committed { version, elapsed } => {
+        Report::Committed { version, elapsed, .. } => {
             format!("version {version} committed after {}", seconds_text(elapsed.as_secs_f64()))
         }
-        Report::Aborted { version, reason } => format!("version {version} aborted: {reason}"),
+        Report::Aborted { version, reason, .. } => format!("version {version} aborted: {reason}"),
         Report::Ended { reason: None } => "all trainers have left".into(),
-        // Said once more, as the command's error.
-        Report::Ended { reason: Some(_) } => return None,
+        // Said as the command's error, in the abort, or in the log.
+        Report::Ended { reason: Some(_) } | Report::Lost { .. } | Report::Refused { .. } => return None,
     })
 }

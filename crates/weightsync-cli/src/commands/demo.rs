@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::sync::mpsc;
+use weightsync::metrics::Metrics;
 use weightsync::{Controller, Rank, Report, Secret, ServerConfig, World};
 use weightsync_cli::checkpoint::Checkpoint;
 use weightsync_cli::synthetic::{self, Shape};
@@ -16,6 +17,7 @@ use weightsync_cli::synthetic::{self, Shape};
 use crate::args::DemoArgs;
 use crate::children::{Children, News};
 use crate::events::{BytesDiffer, EXIT_BYTES_DIFFER, Event};
+use crate::logs;
 use crate::say::say;
 use crate::table::bytes_text;
 use crate::trace::Trace;
@@ -112,7 +114,14 @@ impl Demo {
         server.controller.deadline = args.rail.deadline;
         server.controller.options = args.plan.options();
         server.controller.verify = args.checksums.verify;
-        let controller = Controller::bind(server).await?.spawn(move |report| drop(reports_in.send(report)));
+        let metrics = Metrics::new();
+        let _page = args.metrics.serve(&metrics).await?;
+        let mut counted = metrics.controller(self.world);
+        let observe = move |report| {
+            counted.observe(&report);
+            drop(reports_in.send(report));
+        };
+        let controller = Controller::bind(server).await?.spawn(observe);
         let address = controller.local_addr();
         if address.ip().is_unspecified() {
             bail!(
@@ -266,7 +275,8 @@ impl Demo {
                 self.trace.add(number, &facts.rank, report.version, &report.stages);
                 let rank = facts.rank.clone();
                 for loss in self.facts.pushed(number, &report) {
-                    self.bar.suspend(|| tracing::warn!("{rank} gave up {loss}"));
+                    self.bar
+                        .suspend(|| tracing::warn!(rank, version = report.version, %loss, "gave up a rail"));
                 }
             }
             News::Said(Event::Served(report)) => {
@@ -281,7 +291,7 @@ impl Demo {
                 }
             }
             News::Complained(line) => {
-                if std::env::var_os("RUST_LOG").is_some() {
+                if logs::is_asked_for() {
                     let line = format!("{}: {line}", facts.rank);
                     self.bar.suspend(|| eprintln!("{line}"));
                 }

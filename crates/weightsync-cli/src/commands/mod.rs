@@ -8,6 +8,7 @@ pub(crate) mod plan;
 pub(crate) mod push;
 pub(crate) mod serve;
 pub(crate) mod simulate;
+pub(crate) mod status;
 pub(crate) mod topo;
 pub(crate) mod traffic;
 mod transfer;

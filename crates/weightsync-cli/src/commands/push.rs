@@ -22,6 +22,7 @@ pub(crate) async fn run(args: PushArgs) -> anyhow::Result<()> {
     let shards = shards(&checkpoint, args.rank.job.trainers, args.rank.rank)?;
     let mut config = args.rank.config()?;
     config.watermark_bytes = args.staging.watermark << 20;
+    let _page = args.rank.metrics.serve(&config.metrics).await?;
     let mut trainer = Trainer::new(config);
     let ids = trainer.allocate(shards.clone())?;
     for (shard, id) in shards.iter().zip(&ids) {

@@ -20,7 +20,9 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let began = Instant::now();
     let checkpoint = Checkpoint::open(&args.rank.checkpoint)?;
     let params = Layout::new(checkpoint.tensors(), checkpoint.heads(), tp)?.params(rank)?;
-    let mut inference = Inference::new(args.rank.config()?);
+    let config = args.rank.config()?;
+    let _page = args.rank.metrics.serve(&config.metrics).await?;
+    let mut inference = Inference::new(config);
     let mut ids = Vec::new();
     for LocalParam { name, dtype, shape, map } in params.iter().cloned() {
         ids.push(inference.register(name, dtype, &shape, map)?);
@@ -50,10 +52,8 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
                 }
             }
             Err(Error::Finished { .. }) => break,
-            // The trainers may try again; what is wrong with the job itself comes as another error.
-            Err(Error::Aborted { version, reason }) => {
-                eprintln!("weightsync: {}: version {version} was not committed: {reason}", who());
-            }
+            // Told in the log. The trainers may try again; what is wrong with the job itself comes as another error.
+            Err(Error::Aborted { .. }) => {}
             Err(error) => return Err(error).with_context(who),
         }
     }

@@ -58,9 +58,15 @@ impl Job {
     pub fn command<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_weightsync"));
         command.args(arguments).env(MARK, &self.mark);
-        for variable in
-            ["RUST_LOG", "WEIGHTSYNC_SECRET", "RUST_BACKTRACE", "RANK", "PMI_RANK", "SLURM_PROCID"]
-        {
+        for variable in [
+            "RUST_LOG",
+            "WEIGHTSYNC_LOG",
+            "WEIGHTSYNC_SECRET",
+            "RUST_BACKTRACE",
+            "RANK",
+            "PMI_RANK",
+            "SLURM_PROCID",
+        ] {
             command.env_remove(variable);
         }
         for variable in ["MASTER_ADDR", "WEIGHTSYNC_TLS_CA", "WEIGHTSYNC_TLS_CERT", "WEIGHTSYNC_TLS_KEY"] {

@@ -524,7 +524,12 @@ impl<'w> World<'w> {
             }
             Report::Ended { reason } => self.job_ended = Some(reason),
             Report::Aborted { .. } => self.tally.seen.aborts += 1,
-            Report::Joined(_) | Report::Started | Report::Pushing { .. } => {}
+            Report::Joined(_)
+            | Report::Left(_)
+            | Report::Lost { .. }
+            | Report::Refused { .. }
+            | Report::Started
+            | Report::Pushing { .. } => {}
         }
     }
 }

@@ -16,11 +16,15 @@ pub(crate) fn run(_: &[String]) -> Result<(), Failure> {
     step::shown("formatting", workspace::cargo().args(["fmt", "--all", "--check"]))?;
     firewalls::run(&[]).map_err(|why| format!("step `firewalls` failed: {why}"))?;
     step::shown("clippy", &mut clippy(&["--workspace", "--all-features"]))?;
-    // Alone and bare, the engine must stand without the crates that its features bring.
-    step::shown(
-        "clippy, engine without features",
-        &mut clippy(&["--package", "xfer-exec", "--no-default-features"]),
-    )?;
+    // What people take alone must stand without the features that the command brings: the whole workspace never builds them so.
+    for bare in [
+        &["--package", "xfer-exec", "--no-default-features"][..],
+        &["--package", "rendezvous", "--no-default-features"],
+        &["--package", "rendezvous"],
+        &["--package", "weightsync"],
+    ] {
+        step::shown(&format!("clippy {}", bare.join(" ")), &mut clippy(bare))?;
+    }
     let mut doc = workspace::cargo();
     doc.args(["doc", "--workspace", "--no-deps", "--all-features", "--locked"])
         .env("RUSTDOCFLAGS", "-D warnings");

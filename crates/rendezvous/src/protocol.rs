@@ -26,7 +26,7 @@ pub(crate) const HANDSHAKE_FRAME_BYTES_MAX: u32 = 256;
 
 /// Bytes of a frame from a member that has joined: a reason is the longest. Where a job verifies, the checksums of
 /// [`ToController::Written`] may be longer: as long as any frame.
-#[cfg(feature = "net")]
+#[cfg(any(feature = "net", test))]
 pub(crate) const MEMBER_FRAME_BYTES_MAX: u32 = 16 << 10;
 
 /// Deadlines outside of this make no sense: heartbeats have to fit in, and sums of times must not overflow.

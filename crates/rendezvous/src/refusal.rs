@@ -43,6 +43,7 @@ impl Refusal {
     pub(crate) fn of(error: &RendezvousError) -> Self {
         match error {
             RendezvousError::Secret { .. } => Self::Secret,
+            #[cfg(feature = "tls")]
             RendezvousError::Tls { .. } => Self::Certificate,
             RendezvousError::NotWeightsync { .. }
             | RendezvousError::ProtocolVersion { .. }

@@ -53,10 +53,11 @@ impl Job {
             command.args(words.split_whitespace()).args(["--trainers", "2", "--inference", "1", "--json"]);
             command.args(["--deadline", DEADLINE_SECONDS]).env("WEIGHTSYNC_SECRET", &secret);
             // Nothing of the caller's environment makes it another job.
-            for variable in
-                ["RUST_LOG", "LOCAL_RANK", "WEIGHTSYNC_TLS_CA", "WEIGHTSYNC_TLS_CERT", "WEIGHTSYNC_TLS_KEY"]
-            {
+            for variable in ["RUST_LOG", "WEIGHTSYNC_LOG", "LOCAL_RANK"] {
                 command.env_remove(variable);
+            }
+            for of_tls in ["CA", "CERT", "KEY", "NAME"] {
+                command.env_remove(format!("WEIGHTSYNC_TLS_{of_tls}"));
             }
             command
         };

@@ -70,6 +70,15 @@ struct Model {
     quantised: QuantPart,
 }
 
+/// A push that does what it must, with both its ends.
+struct Compared {
+    push: Push,
+    // Behind the push: it writes there until it is dropped.
+    receiver: Receiver,
+    source: Source,
+    expected: Vec<u8>,
+}
+
 impl Model {
     /// Of at most so many bytes in BF16, but one layer at least. Quantised, it has hardly any embeddings, which stay BF16.
     fn new(bytes_max: u64, is_quantised: bool) -> anyhow::Result<Self> {
@@ -111,15 +120,23 @@ impl Model {
         self.manifest.receivers.first().and_then(|rank| rank.regions.first()).copied().context("no receiver")
     }
 
-    /// The push, beside one copy of as many bytes.
-    fn beside_a_copy(&self, rounds: usize, first: &Gpu, second: &Gpu) -> anyhow::Result<Figures> {
+    /// Pushes once, and compares every byte.
+    fn compared(&self, first: &Gpu, second: &Gpu) -> anyhow::Result<Compared> {
         let source = Source::new(first, Dtype::BF16, self.source_bytes()?)?;
         let receiver = Receiver::new(second, self.arena_bytes()?)?;
         let mut push =
             Push::new(first, &receiver, self.part.clone(), &self.quantised, source.device.clone())?;
         receiver.poison(second)?;
         push.run()?;
-        second.check(&receiver.arena, &self.expected(&source.host)?)?;
+        let expected = self.expected(&source.host)?;
+        second.check(&receiver.arena, &expected)?;
+        Ok(Compared { push, receiver, source, expected })
+    }
+
+    /// The push, beside one copy of as many bytes.
+    fn beside_a_copy(&self, rounds: usize, first: &Gpu, second: &Gpu) -> anyhow::Result<Figures> {
+        // Bound by name: what a pattern leaves out would be dropped here, and the push writes to the receiver.
+        let Compared { receiver: _receiver, mut push, source, expected: _ } = self.compared(first, second)?;
         let bytes = self.part.bytes;
         let (from, to) = (source.device.part(0..bytes)?, second.memory(bytes)?);
         let copy = Work::new(bytes, first.rounds_of_copy(&from, &to));
@@ -129,14 +146,7 @@ impl Model {
 
     /// The push that quantises, beside one of the same WRITEs of bytes that were quantised before.
     fn beside_codes_alone(&self, rounds: usize, first: &Gpu, second: &Gpu) -> anyhow::Result<Figures> {
-        let source = Source::new(first, Dtype::BF16, self.source_bytes()?)?;
-        let receiver = Receiver::new(second, self.arena_bytes()?)?;
-        let mut push =
-            Push::new(first, &receiver, self.part.clone(), &self.quantised, source.device.clone())?;
-        receiver.poison(second)?;
-        push.run()?;
-        let expected = self.expected(&source.host)?;
-        second.check(&receiver.arena, &expected)?;
+        let Compared { receiver, mut push, source: _source, expected } = self.compared(first, second)?;
         let mut host = first.device.pinned(expected.len())?;
         host.bytes_mut().copy_from_slice(&expected);
         let ready = first.upload(&Arc::new(host))?;

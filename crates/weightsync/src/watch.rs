@@ -135,7 +135,10 @@ impl Watch {
         let ended = match error {
             Error::Aborted { .. } => Ended::Aborted,
             // The version is there; who did not confirm it is lost.
-            Error::Unconfirmed { .. } => Ended::Committed,
+            Error::Unconfirmed { version, .. } => {
+                self.metrics.knows(*version);
+                Ended::Committed
+            }
             _ => Ended::Failed,
         };
         self.end(ended, peer(error), &error.to_string());
@@ -148,7 +151,7 @@ impl Watch {
 
     fn end(&mut self, ended: Ended, peer: Option<Rank>, error: &str) {
         let Some(Attempt { version, push, stage }) = self.attempt.take() else { return };
-        self.failed = Some(version);
+        self.failed = (ended != Ended::Committed).then_some(version);
         self.metrics.ended(ended);
         let (push, peer) = (push.map(tracing::field::display), peer.map(tracing::field::display));
         tracing::warn!(rank = %self.rank, version, push, stage, peer, error, "push failed");

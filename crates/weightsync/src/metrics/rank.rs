@@ -121,6 +121,11 @@ impl RankMetrics {
         self.pushes.get_or_create_owned(&of)
     }
 
+    /// The version is committed, as far as this rank knows.
+    pub(crate) fn knows(&self, version: u64) {
+        self.version.set(i64::try_from(version).unwrap_or(i64::MAX));
+    }
+
     /// An attempt ended, not with a commit that [`RankMetrics::committed`] tells.
     pub(crate) fn ended(&self, ended: Ended) {
         self.pushes(ended).inc();
@@ -134,7 +139,7 @@ impl RankMetrics {
     /// A version is committed.
     pub(crate) fn committed(&self, version: u64, bytes: u64, seconds: f64, stages: &[Span]) {
         self.pushes(Ended::Committed).inc();
-        self.version.set(i64::try_from(version).unwrap_or(i64::MAX));
+        self.knows(version);
         self.torn.set(0);
         self.bytes.inc_by(bytes);
         self.push_seconds.observe(seconds);

@@ -6,7 +6,9 @@ use rendezvous::{PushId, Refusal, World};
 use xfer_plan::{Digest, Rank, ReceiverRank, TrainerRank};
 
 use super::*;
+use crate::error::Error;
 use crate::report::Span;
+use crate::watch::Watch;
 
 const T0: Rank = Rank::Trainer(TrainerRank(0));
 const I0: Rank = Rank::Receiver(ReceiverRank(0));
@@ -174,4 +176,22 @@ fn the_documentation_names_every_metric() {
     let rows = docs.lines().filter_map(|line| line.strip_prefix("| `weightsync_"));
     let listed = rows.map(|row| format!("weightsync_{}", row.split_once('`').unwrap().0)).collect();
     assert_eq!(told, listed);
+}
+
+#[test]
+fn a_commit_that_not_all_confirmed_is_a_version_and_no_failure() {
+    let metrics = Metrics::new();
+    let mut watch = Watch::new(&metrics, Rank::Trainer(TrainerRank(0)));
+    watch.began(7, None, "write");
+    let members = vec![Rank::Receiver(ReceiverRank(1))];
+    watch.failed(&Error::Unconfirmed { version: 7, members });
+    watch.began(7, None, "write");
+    let text = metrics.text();
+    for (name, value) in [("version", 7), ("retries_total", 0)] {
+        let line = format!("weightsync_{name}{{side=\"trainer\",rank=\"0\"}} {value}\n");
+        assert!(text.contains(&line), "{line} is not in\n{text}");
+    }
+    watch.failed(&Error::Aborted { version: 7, reason: "no".into() });
+    watch.began(7, None, "write");
+    assert!(metrics.text().contains("weightsync_retries_total{side=\"trainer\",rank=\"0\"} 1\n"));
 }

@@ -6,17 +6,21 @@
 //! who writes has reported every byte that the plan gives it (every trainer, and every inference rank that passes bytes on),
 //! and where the job verifies, when every inference rank has found the bytes that were sent.
 //!
-//! Policy: a member that is lost ends the job, and every other member is told who was lost and during what. A member
-//! that fails without being lost aborts the attempt; the next attempt is welcome.
+//! The decision to commit is recorded before anybody is told: [`Action::Record`], then [`Event::Recorded`].
+//!
+//! A member that fails without being lost aborts the attempt; the next attempt is welcome. What a loss does is the job's
+//! policy ([`OnLoss`]): it ends the job, or the job *regroups*. Then everybody closes all rails and joins again with fresh ones,
+//! over which nothing can arrive that a lost rank still sends, there is a new plan, and versions go on. A rank that comes
+//! back, or a controller that does, is met in the same way. `assembly` is who takes part in the present plan.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use xfer_plan::{Digest, Manifest, Parts, Plan, PlanError, PlanOptions, Rank, ReceiverRank, TrainerRank};
+use xfer_plan::{Digest, Manifest, Parts, Plan, PlanError, PlanOptions, Rank, ReceiverRank};
 
 use crate::protocol::{
-    DEADLINE_RANGE, Fence, JOB_BYTES_MAX, MemberManifest, PushId, RANKS_MAX, ToController, ToMember, World,
-    cut,
+    Bank, Commit, DEADLINE_RANGE, Fence, JOB_BYTES_MAX, MemberManifest, OnLoss, PushId, RANKS_MAX,
+    ToController, ToMember, World, cut,
 };
 use crate::verify::Verify;
 
@@ -69,6 +73,10 @@ pub struct ControllerConfig {
     pub relays: bool,
     /// Which parameters are compared, as they were sent and as they arrived, before a version is committed.
     pub verify: Verify,
+    /// What a loss does.
+    pub on_loss: OnLoss,
+    /// What an earlier controller of this job recorded last: members of it may join again.
+    pub resume: Option<Commit>,
     /// Random bytes from which push ids are derived.
     pub seed: [u8; 32],
 }
@@ -76,8 +84,13 @@ pub struct ControllerConfig {
 /// A member that has joined.
 struct Seat {
     connection: ConnectionId,
+    /// Until it is planned with.
     manifest: Option<MemberManifest>,
     endpoint: Vec<u8>,
+    /// Came over this connection for the first time.
+    is_new: bool,
+    /// The version that the bytes of an inference rank are.
+    holds: Option<u64>,
     heard_at: Duration,
     progress: u64,
     progress_at: Duration,
@@ -86,7 +99,7 @@ struct Seat {
 }
 
 enum Phase {
-    /// Since the last member joined.
+    /// Since the last member joined, where somebody waits for the others.
     Joining(Option<Duration>),
     Connecting {
         since: Duration,
@@ -123,7 +136,16 @@ pub struct Controller {
     relaying: BTreeMap<Rank, PushId>,
     /// Rails that inference ranks have yet to close.
     fences: BTreeSet<Fence>,
-    committed: u64,
+    /// Who takes part in the present plan.
+    assembly: BTreeSet<Rank>,
+    /// Who was lost, and is not waited for.
+    absent: BTreeSet<Rank>,
+    /// There has been a plan, or an earlier controller had one: a loss makes the job regroup.
+    started: bool,
+    /// Why there is no plan without those who are lost.
+    hindrance: Option<String>,
+    bank: Bank,
+    committed: Option<Commit>,
     attempts: u64,
     ticked_at: Duration,
     /// For observers; no rule reads it.
@@ -154,6 +176,7 @@ impl Controller {
             return Err(format!("the job's name has {} bytes, more than {JOB_BYTES_MAX}", config.job.len()));
         }
         config.verify.check()?;
+        let (committed, started) = (config.resume, config.resume.is_some());
         Ok(Self {
             config,
             parts,
@@ -165,7 +188,12 @@ impl Controller {
             sums_max: BTreeMap::new(),
             relaying: BTreeMap::new(),
             fences: BTreeSet::new(),
-            committed: 0,
+            assembly: BTreeSet::new(),
+            absent: BTreeSet::new(),
+            started,
+            hindrance: None,
+            bank: Bank::default(),
+            committed,
             attempts: 0,
             ticked_at: Duration::ZERO,
             history: History::default(),
@@ -174,7 +202,7 @@ impl Controller {
 
     /// The last committed version; 0 is what was loaded at start.
     pub fn committed(&self) -> u64 {
-        self.committed
+        self.committed.map_or(0, |commit| commit.version)
     }
 
     /// Whether the job is over, in good order or not.
@@ -192,6 +220,11 @@ impl Controller {
         self.config.verify
     }
 
+    /// What a loss does.
+    pub fn on_loss(&self) -> OnLoss {
+        self.config.on_loss
+    }
+
     /// How often the driver owes an [`Event::Tick`], and members a heartbeat.
     pub fn tick_interval(&self) -> Duration {
         heartbeat_interval(self.config.deadline)
@@ -206,9 +239,10 @@ impl Controller {
             Event::Disconnected(connection, reason) => {
                 self.history.disconnected(connection);
                 if let Some(member) = self.members.remove(&connection) {
-                    self.lose(member, &format!("its connection ended: {reason}"), actions);
+                    self.lose(member, &format!("its connection ended: {reason}"), now, actions);
                 }
             }
+            Event::Recorded(result) => self.recorded(result, now, actions),
             Event::Tick => self.tick(now, actions),
         }
     }
@@ -224,16 +258,21 @@ impl Controller {
         if let Some(seat) = self.seats.get_mut(&member) {
             seat.heard_at = now;
         }
+        let takes_part = !matches!(self.phase, Phase::Joining(_)) && self.assembly.contains(&member);
         match message {
-            ToController::Join(_) => self.lose(member, "it joined twice", actions),
-            ToController::Status => self.lose(member, "it asked for what only observers are told", actions),
+            ToController::Join(join) => self.join_again(member, *join, now, actions),
+            ToController::Status => {
+                self.expel(member, "it asked for what only observers are told", now, actions);
+            }
+            // It has not heard yet that it is to join again.
+            message if !takes_part && !message.is_of_any_time() => {}
             ToController::Rails { rails } => self.history.rails(member, rails),
-            ToController::Ready { digest } => self.ready(member, digest, actions),
+            ToController::Ready { digest } => self.ready(member, digest, now, actions),
             ToController::Begin { version } => self.begin(member, version, now, actions),
             ToController::Prepared { push } => self.advance(member, push, Stage::Preparing, now, actions),
             ToController::Written { push, bytes, writes, fences, sums } => {
                 self.owe(fences);
-                if self.summed(member, push, sums, actions) {
+                if self.summed(member, push, sums, now, actions) {
                     self.written(member, push, Quota { bytes, writes }, now, actions);
                 }
                 self.stopped(member, push, now, actions);
@@ -243,7 +282,7 @@ impl Controller {
             ToController::Committed { push } => self.advance(member, push, Stage::Committing, now, actions),
             ToController::Failed { push, reason, fences } => {
                 self.owe(fences);
-                self.failed(member, push, bounded(reason), actions);
+                self.failed(member, push, bounded(reason), now, actions);
                 self.stopped(member, push, now, actions);
             }
             ToController::Heartbeat { progress } => {
@@ -255,9 +294,9 @@ impl Controller {
                 }
             }
             ToController::Leave { reason: Some(reason) } => {
-                self.lose(member, &format!("it gave up: {}", bounded(reason)), actions);
+                self.expel(member, &format!("it gave up: {}", bounded(reason)), now, actions);
             }
-            ToController::Leave { reason: None } => self.leave(member, actions),
+            ToController::Leave { reason: None } => self.leave(member, now, actions),
         }
     }
 
@@ -265,11 +304,13 @@ impl Controller {
 
     fn begin(&mut self, member: Rank, version: u64, now: Duration, actions: &mut Actions) {
         let Rank::Trainer(_) = member else {
-            return self.lose(member, "only trainers begin versions", actions);
+            return self.expel(member, "only trainers begin versions", now, actions);
         };
-        if version <= self.committed {
-            let reason =
-                format!("version {version} is not newer than the committed version {}", self.committed);
+        let committed = self.committed();
+        // The committed version again, for those who have not got it.
+        let repeats = version == committed && version > 0 && !self.behind().is_empty();
+        if version <= committed && !repeats {
+            let reason = format!("version {version} is not newer than the committed version {committed}");
             return self.reply(member, ToMember::Abort { version, reason }, actions);
         }
         match &mut self.phase {
@@ -291,23 +332,23 @@ impl Controller {
             }
             Phase::Pushing(push) if push.stage == Stage::Collecting && push.version == version => {
                 if !push.waiting.remove(&member) {
-                    return self.lose(member, "it began the same version twice", actions);
+                    return self.expel(member, "it began the same version twice", now, actions);
                 }
             }
             Phase::Pushing(push) if push.stage == Stage::Collecting => {
                 let reason =
                     format!("{member} began version {version} while others began version {}", push.version);
-                self.abort(Cause::Disagreement, reason.clone(), actions);
+                self.abort(Cause::Disagreement, reason.clone(), now, actions);
                 return self.reply(member, ToMember::Abort { version, reason }, actions);
             }
             _ => {
-                return self.lose(member, "it began a version before the last one ended", actions);
+                return self.expel(member, "it began a version before the last one ended", now, actions);
             }
         }
-        if let Some(gone) =
-            self.trainers().find(|trainer| self.seats.get(trainer).is_none_or(|seat| seat.left))
-        {
-            return self.abort(Cause::Disagreement, format!("{gone} has left the job"), actions);
+        let has_left = |trainer: &Rank| self.seats.get(trainer).is_none_or(|seat| seat.left);
+        let gone = self.trainers().find(has_left);
+        if let Some(gone) = gone {
+            return self.abort(Cause::Disagreement, format!("{gone} has left the job"), now, actions);
         }
         if self.nobody_waited_for() {
             self.enter(Stage::Stopping, now, actions);
@@ -319,12 +360,15 @@ impl Controller {
         match &mut self.phase {
             Phase::Pushing(current) if current.id == push && current.stage == stage => {
                 if !current.waiting.remove(&member) {
-                    return self.lose(member, "it answered what it was not asked", actions);
+                    return self.expel(member, "it answered what it was not asked", now, actions);
                 }
                 self.history.advanced(member, stage, current.version);
             }
             // An answer to an attempt that has ended meanwhile.
             _ => return,
+        }
+        if let (Stage::Committing, Some(seat)) = (stage, self.seats.get_mut(&member)) {
+            seat.holds = self.committed.map(|commit| commit.version);
         }
         if let (Stage::Preparing | Stage::Fencing, Rank::Receiver(rank)) = (stage, member) {
             // It was told all that there is: who writes says what it owes before the stage begins.
@@ -332,7 +376,9 @@ impl Controller {
         }
         if self.nobody_waited_for() {
             match stage {
-                Stage::Collecting | Stage::Stopping | Stage::Committing => self.finish(actions),
+                Stage::Collecting | Stage::Stopping | Stage::Committing | Stage::Recording => {
+                    self.finish(now, actions);
+                }
                 Stage::Preparing => self.enter(Stage::Writing, now, actions),
                 Stage::Writing if !self.fences.is_empty() => self.enter(Stage::Fencing, now, actions),
                 Stage::Writing | Stage::Fencing if self.config.verify.is_on() => {
@@ -351,20 +397,20 @@ impl Controller {
                     "it reports {} bytes in {} writes where the plan has {} bytes in {} writes",
                     quota.bytes, quota.writes, planned.bytes, planned.writes
                 );
-                self.lose(member, &reason, actions);
+                self.expel(member, &reason, now, actions);
             }
-            None => self.lose(member, "the plan has nothing for it to write", actions),
+            None => self.expel(member, "the plan has nothing for it to write", now, actions),
         }
     }
 
-    fn failed(&mut self, member: Rank, push: PushId, reason: String, actions: &mut Actions) {
+    fn failed(&mut self, member: Rank, push: PushId, reason: String, now: Duration, actions: &mut Actions) {
         match &self.phase {
             Phase::Pushing(current) if current.id != push => {}
             // The decision is taken: who cannot follow it is lost.
-            Phase::Pushing(current) if current.stage == Stage::Committing => {
-                self.lose(member, &format!("it failed after the commit: {reason}"), actions);
+            Phase::Pushing(current) if current.stage.is_decided() => {
+                self.expel(member, &format!("it failed after the commit: {reason}"), now, actions);
             }
-            Phase::Pushing(_) => self.abort(Cause::Failure, format!("{member}: {reason}"), actions),
+            Phase::Pushing(_) => self.abort(Cause::Failure, format!("{member}: {reason}"), now, actions),
             _ => {}
         }
     }
@@ -392,6 +438,7 @@ impl Controller {
 
     fn enter(&mut self, stage: Stage, now: Duration, actions: &mut Actions) {
         let waiting: BTreeSet<Rank> = match stage {
+            Stage::Recording => BTreeSet::new(),
             Stage::Collecting => self.trainers().collect(),
             // What an inference rank still passes on could arrive in the next attempt, and count for it.
             Stage::Stopping => self.relaying.keys().copied().collect(),
@@ -423,19 +470,26 @@ impl Controller {
             // They pass on what arrives from the moment that they are prepared.
             let relays = self.quotas.keys().filter(|member| matches!(member, Rank::Receiver(_)));
             self.relaying = relays.map(|member| (*member, id)).collect();
+            for member in &waiting {
+                if let Some(seat) = self.seats.get_mut(member) {
+                    seat.holds = None;
+                }
+            }
         }
+        let bank = self.bank;
         for member in waiting {
             let rails = self.fences.iter().filter(|fence| Rank::Receiver(fence.at) == member);
             let rails = rails.map(|fence| fence.rail).collect();
             let message = match (stage, member) {
-                (Stage::Collecting | Stage::Stopping, _) | (Stage::Writing, Rank::Receiver(_)) => continue,
+                (Stage::Collecting | Stage::Stopping | Stage::Recording, _)
+                | (Stage::Writing, Rank::Receiver(_)) => continue,
                 (Stage::Verifying, Rank::Trainer(_)) => continue,
                 (Stage::Verifying, Rank::Receiver(rank)) => {
                     let sums = sums.remove(&rank).unwrap_or_default().into_iter().collect();
                     ToMember::Verify { push: id, sums }
                 }
-                (Stage::Preparing, _) => ToMember::Prepare { push: id, version, fence: rails },
-                (Stage::Writing, Rank::Trainer(_)) => ToMember::Write { push: id, version },
+                (Stage::Preparing, _) => ToMember::Prepare { push: id, version, fence: rails, bank },
+                (Stage::Writing, Rank::Trainer(_)) => ToMember::Write { push: id, version, bank },
                 (Stage::Fencing, _) => ToMember::Fence { push: id, rails },
                 (Stage::Committing, _) => ToMember::Commit { push: id, version },
             };
@@ -443,33 +497,49 @@ impl Controller {
         }
     }
 
-    /// The decision: everyone who writes has reported every byte of its part, and nobody found others. Nothing else sets
-    /// `committed`.
+    /// The decision: everyone who writes has reported every byte of its part, and nobody found others. It is recorded
+    /// before anybody is told.
     fn commit(&mut self, now: Duration, actions: &mut Actions) {
         if let Phase::Pushing(push) = &self.phase {
-            self.committed = push.version;
-            let elapsed = now.saturating_sub(push.began_at);
-            self.history.ended(push, None);
-            let (version, push) = (push.version, push.id);
-            actions.push(Action::Report(Report::Committed { version, push, elapsed }));
-            self.enter(Stage::Committing, now, actions);
+            actions.push(Action::Record(Commit { version: push.version, push: push.id }));
+            self.enter(Stage::Recording, now, actions);
         }
     }
 
+    /// The decision is on record: nothing else sets `committed`. Where it could not be recorded, nobody knows what the
+    /// next controller will find there, so nobody may be told anything: the job ends.
+    fn recorded(&mut self, result: Result<(), String>, now: Duration, actions: &mut Actions) {
+        let Phase::Pushing(push) = &self.phase else { return };
+        if push.stage != Stage::Recording {
+            return;
+        }
+        let (version, id, elapsed) = (push.version, push.id, now.saturating_sub(push.began_at));
+        if let Err(reason) = result {
+            let reason = format!("the commit of version {version} could not be recorded: {reason}");
+            return self.end(Some(reason), actions);
+        }
+        self.history.ended(push, None);
+        self.committed = Some(Commit { version, push: id });
+        self.bank = self.bank.turned();
+        actions.push(Action::Report(Report::Committed { version, push: id, elapsed }));
+        self.enter(Stage::Committing, now, actions);
+    }
+
     /// All inference ranks that are still there have confirmed the commit.
-    fn finish(&mut self, actions: &mut Actions) {
+    fn finish(&mut self, now: Duration, actions: &mut Actions) {
         if let Phase::Pushing(push) = std::mem::replace(&mut self.phase, Phase::Idle) {
             let message =
                 ToMember::Done { push: push.id, version: push.version, unconfirmed: push.unconfirmed };
             self.send_all(|member| matches!(member, Rank::Trainer(_)), message, actions);
-            if push.lost.is_some() {
-                self.end(push.lost, actions);
+            match push.lost {
+                Some(reason) => self.after_loss(reason, now, actions),
+                None => self.let_in(now, actions),
             }
         }
     }
 
     /// Ends the attempt without a commit. The job goes on.
-    fn abort(&mut self, cause: Cause, reason: String, actions: &mut Actions) {
+    fn abort(&mut self, cause: Cause, reason: String, now: Duration, actions: &mut Actions) {
         let Phase::Pushing(push) = std::mem::replace(&mut self.phase, Phase::Idle) else {
             return;
         };
@@ -484,16 +554,29 @@ impl Controller {
         self.send_all(involved, message, actions);
         let (push, stage) = (push.id, push.stage);
         actions.push(Action::Report(Report::Aborted { version, push, stage, cause, reason }));
+        self.let_in(now, actions);
     }
 
     // --- helpers -------------------------------------------------------------------------------------------------
 
-    fn trainers(&self) -> impl Iterator<Item = Rank> + use<> {
-        (0..self.config.world.trainers).map(|rank| Rank::Trainer(TrainerRank(rank)))
+    /// The trainers of the present plan.
+    fn trainers(&self) -> impl Iterator<Item = Rank> {
+        self.assembly.iter().copied().filter(|member| matches!(member, Rank::Trainer(_)))
     }
 
-    fn receivers(&self) -> impl Iterator<Item = Rank> + use<> {
-        (0..self.config.world.inference).map(|rank| Rank::Receiver(ReceiverRank(rank)))
+    /// The inference ranks of the present plan.
+    fn receivers(&self) -> impl Iterator<Item = Rank> {
+        self.assembly.iter().copied().filter(|member| matches!(member, Rank::Receiver(_)))
+    }
+
+    /// Inference ranks whose bytes are not the committed version.
+    fn behind(&self) -> Vec<ReceiverRank> {
+        let committed = self.committed.map(|commit| commit.version);
+        let holds = |member: &Rank| self.seats.get(member).and_then(|seat| seat.holds);
+        let receivers = self.receivers().filter(|member| committed.is_some() && holds(member) != committed);
+        receivers
+            .filter_map(|member| if let Rank::Receiver(rank) = member { Some(rank) } else { None })
+            .collect()
     }
 
     fn nobody_waited_for(&self) -> bool {
@@ -515,9 +598,20 @@ impl Controller {
         }
     }
 
+    /// To those of the present plan.
     fn send_all(&self, to: impl Fn(Rank) -> bool, message: ToMember, actions: &mut Actions) {
-        let seats = self.seats.iter().filter(|(member, seat)| to(**member) && !seat.left);
+        let seats = self
+            .seats
+            .iter()
+            .filter(|(member, seat)| self.assembly.contains(member) && to(**member) && !seat.left);
         actions.extend(seats.map(|(_, seat)| Action::Send(seat.connection, message.clone())));
+    }
+}
+
+impl ToController {
+    /// Whether it may come from a member that takes no part in the present plan.
+    fn is_of_any_time(&self) -> bool {
+        matches!(self, Self::Join(_) | Self::Heartbeat { .. } | Self::Leave { .. })
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::member::Unexpected;
@@ -135,6 +136,14 @@ pub enum RendezvousError {
         stage: &'static str,
         /// For how long.
         waited: Duration,
+    },
+    /// The record of the last commit cannot be used.
+    #[error("the commit record {}: {reason}", path.display())]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// Why not, and what to do.
+        reason: String,
     },
     /// The kernel gave no random bytes.
     #[error("no random bytes from the kernel: {0}")]

@@ -22,6 +22,8 @@ pub mod member;
 #[cfg(feature = "net")]
 mod observer;
 mod protocol;
+#[cfg(feature = "net")]
+mod record;
 mod refusal;
 #[cfg(feature = "net")]
 pub mod server;
@@ -41,9 +43,12 @@ pub use handshake::Secret;
 #[cfg(feature = "net")]
 pub use observer::Observer;
 pub use protocol::{
-    ABORT_REASON_BYTES_MAX, DEADLINE_DEFAULT, DEADLINE_RANGE, ENDPOINT_BYTES_MAX, Fence, JOB_DEFAULT, Join,
-    MemberManifest, PROTOCOL_VERSION, Peer, Planned, PlannedPart, PushId, ToController, ToMember, World,
+    ABORT_REASON_BYTES_MAX, Bank, Commit, DEADLINE_DEFAULT, DEADLINE_RANGE, ENDPOINT_BYTES_MAX, Fence, Holds,
+    JOB_DEFAULT, Join, MemberManifest, OnLoss, PROTOCOL_VERSION, Peer, Planned, PlannedPart, PushId,
+    ToController, ToMember, World,
 };
+#[cfg(feature = "net")]
+pub use record::RecordFile;
 pub use refusal::Refusal;
 #[cfg(feature = "net")]
 pub use server::{Server, ServerConfig, ServerHandle};

@@ -24,6 +24,9 @@
 //! | stopping | `written()` | `Written` or `Failed` | idle |
 //! | deciding | `Done` | step `Committed` | idle |
 //! | deciding, failed | `Abort` | step `Aborted` | idle |
+//! | joining, connecting, starting | `Abort` | step `Aborted` | out |
+//! | any but writing, stopping | `Regroup` | step `Regroup` | out |
+//! | any | `rejoin()` | `Join` | joining |
 //!
 //! An inference rank. One that passes bytes on does so from `prepared()` to `relayed()`, beside these states and past
 //! an abort:
@@ -44,6 +47,12 @@
 //! | committing | `committed()` | `Committed` | between |
 //! | between, receiving | `Abort` | step `Aborted` | between |
 //! | between, receiving | `Finished` | step `Finished` | between |
+//! | joining, connecting, starting, between, receiving | `Regroup` | step `Regroup` | out |
+//! | any | `rejoin()` | `Join` | joining |
+//!
+//! A rank that loses its connection, or whose controller comes back, joins again over a new one. It says what its bytes are
+//! ([`Holds`](crate::Holds)), and the plan that it gets says what is committed: a rank that waited for the end of an attempt
+//! learns there whether it was the commit.
 
 use std::fmt;
 
@@ -66,6 +75,15 @@ pub enum Served {
     Version(u64),
     /// None: a push of this version began and has not been committed.
     Torn(u64),
+    /// None: this rank has just come to a job that is at this version, and has what was loaded at its start.
+    Behind(u64),
+}
+
+impl Served {
+    /// Whether the bytes may be served.
+    pub fn is_whole(self) -> bool {
+        matches!(self, Self::Version(_))
+    }
 }
 
 impl fmt::Display for Served {
@@ -73,6 +91,9 @@ impl fmt::Display for Served {
         match self {
             Self::Version(version) => version.fmt(f),
             Self::Torn(version) => write!(f, "none (torn by the push of version {version})"),
+            Self::Behind(version) => {
+                write!(f, "none (the job is at version {version}, which it has not got)")
+            }
         }
     }
 }

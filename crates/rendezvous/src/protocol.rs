@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::RangeInclusive;
+use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -110,6 +111,66 @@ pub struct Join {
     pub manifest: MemberManifest,
     /// How peers reach its memory. Opaque here: told, unread, to the members that the plan pairs with this one.
     pub endpoint: Vec<u8>,
+    /// What its bytes are, which a rank that comes back knows and the controller may not.
+    pub holds: Holds,
+}
+
+/// What the bytes of a rank are when it joins.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Holds {
+    /// Nothing that was pushed: it has just started, or is a trainer.
+    #[default]
+    Nothing,
+    /// This committed version, whole.
+    Version(Commit),
+    /// It was prepared for a push and has not heard how that ended.
+    Undecided(Commit),
+    /// A push began that was not committed.
+    Torn,
+}
+
+/// A version and the attempt that brought it: what the controller records when it decides to commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Commit {
+    /// The version.
+    pub version: u64,
+    /// The attempt.
+    pub push: PushId,
+}
+
+/// What becomes of a job that has lost a rank.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OnLoss {
+    /// It ends for all, and everyone is told who was lost.
+    #[default]
+    Fail,
+    /// Pushes fail until the rank is back.
+    Wait,
+    /// It goes on without the rank until that is back: without an inference rank always, without a trainer where others own
+    /// the same pieces. Otherwise as `Wait`.
+    Continue,
+}
+
+impl OnLoss {
+    /// Every policy and its name.
+    pub const ALL: [(Self, &'static str); 3] =
+        [(Self::Fail, "fail"), (Self::Wait, "wait"), (Self::Continue, "continue")];
+}
+
+impl fmt::Display for OnLoss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = Self::ALL.iter().find(|(policy, _)| policy == self).map_or("?", |(_, name)| name);
+        f.write_str(name)
+    }
+}
+
+impl FromStr for OnLoss {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.iter().find(|(_, known)| *known == name).map(|(policy, _)| *policy);
+        found.ok_or_else(|| format!("unknown policy '{name}'; choose one of fail, wait, continue"))
+    }
 }
 
 /// 128 random bits that name one attempt to push one version, so that nothing of an aborted attempt counts for the
@@ -131,6 +192,24 @@ pub struct Fence {
     pub at: ReceiverRank,
     /// Its rail, as its endpoint numbers them.
     pub rail: u16,
+}
+
+/// Which arena of an inference rank that stages versions is written to, 0 or 1. Every commit since all have joined turns
+/// it over; ranks with one arena take no notice.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Bank(bool);
+
+impl Bank {
+    /// The other one.
+    #[must_use]
+    pub fn turned(self) -> Self {
+        Self(!self.0)
+    }
+
+    /// 0 or 1.
+    pub fn index(self) -> usize {
+        usize::from(self.0)
+    }
 }
 
 /// Another member, as the plan pairs it with this one.
@@ -157,6 +236,12 @@ pub struct Planned {
     pub bytes_total: u64,
     /// Which parameters are compared before a version is committed.
     pub verify: Verify,
+    /// The last committed version; `None` before the first.
+    pub committed: Option<Commit>,
+    /// Inference ranks whose bytes are not that version: the next push brings them up to it.
+    pub behind: Vec<ReceiverRank>,
+    /// What becomes of the job when it loses a rank.
+    pub on_loss: OnLoss,
 }
 
 /// See [`Planned`].
@@ -273,6 +358,8 @@ pub enum ToMember {
         version: u64,
         /// Rails to close first, as [`ToMember::Fence`] says.
         fence: Vec<u16>,
+        /// See [`ToMember::Write`].
+        bank: Bank,
     },
     /// To an inference rank: close these rails, then say so. A trainer has given up on writes over them, which could
     /// otherwise arrive when the version is served.
@@ -288,6 +375,8 @@ pub enum ToMember {
         push: PushId,
         /// Its version.
         version: u64,
+        /// Which of the two arenas of an inference rank that has two.
+        bank: Bank,
     },
     /// To an inference rank: everything has been written. Are these the checksums of your bytes?
     Verify {
@@ -317,6 +406,12 @@ pub enum ToMember {
         /// The version that was not committed.
         version: u64,
         /// Who failed at what, for a person.
+        reason: String,
+    },
+    /// The job has lost a rank, or one has come back: close all rails and join again, with fresh ones. Where the connection
+    /// ends behind it, this rank itself was given up, and joins over a new one.
+    Regroup {
+        /// Who was lost or came back, for a person.
         reason: String,
     },
     /// The job cannot go on: nothing further will be answered.
@@ -366,6 +461,7 @@ impl ToMember {
             Self::Commit { .. } => "a commit",
             Self::Done { .. } => "a done",
             Self::Abort { .. } => "an abort",
+            Self::Regroup { .. } => "a call to join again",
             Self::Refused { .. } => "a refusal",
             Self::Finished => "a finish",
             Self::Heartbeat => "a heartbeat",

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,8 +24,10 @@ use crate::error::RendezvousError;
 use crate::frame;
 use crate::handshake::{self, Secret, random_seed};
 use crate::protocol::{
-    DEADLINE_DEFAULT, FRAME_BYTES_MAX, JOB_DEFAULT, MEMBER_FRAME_BYTES_MAX, ToController, ToMember, World,
+    Commit, DEADLINE_DEFAULT, FRAME_BYTES_MAX, JOB_DEFAULT, MEMBER_FRAME_BYTES_MAX, OnLoss, ToController,
+    ToMember, World,
 };
+use crate::record::RecordFile;
 use crate::refusal::Refusal;
 use crate::transport::{self, Transport};
 use crate::verify::Verify;
@@ -57,6 +60,9 @@ pub struct ServerConfig {
     pub insecure: bool,
     /// The job.
     pub controller: ControllerConfig,
+    /// Where to record commits, so that they outlive this process: what is there already is where the job goes on. `None`
+    /// records nothing; a controller that comes back then knows what its members know.
+    pub record: Option<PathBuf>,
 }
 
 impl ServerConfig {
@@ -74,6 +80,8 @@ impl ServerConfig {
             options: PlanOptions::default(),
             relays: false,
             verify: Verify::Off,
+            on_loss: OnLoss::default(),
+            resume: None,
             seed: random_seed()?,
         };
         Ok(Self {
@@ -82,6 +90,7 @@ impl ServerConfig {
             transport: Transport::tcp(),
             insecure: false,
             controller,
+            record: None,
         })
     }
 }
@@ -93,6 +102,7 @@ pub struct Server {
     secret: Secret,
     transport: Transport,
     controller: Controller,
+    record: Option<RecordFile>,
 }
 
 /// A controller that runs in the background of this process; dropping it ends the job.
@@ -124,7 +134,12 @@ impl Drop for ServerHandle {
 
 impl Server {
     /// Listens. Nothing is accepted before [`Server::run`].
-    pub async fn bind(config: ServerConfig) -> Result<Self, RendezvousError> {
+    pub async fn bind(mut config: ServerConfig) -> Result<Self, RendezvousError> {
+        let mut record = None;
+        if let Some(path) = config.record {
+            let (file, last) = RecordFile::open(path, &config.controller.job)?;
+            (record, config.controller.resume) = (Some(file), last.or(config.controller.resume));
+        }
         let bind = |source| RendezvousError::Bind { address: config.listen.clone(), source };
         let listener = TcpListener::bind(&config.listen).await.map_err(bind)?;
         let local = listener.local_addr().map_err(bind)?;
@@ -134,7 +149,7 @@ impl Server {
         }
         let controller =
             Controller::new(config.controller).map_err(|reason| RendezvousError::Refused { reason })?;
-        Ok(Self { listener, local, secret: config.secret, transport: config.transport, controller })
+        Ok(Self { listener, local, secret: config.secret, transport: config.transport, controller, record })
     }
 
     /// Where it listens.
@@ -149,10 +164,11 @@ impl Server {
 
     /// Serves the job until its end: `None` in good order, otherwise the reason.
     pub async fn run(self, mut observe: impl FnMut(Report)) -> Option<String> {
-        let Self { listener, secret, transport, mut controller, .. } = self;
+        let Self { listener, secret, transport, mut controller, record: records, .. } = self;
         let start = Instant::now();
         let join_max = controller.deadline();
-        let frame_bytes_max = match controller.verify().is_on() {
+        // A member that joins again says again what it has.
+        let frame_bytes_max = match controller.verify().is_on() || controller.on_loss() != OnLoss::Fail {
             true => FRAME_BYTES_MAX,
             false => MEMBER_FRAME_BYTES_MAX,
         };
@@ -217,6 +233,10 @@ impl Server {
                             }
                         }
                         Action::Close(connection) => drop(outgoing.remove(&connection)),
+                        Action::Record(commit) => {
+                            let recorded = record(&records, commit).await;
+                            controller.handle(Event::Recorded(recorded), start.elapsed(), &mut actions);
+                        }
                         Action::Report(report) => {
                             log::tell(&report);
                             if let Report::Ended { reason } = &report {
@@ -234,6 +254,13 @@ impl Server {
         let _ = timeout(LINGER_MAX, async { while tasks.join_next().await.is_some() {} }).await;
         ended
     }
+}
+
+/// Puts a decision on disk, off the threads that serve sockets. Without a file there is nothing to be done.
+async fn record(file: &Option<RecordFile>, commit: Commit) -> Result<(), String> {
+    let Some(file) = file.clone() else { return Ok(()) };
+    let stored = tokio::task::spawn_blocking(move || file.store(commit));
+    stored.await.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
 }
 
 /// The next connection, once there is room for one that has not proved itself.

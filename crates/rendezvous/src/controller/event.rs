@@ -5,7 +5,7 @@ use std::time::Duration;
 use xfer_plan::{Digest, Rank};
 
 use super::{ConnectionId, Stage};
-use crate::protocol::{PushId, ToController, ToMember};
+use crate::protocol::{Commit, PushId, ToController, ToMember};
 use crate::refusal::Refusal;
 
 /// What happened.
@@ -15,6 +15,8 @@ pub enum Event {
     Connected(ConnectionId, String),
     /// A connection that has proved itself sent a message.
     Received(ConnectionId, ToController),
+    /// What [`Action::Record`] asked for is on disk, or why not.
+    Recorded(Result<(), String>),
     /// A connection ended, with the reason.
     Disconnected(ConnectionId, String),
     /// Time has passed.
@@ -26,6 +28,8 @@ pub enum Event {
 pub enum Action {
     /// Send a message.
     Send(ConnectionId, ToMember),
+    /// Record this decision so that it outlives the process, then answer with [`Event::Recorded`].
+    Record(Commit),
     /// Close a connection once what was sent before has left.
     Close(ConnectionId),
     /// Tell whoever watches.
@@ -44,6 +48,11 @@ pub enum Report {
         /// Who.
         rank: Rank,
         /// During what, and why.
+        reason: String,
+    },
+    /// Everybody is told to join again.
+    Regrouping {
+        /// Who was lost or came back.
         reason: String,
     },
     /// A connection was not let in.
@@ -67,6 +76,8 @@ pub enum Report {
         bound_seconds: f64,
         /// Whose NICs limit it; `None` when nothing moves.
         limited_by: Option<Rank>,
+        /// Ranks of the job that it goes on without.
+        without: Vec<Rank>,
     },
     /// All members are connected.
     Started,

@@ -1,4 +1,4 @@
-//! Who may take part, and what each is told to do: from the first join to the start.
+//! Who may take part, and what each is told to do: from the first join to the start, and again after every loss.
 //!
 //! Nothing here is believed before it is checked: a manifest goes to the planner, which validates it, and an endpoint is passed
 //! on unread.
@@ -7,51 +7,167 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use xfer_plan::{
-    Digest, Manifest, Op, ParamId, Plan, Rank, ReceiverManifest, ReceiverPart, ReceiverRank, TrainerManifest,
-    TrainerRank,
+    Digest, Manifest, Op, ParamId, Plan, RailDecl, Rank, ReceiverManifest, ReceiverPart, ReceiverRank,
+    TrainerManifest, TrainerRank,
 };
 
 use super::{Action, Actions, ConnectionId, Controller, Phase, Quota, Report, Seat, refuse};
-use crate::protocol::{ENDPOINT_BYTES_MAX, Join, MemberManifest, Peer, Planned, PlannedPart, ToMember};
+use crate::protocol::{
+    Bank, ENDPOINT_BYTES_MAX, Holds, Join, MemberManifest, OnLoss, Peer, Planned, PlannedPart, ToMember,
+};
 use crate::refusal::Refusal;
 use crate::status::PlanStatus;
 
 impl Controller {
+    /// Over a new connection.
     pub(super) fn join(&mut self, from: ConnectionId, join: Join, now: Duration, actions: &mut Actions) {
-        if let Err(reason) = self.admits(&join) {
+        if let Err(reason) = self.admits(&join).and_then(|()| self.has_room_for(join.member)) {
             let peer = join.member.to_string();
             let refused = Report::Refused { peer, refusal: Refusal::Join, reason: reason.clone() };
             actions.push(Action::Report(refused));
             return refuse(from, reason, actions);
         }
-        let member = join.member;
-        self.members.insert(from, member);
+        self.members.insert(from, join.member);
+        self.history.joined(join.member, from);
+        self.seat(from, join, true, now, actions);
+    }
+
+    /// Over the connection of before, after everybody was told to.
+    pub(super) fn join_again(&mut self, member: Rank, join: Join, now: Duration, actions: &mut Actions) {
+        let Some(seat) = self.seats.get(&member) else { return };
+        let (connection, is_new) = (seat.connection, seat.is_new);
+        let takes_part = !matches!(self.phase, Phase::Joining(_)) && self.assembly.contains(&member);
+        if join.member != member || seat.manifest.is_some() || takes_part {
+            return self.expel(member, "it joined twice", now, actions);
+        }
+        if let Err(reason) = self.admits(&join) {
+            return self.expel(member, &reason, now, actions);
+        }
+        self.seat(connection, join, is_new, now, actions);
+    }
+
+    fn seat(
+        &mut self,
+        connection: ConnectionId,
+        join: Join,
+        is_new: bool,
+        now: Duration,
+        actions: &mut Actions,
+    ) {
+        let Join { member, manifest, endpoint, holds, .. } = join;
+        // A rank that has a version knows that it was committed, also where the controller's record was lost.
+        if let Holds::Version(commit) = holds
+            && commit.version > self.committed()
+        {
+            self.committed = Some(commit);
+        }
+        let holds = match holds {
+            Holds::Version(commit) => Some(commit.version),
+            Holds::Undecided(commit) => (Some(commit) == self.committed).then_some(commit.version),
+            Holds::Nothing | Holds::Torn => None,
+        };
+        let manifest = Some(manifest);
+        let (heard_at, progress_at) = (now, now);
         let seat = Seat {
-            connection: from,
-            manifest: Some(join.manifest),
-            endpoint: join.endpoint,
-            heard_at: now,
+            connection,
+            manifest,
+            endpoint,
+            is_new,
+            holds,
+            heard_at,
             progress: 0,
-            progress_at: now,
+            progress_at,
             left: false,
         };
         self.seats.insert(member, seat);
-        self.history.joined(member, from);
+        self.absent.remove(&member);
         actions.push(Action::Report(Report::Joined(member)));
-        if let Phase::Joining(since) = &mut self.phase {
-            // Whoever joins is progress: the others get the whole deadline again.
-            *since = Some(now);
+        match &mut self.phase {
+            Phase::Joining(since) => {
+                // Whoever joins is progress: the others get the whole deadline again.
+                *since = Some(now);
+                if self.started && !self.trains_soon() {
+                    self.phase = Phase::Joining(None);
+                }
+                self.plan_if_complete(now, actions);
+            }
+            Phase::Connecting { .. } | Phase::Idle => self.let_in(now, actions),
+            // After the push.
+            Phase::Pushing(_) | Phase::Ended => {}
         }
-        if self.config.world.members().all(|member| self.seats.contains_key(&member)) {
+    }
+
+    /// Whether a trainer has joined. In a job that has started it does so when it has something to push; before, trainers train
+    /// for as long as they like, and nobody waits.
+    fn trains_soon(&self) -> bool {
+        let trains =
+            |(member, seat): (&Rank, &Seat)| matches!(member, Rank::Trainer(_)) && seat.manifest.is_some();
+        self.seats.iter().any(trains)
+    }
+
+    /// Regroups if somebody waits to take part. Between pushes.
+    pub(super) fn let_in(&mut self, now: Duration, actions: &mut Actions) {
+        let waits = self.seats.iter().find(|(_, seat)| seat.manifest.is_some()).map(|(member, _)| *member);
+        if let Some(member) = waits {
+            self.regroup(format!("{member} is back"), now, actions);
+        }
+    }
+
+    /// Tells everybody to join again, but those who have just done so.
+    pub(super) fn regroup(&mut self, reason: String, now: Duration, actions: &mut Actions) {
+        actions.push(Action::Report(Report::Regrouping { reason: reason.clone() }));
+        for seat in self.seats.values_mut().filter(|seat| seat.manifest.is_none() && !seat.left) {
+            seat.is_new = false;
+            actions.push(Action::Send(seat.connection, ToMember::Regroup { reason: reason.clone() }));
+        }
+        // Every rail is closed: nothing that was on its way over one arrives.
+        self.fences.clear();
+        self.relaying.clear();
+        self.assembly.clear();
+        self.phase = Phase::Joining(self.trains_soon().then_some(now));
+        self.plan_if_complete(now, actions);
+    }
+
+    /// Who is waited for: everybody, but those whom the job goes on without.
+    pub(super) fn missing(&self) -> Vec<Rank> {
+        let joined = |member: &Rank| self.seats.get(member).is_some_and(|seat| seat.manifest.is_some());
+        let members = self.config.world.members();
+        members.filter(|member| !self.absent.contains(member) && !joined(member)).collect()
+    }
+
+    pub(super) fn plan_if_complete(&mut self, now: Duration, actions: &mut Actions) {
+        let inference = |member: &Rank| matches!(member, Rank::Receiver(_));
+        // To push to nobody would be to say that a version is served which nobody has.
+        if self.missing().is_empty() && self.seats.keys().any(inference) {
             self.plan(now, actions);
         }
     }
 
+    /// Who was joined when no plan could be made without the others joins again when it has something to push.
+    pub(super) fn lapse(&mut self, reason: &str, actions: &mut Actions) {
+        let version = self.committed();
+        for (member, seat) in &mut self.seats {
+            if matches!(member, Rank::Trainer(_)) && seat.manifest.take().is_some() {
+                let abort = ToMember::Abort { version, reason: reason.to_owned() };
+                actions.push(Action::Send(seat.connection, abort));
+            }
+        }
+        self.phase = Phase::Joining(None);
+    }
+
+    fn has_room_for(&self, member: Rank) -> Result<(), String> {
+        if self.seats.contains_key(&member) {
+            return Err(format!("{member} has joined already; is the same rank started twice?"));
+        }
+        match self.phase {
+            Phase::Joining(_) => Ok(()),
+            _ if self.config.on_loss != OnLoss::Fail => Ok(()),
+            _ => Err(format!("{member} comes too late: the job has started without it")),
+        }
+    }
+
     fn admits(&self, join: &Join) -> Result<(), String> {
-        let Join { job, member, world, deadline, manifest, endpoint } = join;
-        let Phase::Joining(_) = self.phase else {
-            return Err(format!("{member} comes too late: the job has started without it"));
-        };
+        let Join { job, member, world, deadline, manifest, endpoint, holds: _ } = join;
         if *job != self.config.job {
             return Err(format!("{member} wants another job than '{}'", self.config.job));
         }
@@ -67,9 +183,6 @@ impl Controller {
         if !world.contains(*member) {
             return Err(format!("there is no {member} among {world}; ranks count from 0"));
         }
-        if self.seats.contains_key(member) {
-            return Err(format!("{member} has joined already; is the same rank started twice?"));
-        }
         if endpoint.len() > ENDPOINT_BYTES_MAX {
             return Err(format!(
                 "{member} has an endpoint of {} bytes, more than {ENDPOINT_BYTES_MAX}",
@@ -84,20 +197,10 @@ impl Controller {
     }
 
     fn plan(&mut self, now: Duration, actions: &mut Actions) {
-        let mut trainers: Vec<TrainerManifest> = Vec::new();
-        let mut receivers: Vec<ReceiverManifest> = Vec::new();
-        // The seats are in rank order, trainers first.
-        for seat in self.seats.values_mut() {
-            match seat.manifest.take() {
-                Some(MemberManifest::Trainer(manifest)) => trainers.push(manifest),
-                Some(MemberManifest::Inference(manifest)) => receivers.push(manifest),
-                None => {}
-            }
-        }
-        let manifest = Manifest { trainers, receivers, options: self.config.options };
+        let manifest = self.manifest();
         let plan = match xfer_plan::plan(&manifest) {
             Ok(plan) => plan,
-            Err(error) => return self.end(Some(format!("no plan: {error}")), actions),
+            Err(error) => return self.no_plan(manifest, error.to_string(), now, actions),
         };
         let passed_on =
             |part: &ReceiverPart| part.arrivals.iter().any(|a| matches!(a.from, Rank::Receiver(_)));
@@ -110,9 +213,12 @@ impl Controller {
             Err(error) => return self.end(Some(format!("no plan: {error}")), actions),
         };
         self.digest = plan.digest;
+        self.assembly = self.config.world.members().filter(|member| !self.absent.contains(member)).collect();
+        (self.started, self.hindrance, self.bank) = (true, None, Bank::default());
         let trainers = (0..).map(|rank| Rank::Trainer(TrainerRank(rank))).zip(&parts.trainers);
         let relays = parts.receivers.iter().map(|relay| &relay.plan);
         let relays = (0..).map(|rank| Rank::Receiver(ReceiverRank(rank))).zip(relays);
+        let trainers = trainers.filter(|(rank, _)| self.assembly.contains(rank));
         let writers = trainers.chain(relays.filter(|(_, plan)| !plan.ops.is_empty()));
         self.quotas =
             writers.map(|(rank, plan)| (rank, Quota { bytes: plan.bytes, writes: plan.writes })).collect();
@@ -130,16 +236,27 @@ impl Controller {
             writes,
             bound_seconds,
             limited_by: plan.bound.limited_by.map(|(rank, _)| rank),
+            without: self.absent.iter().copied().collect(),
         }));
+        let (committed, behind, on_loss) = (self.committed, self.behind(), self.config.on_loss);
 
         let mut send = |member: Rank, part, peers: BTreeSet<Rank>| {
             let endpoint =
                 |member| self.seats.get(&member).map(|seat| seat.endpoint.clone()).unwrap_or_default();
             let peers = peers.into_iter().map(|member| Peer { member, endpoint: endpoint(member) }).collect();
             if let Some(seat) = self.seats.get(&member) {
-                let verify = self.config.verify;
-                let planned =
-                    Planned { digest: self.digest, part, peers, bound_seconds, bytes_total, verify };
+                let (digest, verify, behind) = (self.digest, self.config.verify, behind.clone());
+                let planned = Planned {
+                    digest,
+                    part,
+                    peers,
+                    bound_seconds,
+                    bytes_total,
+                    verify,
+                    committed,
+                    behind,
+                    on_loss,
+                };
                 actions.push(Action::Send(seat.connection, ToMember::Planned(Box::new(planned))));
             }
         };
@@ -157,15 +274,66 @@ impl Controller {
             let part = PlannedPart::Inference { part: part.clone(), relay, names, inbound };
             send(Rank::Receiver(rank), part, peers);
         }
-        self.phase = Phase::Connecting { since: now, waiting: self.config.world.members().collect() };
+        self.phase = Phase::Connecting { since: now, waiting: self.assembly.clone() };
     }
 
-    pub(super) fn ready(&mut self, member: Rank, digest: Digest, actions: &mut Actions) {
+    /// What all who take part have said. Who does not, has nothing and needs nothing.
+    fn manifest(&mut self) -> Manifest {
+        let mut manifest =
+            Manifest { trainers: Vec::new(), receivers: Vec::new(), options: self.config.options };
+        for member in self.config.world.members() {
+            let said = self.seats.get_mut(&member).and_then(|seat| seat.manifest.take());
+            let (host, regions) = ("absent".to_owned(), Vec::new());
+            let rails = vec![RailDecl { bytes_per_second: 1 }];
+            match (member, said) {
+                (_, Some(MemberManifest::Trainer(trainer))) => manifest.trainers.push(trainer),
+                (_, Some(MemberManifest::Inference(receiver))) => manifest.receivers.push(receiver),
+                (Rank::Trainer(_), None) => {
+                    manifest.trainers.push(TrainerManifest { host, regions, rails, pieces: Vec::new() });
+                }
+                (Rank::Receiver(_), None) => {
+                    manifest.receivers.push(ReceiverManifest { host, regions, rails, params: Vec::new() });
+                }
+            }
+        }
+        manifest
+    }
+
+    /// Without a trainer there may be none: then it is waited for. A rank that has come back with something else than it
+    /// had is refused. A job that has not started has made no sense.
+    fn no_plan(&mut self, manifest: Manifest, reason: String, now: Duration, actions: &mut Actions) {
+        let is_trainer = |member: &Rank| matches!(member, Rank::Trainer(_));
+        let newcomers = self.seats.iter().filter(|(_, seat)| seat.is_new).map(|(member, _)| *member);
+        let newcomers: Vec<Rank> = newcomers.collect();
+        let reason = format!("no plan: {reason}");
+        if !self.started {
+            return self.end(Some(reason), actions);
+        }
+        let trainers = manifest.trainers.into_iter().map(MemberManifest::Trainer);
+        let receivers = manifest.receivers.into_iter().map(MemberManifest::Inference);
+        for (member, manifest) in self.config.world.members().zip(trainers.chain(receivers)) {
+            if let Some(seat) = self.seats.get_mut(&member) {
+                seat.manifest = Some(manifest);
+            }
+        }
+        if self.absent.iter().any(is_trainer) {
+            self.absent.retain(|member| !is_trainer(member));
+            self.hindrance = Some(reason);
+        } else if newcomers.is_empty() || newcomers.len() == self.seats.len() {
+            self.end(Some(reason), actions);
+        } else {
+            for member in newcomers {
+                self.expel(member, &reason, now, actions);
+            }
+        }
+    }
+
+    pub(super) fn ready(&mut self, member: Rank, digest: Digest, now: Duration, actions: &mut Actions) {
         if digest != self.digest {
-            return self.lose(member, "it is ready for another plan than the one agreed", actions);
+            return self.expel(member, "it is ready for another plan than the one agreed", now, actions);
         }
         let Phase::Connecting { waiting, .. } = &mut self.phase else {
-            return self.lose(member, "it said twice that it is ready", actions);
+            return self.expel(member, "it said twice that it is ready", now, actions);
         };
         waiting.remove(&member);
         if waiting.is_empty() {

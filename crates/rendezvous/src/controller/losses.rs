@@ -1,6 +1,7 @@
 //! Goodbyes, losses and deadlines.
 //!
-//! A member that is lost ends the job, never in silence: everybody who is left is told who was lost, and during what.
+//! A loss is never silent: everybody who is left is told who was lost, and during what. What it does to the job is the job's
+//! policy.
 
 use std::time::Duration;
 
@@ -10,12 +11,12 @@ use super::{
     Action, Actions, Cause, Controller, Phase, Report, SILENCE_DIVISOR, STALL_TICKS, Seat, Stage, list,
     refuse,
 };
-use crate::protocol::ToMember;
+use crate::protocol::{OnLoss, ToMember};
 
 impl Controller {
-    pub(super) fn leave(&mut self, member: Rank, actions: &mut Actions) {
+    pub(super) fn leave(&mut self, member: Rank, now: Duration, actions: &mut Actions) {
         if !matches!(self.phase, Phase::Idle) || matches!(member, Rank::Receiver(_)) {
-            return self.lose(member, "it left", actions);
+            return self.expel(member, "it left", now, actions);
         }
         if let Some(seat) = self.seats.get_mut(&member) {
             seat.left = true;
@@ -25,12 +26,29 @@ impl Controller {
         }
         let all_left = self.trainers().all(|trainer| self.seats.get(&trainer).is_none_or(|seat| seat.left));
         if all_left {
-            self.send_all(|_| true, ToMember::Finished, actions);
+            self.tell_everyone(&ToMember::Finished, actions);
             self.end(None, actions);
         }
     }
 
-    pub(super) fn lose(&mut self, member: Rank, reason: &str, actions: &mut Actions) {
+    /// Gives up a member that has broken the protocol or has given up itself. It can come back as a new process only.
+    pub(super) fn expel(&mut self, member: Rank, reason: &str, now: Duration, actions: &mut Actions) {
+        self.part_with(member, reason, false, now, actions);
+    }
+
+    /// Gives up a member that is gone, silent or late. If it is still there, it may join over a new connection.
+    pub(super) fn lose(&mut self, member: Rank, reason: &str, now: Duration, actions: &mut Actions) {
+        self.part_with(member, reason, true, now, actions);
+    }
+
+    fn part_with(
+        &mut self,
+        member: Rank,
+        reason: &str,
+        may_return: bool,
+        now: Duration,
+        actions: &mut Actions,
+    ) {
         let Some(seat) = self.seats.remove(&member) else {
             return;
         };
@@ -38,11 +56,7 @@ impl Controller {
         self.history.lost(member);
         let during = match &self.phase {
             Phase::Ended => return actions.push(Action::Close(seat.connection)),
-            // It may be started again and join: nobody depends on it yet.
-            Phase::Joining(_) => {
-                actions.push(Action::Report(Report::Lost { rank: member, reason: reason.to_owned() }));
-                return refuse(seat.connection, format!("{member}: {reason}"), actions);
-            }
+            Phase::Joining(_) => "while others joined".into(),
             Phase::Connecting { .. } => "while connecting".into(),
             Phase::Idle => "between versions".into(),
             Phase::Pushing(push) => {
@@ -50,30 +64,57 @@ impl Controller {
             }
         };
         let reason = format!("{member} was lost {during}: {reason}");
-        refuse(seat.connection, reason.clone(), actions);
+        if may_return && self.started && self.config.on_loss != OnLoss::Fail {
+            actions.push(Action::Send(seat.connection, ToMember::Regroup { reason: reason.clone() }));
+            actions.push(Action::Close(seat.connection));
+        } else {
+            refuse(seat.connection, reason.clone(), actions);
+        }
         actions.push(Action::Report(Report::Lost { rank: member, reason: reason.clone() }));
+        if self.started && self.config.on_loss == OnLoss::Continue {
+            self.absent.insert(member);
+        }
+        // A rank that waits to take part in the next plan is no loss to this one.
+        let took_part = self.assembly.remove(&member);
         match &mut self.phase {
+            // It may be started again and join: nobody depends on it yet.
+            Phase::Joining(_) if self.started => self.plan_if_complete(now, actions),
+            Phase::Joining(_) | Phase::Ended => {}
+            _ if !took_part => {}
             // The decision is taken: the others still learn it, and the trainers who did not confirm.
-            Phase::Pushing(push) if push.stage == Stage::Committing => {
-                if push.waiting.remove(&member) {
+            Phase::Pushing(push) if push.stage.is_decided() => {
+                if matches!(member, Rank::Receiver(_))
+                    && (push.waiting.remove(&member) || push.stage == Stage::Recording)
+                {
                     push.unconfirmed.push(member);
                 }
                 push.lost.get_or_insert(reason);
-                if push.waiting.is_empty() {
-                    self.finish(actions);
+                if push.stage == Stage::Committing && push.waiting.is_empty() {
+                    self.finish(now, actions);
                 }
             }
             Phase::Pushing(_) => {
-                self.abort(Cause::Loss, reason.clone(), actions);
-                self.end(Some(reason), actions);
+                self.abort(Cause::Loss, reason.clone(), now, actions);
+                self.after_loss(reason, now, actions);
             }
-            _ => self.end(Some(reason), actions),
+            Phase::Connecting { .. } | Phase::Idle => self.after_loss(reason, now, actions),
+        }
+    }
+
+    /// Ends the job or regroups. While trainers leave, no version can come: then there is nothing to regroup for.
+    pub(super) fn after_loss(&mut self, reason: String, now: Duration, actions: &mut Actions) {
+        match (self.config.on_loss, &self.phase) {
+            // A rank that came back meanwhile has made the job regroup already.
+            (_, Phase::Joining(_) | Phase::Ended) => {}
+            (OnLoss::Fail, _) => self.end(Some(reason), actions),
+            _ if self.seats.values().any(|seat| seat.left) => self.end(Some(reason), actions),
+            _ => self.regroup(reason, now, actions),
         }
     }
 
     pub(super) fn end(&mut self, reason: Option<String>, actions: &mut Actions) {
         if let Some(reason) = &reason {
-            self.send_all(|_| true, ToMember::Refused { reason: reason.clone() }, actions);
+            self.tell_everyone(&ToMember::Refused { reason: reason.clone() }, actions);
         }
         for connection in self.members.keys() {
             actions.push(Action::Close(*connection));
@@ -90,26 +131,27 @@ impl Controller {
             for seat in self.seats.values_mut() {
                 (seat.heard_at, seat.progress_at) = (now, now);
             }
-            return self.send_all(|_| true, ToMember::Heartbeat, actions);
+            return self.tell_everyone(&ToMember::Heartbeat, actions);
         }
         let deadline = self.config.deadline;
         let silence_max = deadline / SILENCE_DIVISOR;
         let silent = |seat: &Seat| !seat.left && now.saturating_sub(seat.heard_at) > silence_max;
         while let Some(member) = self.seats.iter().find(|(_, seat)| silent(seat)).map(|(member, _)| *member) {
-            self.lose(member, &format!("nothing was heard from it for {silence_max:?}"), actions);
+            self.lose(member, &format!("nothing was heard from it for {silence_max:?}"), now, actions);
         }
-        self.send_all(|_| true, ToMember::Heartbeat, actions);
+        self.tell_everyone(&ToMember::Heartbeat, actions);
         let late = |since: Duration| now.saturating_sub(since) > deadline;
         match &self.phase {
-            Phase::Joining(Some(since)) if late(*since) => {
-                let missing = self.config.world.members().filter(|member| !self.seats.contains_key(member));
-                let reason = format!("waited {deadline:?} for {} to join", list(missing));
-                self.end(Some(reason), actions);
-            }
+            Phase::Joining(Some(since)) if late(*since) => self.nobody_joins(now, actions),
             Phase::Connecting { since, waiting } if late(*since) => {
-                let reason =
-                    format!("waited {deadline:?} for {} to connect its rails", list(waiting.iter().copied()));
-                self.end(Some(reason), actions);
+                let waited = format!("waited {deadline:?} for");
+                if self.config.on_loss == OnLoss::Fail {
+                    let late = list(waiting.iter().copied());
+                    return self.end(Some(format!("{waited} {late} to connect its rails")), actions);
+                }
+                for member in waiting.clone() {
+                    self.lose(member, &format!("{waited} it to connect its rails"), now, actions);
+                }
             }
             Phase::Pushing(push) => {
                 // While it writes, a rank is late when it makes no progress; otherwise when the stage is.
@@ -131,17 +173,39 @@ impl Controller {
                 );
                 if push.stage == Stage::Committing {
                     for member in missing {
-                        self.lose(
-                            member,
-                            &format!("waited {deadline:?} for it to confirm the commit"),
-                            actions,
-                        );
+                        let reason = format!("waited {deadline:?} for it to confirm the commit");
+                        self.lose(member, &reason, now, actions);
                     }
                 } else {
-                    self.abort(Cause::Deadline, reason, actions);
+                    self.abort(Cause::Deadline, reason, now, actions);
                 }
             }
             _ => {}
         }
+    }
+
+    /// Somebody waits to push, and others have not joined within the deadline.
+    fn nobody_joins(&mut self, now: Duration, actions: &mut Actions) {
+        let waited = format!("waited {:?} for", self.config.deadline);
+        let missing = self.missing();
+        let named = list(missing.iter().copied());
+        if !self.started {
+            return self.end(Some(format!("{waited} {named} to join")), actions);
+        }
+        if self.config.on_loss == OnLoss::Continue && self.hindrance.is_none() {
+            self.absent.extend(missing);
+            self.plan_if_complete(now, actions);
+        }
+        if let Phase::Joining(_) = self.phase {
+            let hindrance =
+                self.hindrance.iter().map(|reason| format!(" (without: {reason})")).collect::<String>();
+            self.lapse(&format!("{waited} {named} to join again{hindrance}"), actions);
+        }
+    }
+
+    /// To all who have joined, whether they take part in the present plan or not.
+    fn tell_everyone(&self, message: &ToMember, actions: &mut Actions) {
+        let seats = self.seats.values().filter(|seat| !seat.left);
+        actions.extend(seats.map(|seat| Action::Send(seat.connection, message.clone())));
     }
 }

@@ -27,6 +27,8 @@ pub enum Stage {
     Fencing,
     /// Inference ranks compare what arrived with what was sent.
     Verifying,
+    /// The decision to commit is being put on record.
+    Recording,
     /// The version is committed, inference ranks make it visible.
     Committing,
 }
@@ -41,8 +43,15 @@ impl Stage {
             Self::Writing => "to finish its writes",
             Self::Fencing => "to close the rails that a trainer gave up on",
             Self::Verifying => "to compare what arrived with what was sent",
+            // Nobody: that is for this process to do.
+            Self::Recording => "to record the commit",
             Self::Committing => "to confirm the commit",
         }
+    }
+
+    /// Whether there is no way back.
+    pub(super) fn is_decided(self) -> bool {
+        matches!(self, Self::Recording | Self::Committing)
     }
 
     /// One word.
@@ -54,6 +63,7 @@ impl Stage {
             Self::Writing => "writing",
             Self::Fencing => "fencing",
             Self::Verifying => "verifying",
+            Self::Recording => "recording",
             Self::Committing => "committing",
         }
     }
@@ -77,6 +87,6 @@ pub(super) struct Push {
     /// What was sent, by those who have written.
     pub(super) sums: BTreeMap<ReceiverRank, BTreeMap<ParamId, Checksum>>,
     pub(super) unconfirmed: Vec<Rank>,
-    /// Who was lost after the decision: the job ends once the others have learnt of the commit.
+    /// Who was lost after the decision: what that does waits until the others have learnt of the commit.
     pub(super) lost: Option<String>,
 }

@@ -177,7 +177,7 @@ impl Controller {
             phase,
             since: history.since(began_at),
             waiting,
-            committed: self.committed,
+            committed: self.committed(),
             plan: history.plan,
             push: push.map(|push| PushStatus {
                 version: push.version,

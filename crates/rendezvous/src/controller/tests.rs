@@ -7,7 +7,7 @@ use xfer_plan::{
 };
 
 use super::*;
-use crate::protocol::{ENDPOINT_BYTES_MAX, Join};
+use crate::protocol::{ENDPOINT_BYTES_MAX, Holds, Join};
 
 mod status;
 mod verify;
@@ -54,7 +54,15 @@ fn join(member: Rank) -> Join {
             }],
         }),
     };
-    Join { job: "job".into(), member, world: world(), deadline: DEADLINE, manifest, endpoint: vec![1, 2, 3] }
+    Join {
+        job: "job".into(),
+        member,
+        world: world(),
+        deadline: DEADLINE,
+        manifest,
+        endpoint: vec![1, 2, 3],
+        holds: Holds::Nothing,
+    }
 }
 
 fn connection(member: Rank) -> ConnectionId {
@@ -68,6 +76,8 @@ struct Bench {
     controller: Controller,
     now: Duration,
     log: Vec<Action>,
+    /// How recording a commit ends.
+    recorded: Result<(), String>,
 }
 
 impl Bench {
@@ -79,9 +89,16 @@ impl Bench {
             options: PlanOptions::default(),
             relays: false,
             verify,
+            on_loss: OnLoss::Fail,
+            resume: None,
             seed: [7; 32],
         };
-        Self { controller: Controller::new(config).unwrap(), now: Duration::ZERO, log: Vec::new() }
+        Self {
+            controller: Controller::new(config).unwrap(),
+            now: Duration::ZERO,
+            log: Vec::new(),
+            recorded: Ok(()),
+        }
     }
 
     fn started() -> Self {
@@ -103,7 +120,11 @@ impl Bench {
     }
 
     fn event(&mut self, event: Event) {
+        let before = self.log.len();
         self.controller.handle(event, self.now, &mut self.log);
+        if self.log[before..].iter().any(|action| matches!(action, Action::Record(_))) {
+            self.controller.handle(Event::Recorded(self.recorded.clone()), self.now, &mut self.log);
+        }
     }
 
     fn say(&mut self, member: Rank, message: ToController) {
@@ -160,10 +181,13 @@ const WRITTEN: fn(PushId) -> ToController =
 fn a_version_is_committed_when_every_byte_is_reported_and_not_before() {
     let mut bench = Bench::started();
     let push = bench.begin_to_writing(1);
-    assert_eq!(bench.told(T0), [ToMember::Write { push, version: 1 }]);
+    assert_eq!(bench.told(T0), [ToMember::Write { push, version: 1, bank: Bank::default() }]);
     bench.say(T0, WRITTEN(push));
     assert_eq!(bench.controller.committed(), 0);
-    assert_eq!(bench.told(I0), [ToMember::Prepare { push, version: 1, fence: Vec::new() }]);
+    assert_eq!(
+        bench.told(I0),
+        [ToMember::Prepare { push, version: 1, fence: Vec::new(), bank: Bank::default() }]
+    );
     bench.say(T1, WRITTEN(push));
     assert_eq!(bench.controller.committed(), 1);
     assert_eq!(bench.told(I0).last(), Some(&ToMember::Commit { push, version: 1 }));
@@ -200,7 +224,10 @@ fn a_rail_that_a_failed_attempt_gave_up_is_closed_before_the_next() {
     bench.say(T0, ToController::Begin { version: 1 });
     bench.say(T1, ToController::Begin { version: 1 });
     let push = bench.push_id();
-    assert_eq!(bench.told(I0).last(), Some(&ToMember::Prepare { push, version: 1, fence: vec![1, 3] }));
+    assert_eq!(
+        bench.told(I0).last(),
+        Some(&ToMember::Prepare { push, version: 1, fence: vec![1, 3], bank: Bank::default() })
+    );
     bench.say(I0, ToController::Prepared { push });
     bench.say(T0, WRITTEN(push));
     bench.say(T1, WRITTEN(push));

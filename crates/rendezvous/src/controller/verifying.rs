@@ -3,6 +3,7 @@
 //! It compares nothing: only an inference rank has the bytes. What a member reports is bounded by the plan.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use xfer_plan::{Inbound, Parts, Rank, ReceiverRank, TrainerRank};
 
@@ -49,11 +50,13 @@ impl Controller {
         member: Rank,
         push: PushId,
         sums: Vec<ParamSum>,
+        now: Duration,
         actions: &mut Actions,
     ) -> bool {
         let max = self.sums_max.get(&member).copied().unwrap_or(0);
         if sums.len() > max {
-            self.lose(member, &format!("it reports {} checksums, the plan has {max}", sums.len()), actions);
+            let reason = format!("it reports {} checksums, the plan has {max}", sums.len());
+            self.expel(member, &reason, now, actions);
             return false;
         }
         if let Phase::Pushing(current) = &mut self.phase

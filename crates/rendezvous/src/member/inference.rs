@@ -3,13 +3,16 @@
 use xfer_plan::ParamId;
 
 use super::{Admission, AdmissionStep, Attempt, Served, Unexpected, report};
-use crate::protocol::{Fence, Join, Planned, PlannedPart, PushId, ToController, ToMember};
+use crate::protocol::{
+    Bank, Commit, Fence, Holds, Join, Planned, PlannedPart, PushId, ToController, ToMember,
+};
 use crate::verify::{Checksum, ParamSum};
 
 /// What an inference rank does next. A step that asks for an answer gets it before the next message is handled.
 #[derive(Debug)]
 pub enum InferenceStep {
-    /// Take this part of the plan and connect to those that it passes bytes on to, then [`InferenceMember::ready`].
+    /// Take this part of the plan and connect to those that it passes bytes on to, then [`InferenceMember::ready`]. Where
+    /// [`InferenceMember::take_missed_commit`] has a version, make that visible before.
     Planned(Box<Planned>),
     /// Every rank is ready.
     Started,
@@ -21,6 +24,8 @@ pub enum InferenceStep {
         version: u64,
         /// The rails, as its endpoint numbers them.
         close: Vec<u16>,
+        /// Which of its arenas is written to, where it has two.
+        bank: Bank,
     },
     /// Close these rails, then [`InferenceMember::fenced`].
     Fence {
@@ -53,6 +58,11 @@ pub enum InferenceStep {
         /// Who failed at what.
         reason: String,
     },
+    /// The job has lost a rank, or one has come back: close all rails, then [`InferenceMember::rejoin`].
+    Regroup {
+        /// Who was lost or came back.
+        reason: String,
+    },
     /// All trainers have left: no version comes any more.
     Finished,
     /// The controller has ended the job, or refused this rank. Nothing further comes.
@@ -63,6 +73,8 @@ pub enum InferenceStep {
 }
 
 enum State {
+    /// Has to join again.
+    Out,
     Joining(Admission),
     /// For the controller: between pushes, or while one is under way.
     Waiting,
@@ -81,22 +93,52 @@ pub struct InferenceMember {
     relays: bool,
     /// The attempt whose bytes it passes on.
     relaying: Option<PushId>,
+    /// Whether versions arrive beside the one that is served.
+    stages: bool,
     served: Served,
+    /// The commit that brought the bytes that are served.
+    holds: Option<Commit>,
+    /// The version of an attempt whose end this rank had not heard of.
+    missed: Option<u64>,
     committed: u64,
 }
 
 impl InferenceMember {
-    /// An inference rank that asks to take part, and what it says.
-    pub fn join(join: Join) -> (Self, ToController) {
-        let member = Self {
-            state: State::Joining(Admission::Joining),
+    /// An inference rank that asks to take part, and what it says. `stages`: versions arrive beside the one that is served, so
+    /// that a push that fails leaves it whole.
+    pub fn join(join: Join, stages: bool) -> (Self, ToController) {
+        let mut member = Self {
+            state: State::Out,
             attempt: None,
             relays: false,
             relaying: None,
+            stages,
             served: Served::Version(0),
+            holds: None,
+            missed: None,
             committed: 0,
         };
-        (member, ToController::Join(Box::new(join)))
+        let message = member.rejoin(join);
+        (member, message)
+    }
+
+    /// It joins again: after [`InferenceStep::Regroup`], or over a new connection where the old one was lost. Every rail of
+    /// before is closed.
+    pub fn rejoin(&mut self, mut join: Join) -> ToController {
+        self.state = State::Joining(Admission::Joining);
+        self.relaying = None;
+        join.holds = match (self.attempt, self.holds, self.served) {
+            (Some(Attempt { push, version }), _, _) => Holds::Undecided(Commit { version, push }),
+            (None, Some(commit), Served::Version(_)) => Holds::Version(commit),
+            (None, _, Served::Torn(_)) => Holds::Torn,
+            (None, _, _) => Holds::Nothing,
+        };
+        ToController::Join(Box::new(join))
+    }
+
+    /// The version whose commit this rank had not heard of when it lost the connection, and has since. Once.
+    pub fn take_missed_commit(&mut self) -> Option<u64> {
+        self.missed.take()
     }
 
     /// Which version the bytes are.
@@ -126,7 +168,9 @@ impl InferenceMember {
         if let Err(reason) = closed {
             return Some(ToController::Failed { push, reason, fences: Vec::new() });
         }
-        self.served = Served::Torn(attempt.version);
+        if !self.stages {
+            self.served = Served::Torn(attempt.version);
+        }
         self.attempt = Some(attempt);
         self.relaying = self.relays.then_some(push);
         Some(ToController::Prepared { push })
@@ -169,8 +213,26 @@ impl InferenceMember {
     pub fn committed(&mut self) -> Option<ToController> {
         let State::Committing(Attempt { push, version }) = self.state else { return None };
         self.state = State::Waiting;
-        (self.served, self.committed) = (Served::Version(version), version);
+        self.serve(Commit { version, push });
         Some(ToController::Committed { push })
+    }
+
+    fn serve(&mut self, commit: Commit) {
+        (self.served, self.committed) = (Served::Version(commit.version), commit.version);
+        self.holds = Some(commit);
+    }
+
+    /// What the controller knows of the commits so far.
+    fn catch_up(&mut self, committed: Option<Commit>) {
+        let attempt = self.attempt.take().map(|Attempt { push, version }| Commit { version, push });
+        let Some(commit) = committed else { return };
+        if attempt == Some(commit) {
+            self.serve(commit);
+            self.missed = Some(commit.version);
+        } else if self.holds.is_none() && !matches!(self.served, Served::Torn(_)) {
+            // It has what was loaded at the start, while the others serve a version.
+            self.served = Served::Behind(commit.version);
+        }
     }
 
     /// Takes what the controller says. `None`: nothing to do.
@@ -178,6 +240,10 @@ impl InferenceMember {
         match (&mut self.state, message) {
             (_, ToMember::Heartbeat) => Ok(None),
             (_, ToMember::Refused { reason }) => Ok(Some(InferenceStep::Refused { reason })),
+            (State::Out | State::Waiting | State::Joining(_), ToMember::Regroup { reason }) => {
+                self.state = State::Out;
+                Ok(Some(InferenceStep::Regroup { reason }))
+            }
             (State::Joining(admission), message) => match admission.handle(message)? {
                 AdmissionStep::Planned(planned) => {
                     let PlannedPart::Inference { relay, .. } = &planned.part else {
@@ -185,6 +251,7 @@ impl InferenceMember {
                         return Err(Unexpected { expected, found });
                     };
                     self.relays = !relay.plan.ops.is_empty();
+                    self.catch_up(planned.committed);
                     Ok(Some(InferenceStep::Planned(planned)))
                 }
                 AdmissionStep::Started => {
@@ -201,9 +268,9 @@ impl InferenceMember {
     fn told(&mut self, message: ToMember) -> Result<Option<InferenceStep>, Unexpected> {
         let over = self.attempt.is_none() && self.relaying.is_none();
         match message {
-            ToMember::Prepare { push, version, fence } if over => {
+            ToMember::Prepare { push, version, fence, bank } if over => {
                 self.state = State::Preparing(Attempt { push, version });
-                Ok(Some(InferenceStep::Prepare { push, version, close: fence }))
+                Ok(Some(InferenceStep::Prepare { push, version, close: fence, bank }))
             }
             ToMember::Fence { push, rails } => {
                 self.state = State::Fencing(push);

@@ -8,7 +8,7 @@ use xfer_plan::{
 
 use super::*;
 use crate::Verify;
-use crate::protocol::{Join, MemberManifest, PlannedPart, World};
+use crate::protocol::{Bank, Holds, Join, MemberManifest, OnLoss, PlannedPart, World};
 
 const P: PushId = PushId([1; 16]);
 const Q: PushId = PushId([2; 16]);
@@ -25,12 +25,24 @@ fn join(member: Rank) -> Join {
     };
     let world = World { trainers: 1, inference: 1 };
     let deadline = std::time::Duration::from_secs(30);
-    Join { job: "job".into(), member, world, deadline, manifest, endpoint: Vec::new() }
+    Join { job: "job".into(), member, world, deadline, manifest, endpoint: Vec::new(), holds: Holds::Nothing }
 }
 
 fn planned(part: PlannedPart) -> ToMember {
     let (digest, peers, verify) = (Digest([3; 32]), Vec::new(), Verify::Full);
-    ToMember::Planned(Box::new(Planned { digest, part, peers, bound_seconds: 0.0, bytes_total: 0, verify }))
+    let (committed, behind, on_loss) = (None, Vec::new(), OnLoss::Fail);
+    let (bound_seconds, bytes_total) = (0.0, 0);
+    ToMember::Planned(Box::new(Planned {
+        digest,
+        part,
+        peers,
+        bound_seconds,
+        bytes_total,
+        verify,
+        committed,
+        behind,
+        on_loss,
+    }))
 }
 
 fn for_trainer() -> ToMember {
@@ -67,7 +79,7 @@ fn trainer() -> TrainerMember {
 }
 
 fn inference(relays: bool) -> InferenceMember {
-    let (mut member, _) = InferenceMember::join(join(Rank::Receiver(ReceiverRank(0))));
+    let (mut member, _) = InferenceMember::join(join(Rank::Receiver(ReceiverRank(0))), false);
     assert!(matches!(member.handle(for_inference(relays)), Ok(Some(InferenceStep::Planned(_)))));
     assert!(member.ready().is_some());
     assert!(matches!(member.handle(ToMember::Start), Ok(Some(InferenceStep::Started))));
@@ -75,7 +87,7 @@ fn inference(relays: bool) -> InferenceMember {
 }
 
 fn prepare(push: PushId, version: u64) -> ToMember {
-    ToMember::Prepare { push, version, fence: Vec::new() }
+    ToMember::Prepare { push, version, fence: Vec::new(), bank: Bank::default() }
 }
 
 fn abort(version: u64) -> ToMember {
@@ -95,7 +107,7 @@ fn prepared(relays: bool) -> InferenceMember {
 fn a_part_for_the_other_side_is_refused() {
     let (mut member, _) = TrainerMember::join(join(Rank::Trainer(TrainerRank(0))));
     assert_eq!(member.handle(for_inference(false)).unwrap_err().expected, "a trainer's part of the plan");
-    let (mut member, _) = InferenceMember::join(join(Rank::Receiver(ReceiverRank(0))));
+    let (mut member, _) = InferenceMember::join(join(Rank::Receiver(ReceiverRank(0))), false);
     assert_eq!(member.handle(for_trainer()).unwrap_err().found, "a trainer's");
 }
 
@@ -104,9 +116,9 @@ fn a_trainer_that_is_stopped_still_says_what_it_owes() {
     let mut member = trainer();
     assert_eq!(member.begin(1), Some(ToController::Begin { version: 1 }));
     assert_eq!(member.begin(2), None);
-    assert!(member.handle(ToMember::Write { push: P, version: 2 }).is_err());
+    assert!(member.handle(ToMember::Write { push: P, version: 2, bank: Bank::default() }).is_err());
     assert!(matches!(
-        member.handle(ToMember::Write { push: P, version: 1 }),
+        member.handle(ToMember::Write { push: P, version: 1, bank: Bank::default() }),
         Ok(Some(TrainerStep::Write { .. }))
     ));
     assert!(matches!(member.handle(abort(1)), Ok(Some(TrainerStep::Stop { .. }))));
@@ -122,7 +134,7 @@ fn a_trainer_that_is_stopped_still_says_what_it_owes() {
 fn a_trainer_that_failed_is_not_told_of_a_commit() {
     let mut member = trainer();
     member.begin(1);
-    member.handle(ToMember::Write { push: P, version: 1 }).unwrap();
+    member.handle(ToMember::Write { push: P, version: 1, bank: Bank::default() }).unwrap();
     member.written(Err("no".into()), Vec::new(), Vec::new());
     let done = ToMember::Done { push: P, version: 1, unconfirmed: Vec::new() };
     assert_eq!(
@@ -187,7 +199,7 @@ fn message(number: u8) -> ToMember {
         2 => ToMember::Start,
         3 => prepare(push, version),
         4 => ToMember::Fence { push, rails: vec![0] },
-        5 => ToMember::Write { push, version },
+        5 => ToMember::Write { push, version, bank: Bank::default() },
         6 => ToMember::Commit { push, version },
         7 => ToMember::Done { push, version, unconfirmed: Vec::new() },
         8 => abort(version),

@@ -3,7 +3,9 @@
 use xfer_plan::Rank;
 
 use super::{Admission, AdmissionStep, Attempt, Unexpected, report};
-use crate::protocol::{Fence, Join, Planned, PlannedPart, PushId, ToController, ToMember};
+use crate::protocol::{
+    Bank, Commit, Fence, Holds, Join, Planned, PlannedPart, PushId, ToController, ToMember,
+};
 use crate::verify::ParamSum;
 
 /// What a trainer does next.
@@ -19,6 +21,8 @@ pub enum TrainerStep {
         push: PushId,
         /// Its version.
         version: u64,
+        /// Which arena of inference ranks that have two.
+        bank: Bank,
     },
     /// The attempt is over while this rank still writes: stop, then [`TrainerMember::written`].
     Stop {
@@ -39,6 +43,12 @@ pub enum TrainerStep {
         /// Who failed at what.
         reason: String,
     },
+    /// The job has lost a rank, or one has come back: close all rails, then [`TrainerMember::rejoin`]. An attempt that was
+    /// under way is over; [`TrainerStep::Aborted`] or [`TrainerStep::Stop`] has said so before.
+    Regroup {
+        /// Who was lost or came back.
+        reason: String,
+    },
     /// The controller has ended the job, or refused this rank. Nothing further comes.
     Refused {
         /// Why.
@@ -47,6 +57,8 @@ pub enum TrainerStep {
 }
 
 enum State {
+    /// Has to join again.
+    Out,
     Joining(Admission),
     Idle,
     Begun(u64),
@@ -61,12 +73,39 @@ enum State {
 /// A trainer's half of the protocol.
 pub struct TrainerMember {
     state: State,
+    /// The connection was lost before it heard how this attempt ended.
+    undecided: Option<Commit>,
+    /// What that attempt turned out to have committed.
+    missed: Option<u64>,
 }
 
 impl TrainerMember {
     /// A trainer that asks to take part, and what it says.
     pub fn join(join: Join) -> (Self, ToController) {
-        (Self { state: State::Joining(Admission::Joining) }, ToController::Join(Box::new(join)))
+        let mut member = Self { state: State::Out, undecided: None, missed: None };
+        let message = member.rejoin(join);
+        (member, message)
+    }
+
+    /// It joins again: after [`TrainerStep::Regroup`], or over a new connection where the old one was lost. Every rail of
+    /// before is closed.
+    pub fn rejoin(&mut self, mut join: Join) -> ToController {
+        if let State::Deciding(Attempt { push, version }) = self.state {
+            self.undecided = Some(Commit { version, push });
+        }
+        self.state = State::Joining(Admission::Joining);
+        join.holds = Holds::Nothing;
+        ToController::Join(Box::new(join))
+    }
+
+    /// The version whose commit this rank had not heard of when it lost the connection, and has since. Once.
+    pub fn take_missed_commit(&mut self) -> Option<u64> {
+        self.missed.take()
+    }
+
+    /// Whether it has said that it wrote everything and has not heard whether that was committed.
+    pub fn is_undecided(&self) -> bool {
+        matches!(self.state, State::Deciding(_)) || self.undecided.is_some()
     }
 
     /// Its rails are connected and warm.
@@ -114,8 +153,17 @@ impl TrainerMember {
         let (next, step) = match (&mut self.state, message) {
             (_, ToMember::Heartbeat) => return Ok(None),
             (_, ToMember::Refused { reason }) => return Ok(Some(TrainerStep::Refused { reason })),
+            (State::Writing(_) | State::Stopping(_), other @ ToMember::Regroup { .. }) => {
+                return Err(Unexpected::new(self.state.expects(), &other));
+            }
+            (_, ToMember::Regroup { reason }) => (State::Out, TrainerStep::Regroup { reason }),
+            (State::Joining(_), ToMember::Abort { version, reason }) => {
+                (State::Out, TrainerStep::Aborted { version, reason })
+            }
             (State::Joining(admission), message) => match admission.handle(message)? {
                 AdmissionStep::Planned(planned) if matches!(planned.part, PlannedPart::Trainer { .. }) => {
+                    let undecided = self.undecided.take().filter(|commit| planned.committed == Some(*commit));
+                    self.missed = undecided.map(|commit| commit.version);
                     return Ok(Some(TrainerStep::Connect(planned)));
                 }
                 AdmissionStep::Planned(_) => {
@@ -124,8 +172,8 @@ impl TrainerMember {
                 }
                 AdmissionStep::Started => (State::Idle, TrainerStep::Started),
             },
-            (State::Begun(begun), ToMember::Write { push, version }) if *begun == version => {
-                (State::Writing(Attempt { push, version }), TrainerStep::Write { push, version })
+            (State::Begun(begun), ToMember::Write { push, version, bank }) if *begun == version => {
+                (State::Writing(Attempt { push, version }), TrainerStep::Write { push, version, bank })
             }
             (State::Begun(version) | State::Failed(version), ToMember::Abort { reason, .. }) => {
                 (State::Idle, TrainerStep::Aborted { version: *version, reason })
@@ -152,6 +200,7 @@ impl State {
     /// What the controller may say now, for errors.
     fn expects(&self) -> &'static str {
         match self {
+            Self::Out => "nothing before it joins again",
             Self::Joining(_) => "the job",
             Self::Idle => "its own next version",
             Self::Begun(_) => "the start of the push",

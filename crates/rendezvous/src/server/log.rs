@@ -14,12 +14,14 @@ pub(super) fn tell(report: &Report) {
         Report::Refused { peer, refusal, reason } => {
             tracing::warn!(peer, %refusal, reason, "refused a connection");
         }
-        Report::Planned { digest, bytes, writes, bound_seconds, limited_by } => tracing::info!(
+        Report::Regrouping { reason } => tracing::warn!(reason, "regrouping"),
+        Report::Planned { digest, bytes, writes, bound_seconds, limited_by, without } => tracing::info!(
             plan = %digest,
             bytes,
             writes,
             bound_seconds,
             limited_by = limited_by.map(tracing::field::display),
+            ?without,
             "planned"
         ),
         Report::Started => tracing::info!("all ranks are connected"),

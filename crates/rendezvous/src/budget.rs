@@ -234,7 +234,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::protocol::{FRAME_BYTES_MAX, Join, MemberManifest, ToController, World};
+    use crate::protocol::{FRAME_BYTES_MAX, Holds, Join, MemberManifest, ToController, World};
 
     #[derive(Debug, Clone, PartialEq, serde::Serialize, Deserialize)]
     enum Everything {
@@ -298,6 +298,7 @@ mod tests {
             deadline,
             manifest,
             endpoint: Vec::new(),
+            holds: Holds::Nothing,
         }))
     }
 

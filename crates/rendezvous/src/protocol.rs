@@ -19,7 +19,7 @@ use crate::status::{RailStatus, Status};
 use crate::verify::{Checksum, ParamSum, Verify};
 
 /// Raised whenever a message changes its meaning or its bytes. Both sides say theirs before anything else.
-pub const PROTOCOL_VERSION: u32 = 6;
+pub const PROTOCOL_VERSION: u32 = 7;
 
 /// Bytes of a frame before the peer is authenticated: the handshake's messages are under 100 bytes.
 #[cfg(feature = "net")]

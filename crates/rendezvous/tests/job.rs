@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use rendezvous::controller::Report;
 use rendezvous::{
-    Client, ClientConfig, Join, MemberManifest, PROTOCOL_VERSION, Refusal, RendezvousError, Secret, Server,
-    ServerConfig, ServerHandle, ToController, ToMember, Transport, World,
+    Client, ClientConfig, Holds, Join, MemberManifest, PROTOCOL_VERSION, Refusal, RendezvousError, Secret,
+    Server, ServerConfig, ServerHandle, ToController, ToMember, Transport, World,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -64,6 +64,7 @@ fn join(member: Rank) -> ToController {
         deadline: DEADLINE,
         manifest,
         endpoint: member.to_string().into_bytes(),
+        holds: Holds::Nothing,
     }))
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use rendezvous::member::{TrainerMember, TrainerStep};
-use rendezvous::{Client, ClientConfig, Join, MemberManifest, ToController};
+use rendezvous::{Client, ClientConfig, Holds, Join, MemberManifest, ToController};
 use tokio::sync::{Mutex, MutexGuard};
 use weightsync::{
     Controller, DType, Fabric, Inference, InferenceSession, ParamId, ParamMap, PlanOptions, Rank, Served,
@@ -46,8 +46,15 @@ impl Gate {
         let manifest =
             TrainerManifest { host: "gate".into(), regions: Vec::new(), rails, pieces: Vec::new() };
         let manifest = MemberManifest::Trainer(manifest);
-        let (member, said) =
-            TrainerMember::join(Join { job, member, world, deadline, manifest, endpoint: Vec::new() });
+        let (member, said) = TrainerMember::join(Join {
+            job,
+            member,
+            world,
+            deadline,
+            manifest,
+            endpoint: Vec::new(),
+            holds: Holds::Nothing,
+        });
         let mut gate = Gate { client, member };
         gate.client.send(said).unwrap();
         assert!(matches!(gate.step().await, TrainerStep::Connect(_)));

@@ -81,7 +81,9 @@ impl Controller {
         };
         self.seats.insert(member, seat);
         self.absent.remove(&member);
-        actions.push(Action::Report(Report::Joined(member)));
+        if is_new {
+            actions.push(Action::Report(Report::Joined(member)));
+        }
         match &mut self.phase {
             Phase::Joining(since) => {
                 // Whoever joins is progress: the others get the whole deadline again.

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use xfer_plan::{
     DType, DestinationParam, ParamMap, RailDecl, ReceiverManifest, RegionIndex, SourcePiece, TensorBox,
-    TrainerManifest,
+    TrainerManifest, TrainerRank,
 };
 
 use super::*;

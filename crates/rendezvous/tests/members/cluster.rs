@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rendezvous::controller::{Action, ConnectionId, Controller, ControllerConfig, Event, Report};
 use rendezvous::member::{InferenceStep, Served, TrainerStep};
-use rendezvous::{Fence, Planned, PlannedPart, PushId, ToController, ToMember, Verify, World};
+use rendezvous::{Fence, OnLoss, Planned, PlannedPart, PushId, ToController, ToMember, Verify, World};
 use xfer_plan::{Inbound, NO_TAG, PlanOptions, Rank, RankPlan, Relay, RelayPlan, TrainerRank};
 
 use crate::member::{Member, Protocol, Writing};
@@ -93,6 +93,8 @@ impl Cluster {
             options: PlanOptions { relay, ..PlanOptions::default() },
             relays,
             verify,
+            on_loss: OnLoss::Fail,
+            resume: None,
             seed: [7; 32],
         };
         let members = WORLD.members().map(|rank| (rank, Member::join(rank))).collect();
@@ -253,6 +255,7 @@ impl Cluster {
         for action in actions {
             match action {
                 Action::Send(to, message) => self.member(rank(to)).told.push_back(message),
+                Action::Record(_) => self.control(Event::Recorded(Ok(()))),
                 Action::Close(to) => self.member(rank(to)).open = false,
                 Action::Report(Report::Committed { .. }) => self.check_memory(),
                 Action::Report(Report::Aborted { reason, .. }) => self.aborts.push(reason),
@@ -292,6 +295,7 @@ impl Cluster {
                     (self.member(rank).idle, self.member(rank).committed) = (true, version);
                 }
                 Some(TrainerStep::Aborted { .. }) => self.member(rank).idle = true,
+                Some(TrainerStep::Regroup { reason }) => panic!("{rank} is to join again: {reason}"),
                 Some(TrainerStep::Refused { .. }) | None => {}
             },
             Protocol::Inference(protocol) => match protocol.handle(message).unwrap() {

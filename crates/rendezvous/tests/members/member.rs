@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use rendezvous::member::{InferenceMember, Served, TrainerMember};
-use rendezvous::{Checksum, Fence, Join, MemberManifest, ParamSum, PushId, ToController, ToMember, Verify};
+use rendezvous::{
+    Checksum, Fence, Holds, Join, MemberManifest, ParamSum, PushId, ToController, ToMember, Verify,
+};
 use xfer_plan::{
     DType, DestinationParam, ParamId, ParamMap, RailDecl, Rank, ReceiverManifest, ReceiverRank, RegionIndex,
     RelayPlan, SourcePiece, TensorBox, TrainerManifest, TrainerRank,
@@ -78,7 +80,7 @@ impl Member {
                 (Protocol::Trainer(protocol), joins)
             }
             Rank::Receiver(_) => {
-                let (protocol, joins) = InferenceMember::join(join);
+                let (protocol, joins) = InferenceMember::join(join, false);
                 (Protocol::Inference(protocol), joins)
             }
         };
@@ -212,5 +214,13 @@ fn join(member: Rank) -> Join {
             MemberManifest::Inference(ReceiverManifest { host, regions: vec![32], rails, params })
         }
     };
-    Join { job: "job".into(), member, world: WORLD, deadline: DEADLINE, manifest, endpoint: vec![1, 2, 3] }
+    Join {
+        job: "job".into(),
+        member,
+        world: WORLD,
+        deadline: DEADLINE,
+        manifest,
+        endpoint: vec![1, 2, 3],
+        holds: Holds::Nothing,
+    }
 }

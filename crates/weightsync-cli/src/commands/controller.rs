@@ -62,13 +62,15 @@ pub(crate) fn as_json(report: &Report) -> serde_json::Value {
         Report::Refused { peer, refusal, reason } => {
             json!({ "event": "refused", "peer": peer, "refusal": refusal.name(), "reason": reason })
         }
-        Report::Planned { digest, bytes, writes, bound_seconds, limited_by } => json!({
+        Report::Regrouping { reason } => json!({ "event": "regrouping", "reason": reason }),
+        Report::Planned { digest, bytes, writes, bound_seconds, limited_by, without } => json!({
             "event": "planned",
             "digest": digest.to_string(),
             "bytes": bytes,
             "writes": writes,
             "bound_seconds": bound_seconds,
             "limited_by": limited_by.map(|rank| rank.to_string()),
+            "without": without.iter().map(ToString::to_string).collect::<Vec<_>>(),
         }),
         Report::Started => json!({ "event": "started" }),
         Report::Pushing { version, push } => {
@@ -96,11 +98,19 @@ fn as_text(report: &Report) -> Option<String> {
     Some(match report {
         Report::Joined(member) => format!("{member} joined"),
         Report::Left(member) => format!("{member} left"),
-        Report::Planned { digest, bytes, writes, bound_seconds, limited_by } => {
+        Report::Regrouping { reason } => format!("everybody joins again: {reason}"),
+        Report::Planned { digest, bytes, writes, bound_seconds, limited_by, without } => {
             let limit = limited_by.map(|rank| format!(", limited by {rank}")).unwrap_or_default();
             let digest = digest.to_string();
+            let without = match without.as_slice() {
+                [] => String::new(),
+                lost => format!(
+                    ", without {}",
+                    lost.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+                ),
+            };
             format!(
-                "plan {}: {} in {writes} writes, lower bound {}{limit}",
+                "plan {}: {} in {writes} writes, lower bound {}{limit}{without}",
                 digest.get(..12).unwrap_or(&digest),
                 bytes_text(*bytes),
                 seconds_text(*bound_seconds),

@@ -250,7 +250,7 @@ impl Demo {
 
     fn hear(&mut self, report: Report, failures: &mut Vec<Ending>) {
         match report {
-            Report::Planned { digest, bytes, writes, bound_seconds, limited_by } => {
+            Report::Planned { digest, bytes, writes, bound_seconds, limited_by, .. } => {
                 let limited_by = limited_by.map(|rank| rank.to_string());
                 self.facts.plan =
                     Some(Plan { digest: digest.to_string(), bytes, writes, bound_seconds, limited_by });

@@ -23,6 +23,7 @@ pub(super) struct Families {
     commits: Counter,
     aborts: Counters<OfReason>,
     losses: Counters<OfSide>,
+    regroups: Counter,
     refused: Counters<OfReason>,
     push_seconds: Histogram,
 }
@@ -39,6 +40,7 @@ impl Families {
             commits: register(r, "commits", None, "Committed versions", Counter::default()),
             aborts: register(r, "aborts", None, "Attempts that were aborted, by cause", Counters::default()),
             losses: register(r, "losses", None, "Ranks that were lost", Counters::default()),
+            regroups: register(r, "regroups", None, "Times that everybody joined again", Counter::default()),
             refused: register(r, "refused_connections", None, "Connections that were not let in, by reason", Counters::default()),
             push_seconds: register(r, "push", Some(Unit::Seconds), "Seconds from the moment that all trainers had begun to the commit", histogram()),
         }
@@ -87,6 +89,7 @@ impl ControllerMetrics {
                 families.losses.get_or_create(&side(*rank)).inc();
                 self.count_members(*rank);
             }
+            Report::Regrouping { .. } => drop(families.regroups.inc()),
             Report::Refused { refusal, .. } => {
                 families.refused.get_or_create(&OfReason { reason: refusal.name() }).inc();
             }

@@ -37,7 +37,9 @@ fn counted() -> Metrics {
             writes: 1,
             bound_seconds: 1.0,
             limited_by: None,
+            without: vec![I0],
         },
+        Report::Regrouping { reason: reason.clone() },
         Report::Committed { version, push, elapsed: Duration::from_millis(250) },
         Report::Aborted {
             version,
@@ -151,6 +153,7 @@ fn every_line_of_the_page_parses_and_follows_the_conventions() {
         r#"weightsync_controller_members{side="trainer"} 0"#,
         r#"weightsync_controller_losses_total{side="trainer"} 1"#,
         r#"weightsync_controller_losses_total{side="inference"} 0"#,
+        "weightsync_controller_regroups_total 1",
         r#"weightsync_controller_aborts_total{reason="deadline"} 1"#,
         r#"weightsync_controller_refused_connections_total{reason="secret"} 1"#,
         r#"weightsync_controller_refused_connections_total{reason="timeout"} 0"#,

@@ -211,7 +211,7 @@ impl Bytes {
                 rendezvous::member::Served::Version(version) => {
                     Err(format!("{} serves version {version}, and a byte of it changes", receiver.rank))
                 }
-                rendezvous::member::Served::Torn(_) => Ok(()),
+                rendezvous::member::Served::Torn(_) | rendezvous::member::Served::Behind(_) => Ok(()),
             },
             _ => Ok(()),
         }

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use rendezvous::controller::{Action, ConnectionId, Event as ControllerEvent, heartbeat_interval};
 use rendezvous::member::{InferenceMember, InferenceStep, Served, TrainerMember, TrainerStep};
 use rendezvous::{
-    JOB_DEFAULT, Join, MemberManifest, Planned, PlannedPart, ToController, ToMember, World as JobWorld,
+    Holds, JOB_DEFAULT, Join, MemberManifest, Planned, PlannedPart, ToController, ToMember, World as JobWorld,
 };
 use xfer_exec::program::RankLimits;
 use xfer_exec::{Program, ProgramError, Runner};
@@ -81,6 +81,8 @@ impl World<'_> {
             match action {
                 Action::Send(to, message) => self.tell_member(to.0 as u32, message),
                 Action::Close(to) => self.hang_up(to.0 as u32),
+                // A disk that takes no time: nothing comes between a decision and its record.
+                Action::Record(_) => self.controller_handles(ControllerEvent::Recorded(Ok(()))),
                 Action::Report(report) => self.report(report),
             }
         }
@@ -146,6 +148,7 @@ impl World<'_> {
             deadline: self.config.deadline,
             manifest,
             endpoint: Vec::new(),
+            holds: Holds::Nothing,
         };
         let (half, message) = match rank.rank {
             Rank::Trainer(_) => {
@@ -153,7 +156,7 @@ impl World<'_> {
                 (Half::Trainer(member), message)
             }
             Rank::Receiver(_) => {
-                let (member, message) = InferenceMember::join(join);
+                let (member, message) = InferenceMember::join(join, false);
                 (Half::Receiver(member), message)
             }
         };
@@ -209,7 +212,7 @@ impl World<'_> {
         match step {
             TrainerStep::Connect(planned) => self.connect(number, *planned),
             TrainerStep::Started => self.plan_version(number, 0),
-            TrainerStep::Write { push, version } => {
+            TrainerStep::Write { push, version, .. } => {
                 self.log
                     .say(self.now, || format!("trainer {number} writes version {version} ({})", short(push)));
                 self.start_push(number);
@@ -233,6 +236,7 @@ impl World<'_> {
             }
             TrainerStep::Aborted { .. } => self.aborted(number),
             TrainerStep::Refused { reason } => self.end_rank(number, &reason),
+            TrainerStep::Regroup { reason } => self.regroups(number, &reason),
         }
     }
 
@@ -338,7 +342,13 @@ impl World<'_> {
             }
             InferenceStep::Finished => self.end_rank(number, "all trainers have left"),
             InferenceStep::Refused { reason } => self.end_rank(number, &reason),
+            InferenceStep::Regroup { reason } => self.regroups(number, &reason),
         }
+    }
+
+    /// The jobs that are simulated end with a loss.
+    fn regroups(&mut self, number: u32, reason: &str) {
+        self.breaks(format!("{} is to join again: {reason}", self.ranks[number as usize].rank));
     }
 
     fn answer(&mut self, number: u32, message: Option<ToController>) {

@@ -459,7 +459,7 @@ impl World<'_> {
             let good = match member.served() {
                 Served::Version(version) if in_order => version == self.committed,
                 Served::Version(version) => version <= self.committed,
-                Served::Torn(_) => !in_order,
+                Served::Torn(_) | Served::Behind(_) => !in_order,
             };
             if !good {
                 let (who, served, committed) = (rank.rank, member.served(), self.committed);

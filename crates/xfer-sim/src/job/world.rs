@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex};
 
 use rendezvous::controller::{Controller, ControllerConfig, PartsFn, Report};
-use rendezvous::{JOB_DEFAULT, PushId, ToController, ToMember, Verify, World as JobWorld};
+use rendezvous::{JOB_DEFAULT, OnLoss, PushId, ToController, ToMember, Verify, World as JobWorld};
 use xfer_exec::engine::Slot;
 use xfer_exec::runner::TICK;
 use xfer_exec::{Delivered, Failure, RailIndex, Turn, WriteId};
@@ -163,6 +163,8 @@ impl<'w> World<'w> {
             options: manifest.options,
             relays: true,
             verify: Verify::Off,
+            on_loss: OnLoss::Fail,
+            resume: None,
             seed,
         };
         let controller = Controller::with_parts(controller_config, parts);
@@ -527,6 +529,7 @@ impl<'w> World<'w> {
             Report::Joined(_)
             | Report::Left(_)
             | Report::Lost { .. }
+            | Report::Regrouping { .. }
             | Report::Refused { .. }
             | Report::Started
             | Report::Pushing { .. } => {}

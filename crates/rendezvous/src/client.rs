@@ -47,7 +47,6 @@ pub struct ClientConfig {
 pub struct Client {
     incoming: mpsc::Receiver<Result<ToMember, RendezvousError>>,
     outgoing: mpsc::Sender<ToController>,
-    progress: Arc<AtomicU64>,
     peer: SocketAddr,
     local: SocketAddr,
 }
@@ -55,6 +54,14 @@ pub struct Client {
 impl Client {
     /// Reaches the controller, retrying until the deadline, and proves itself.
     pub async fn connect(config: ClientConfig) -> Result<Self, RendezvousError> {
+        Self::connect_counting(config, Arc::default()).await
+    }
+
+    /// As [`Client::connect`], with the counter that heartbeats report as this rank's progress in bytes.
+    pub async fn connect_counting(
+        config: ClientConfig,
+        progress: Arc<AtomicU64>,
+    ) -> Result<Self, RendezvousError> {
         if !DEADLINE_RANGE.contains(&config.deadline) {
             let reason = format!("a deadline of {:?} is not within {DEADLINE_RANGE:?}", config.deadline);
             return Err(RendezvousError::Refused { reason });
@@ -62,18 +69,12 @@ impl Client {
         let (opened_in, opened) = oneshot::channel();
         let (incoming_in, incoming) = mpsc::channel(QUEUE_MAX);
         let (outgoing, outgoing_out) = mpsc::channel(QUEUE_MAX);
-        let progress = Arc::new(AtomicU64::new(0));
         let lost = |reason: String| RendezvousError::Unreachable {
             address: config.controller.clone(),
             waited: Duration::ZERO,
             reason,
         };
-        let link = Link {
-            incoming: incoming_in,
-            outgoing: outgoing_out,
-            progress: progress.clone(),
-            config: config.clone(),
-        };
+        let link = Link { incoming: incoming_in, outgoing: outgoing_out, progress, config: config.clone() };
         let spawned = std::thread::Builder::new().name("rendezvous".into()).spawn(move || {
             match tokio::runtime::Builder::new_current_thread().enable_all().build() {
                 Ok(runtime) => runtime.block_on(link.run(opened_in)),
@@ -82,17 +83,12 @@ impl Client {
         });
         spawned.map_err(|error| lost(error.to_string()))?;
         let (peer, local) = opened.await.map_err(|_| lost("its thread ended".into()))??;
-        Ok(Self { incoming, outgoing, progress, peer, local })
+        Ok(Self { incoming, outgoing, peer, local })
     }
 
     /// The address of this end: the interface that reaches the controller.
     pub fn local_addr(&self) -> SocketAddr {
         self.local
-    }
-
-    /// The counter that heartbeats report as this rank's progress in bytes.
-    pub fn progress(&self) -> Arc<AtomicU64> {
-        self.progress.clone()
     }
 
     /// Queues a message to be sent. Never waits. That the connection has ended is told by [`Client::receive`], after
@@ -129,12 +125,6 @@ impl Client {
         }
     }
 
-    /// Guards a stretch that must not be left in the middle: if the guard is dropped in it, as it is when a future is,
-    /// the controller learns that this member has given up, and why.
-    pub fn give_up_on_drop(&self, reason: &'static str) -> GiveUp {
-        GiveUp { outgoing: Some(self.outgoing.clone()), reason }
-    }
-
     /// Says goodbye and waits until it has been sent or the deadline has passed.
     pub async fn leave(mut self, reason: Option<String>) {
         let _ = self.send(ToController::Leave { reason });
@@ -142,29 +132,6 @@ impl Client {
         *outgoing = mpsc::channel(1).0;
         // The thread drops its end when the socket is done.
         let _ = timeout(LINGER_MAX, async { while incoming.recv().await.is_some() {} }).await;
-    }
-}
-
-/// Tells the controller that this member has given up, unless it is told in time that it has not.
-#[must_use = "dropping it gives up"]
-pub struct GiveUp {
-    outgoing: Option<mpsc::Sender<ToController>>,
-    reason: &'static str,
-}
-
-impl GiveUp {
-    /// Nothing was given up.
-    pub fn never_mind(mut self) {
-        self.outgoing = None;
-    }
-}
-
-impl Drop for GiveUp {
-    fn drop(&mut self) {
-        if let Some(outgoing) = &self.outgoing {
-            // A queue that is full or closed means that the controller learns it in another way.
-            let _ = outgoing.try_send(ToController::Leave { reason: Some(self.reason.to_owned()) });
-        }
     }
 }
 

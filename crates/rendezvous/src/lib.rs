@@ -35,7 +35,7 @@ mod transport;
 mod verify;
 
 #[cfg(feature = "net")]
-pub use client::{Client, ClientConfig, GiveUp};
+pub use client::{Client, ClientConfig};
 #[cfg(feature = "net")]
 pub use error::RendezvousError;
 #[cfg(feature = "net")]

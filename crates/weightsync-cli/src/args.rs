@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use weightsync::{Fabric, PlanOptions, SessionConfig, Verify, World};
+use weightsync::{Fabric, OnLoss, PlanOptions, SessionConfig, Verify, World};
 
 use crate::commands::plan::args::PlanCommand;
 use crate::commands::simulate::args::SimulateArgs;
@@ -227,6 +227,14 @@ pub(crate) struct ControllerArgs {
     /// The longest that any rank may let the others wait without progress, in seconds
     #[arg(long, default_value = "30", value_name = "SECONDS", value_parser = seconds)]
     pub(crate) deadline: Duration,
+    /// What a lost rank does to the job: fail (it ends for all), wait (pushes fail until the rank is back) or continue (it goes
+    /// on without the rank until that is back; without a trainer only where others own the same tensors)
+    #[arg(long, default_value_t = OnLoss::Fail, value_name = "POLICY")]
+    pub(crate) on_loss: OnLoss,
+    /// Record the last committed version in this file, before anybody is told of it: a controller that is started again with
+    /// it goes on from there
+    #[arg(long, value_name = "FILE")]
+    pub(crate) record: Option<PathBuf>,
     /// Allow an address that other hosts can reach with neither a secret nor TLS
     #[arg(long)]
     pub(crate) insecure: bool,
@@ -249,6 +257,10 @@ pub(crate) struct PushArgs {
     /// Pause between versions, in seconds
     #[arg(long, default_value = "0", value_name = "SECONDS", value_parser = seconds_or_none)]
     pub(crate) pause: Duration,
+    /// How often to try a version again whose push failed, as it does when the job has lost a rank; each time the session waits
+    /// for the job's other ranks as long as its deadline
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) retries: u32,
 }
 
 #[derive(Args)]

@@ -59,6 +59,12 @@ pub enum Error {
         /// Who failed at what.
         reason: String,
     },
+    /// The job has lost ranks, and cannot go on before they are back. Nothing was pushed: push again to wait for them again.
+    #[error("the job is not complete: {reason}; push again to wait for them")]
+    Incomplete {
+        /// Who is missing, and why it does not go on without them.
+        reason: String,
+    },
     /// The version is committed, but not every inference rank confirmed that it serves it.
     #[error("version {version} is committed, but was not confirmed by {}; they are lost", names(.members))]
     Unconfirmed {
@@ -91,11 +97,21 @@ pub enum Error {
         /// The push that did not end.
         version: u64,
     },
+    /// This rank has just come to a job that is at a version which it has not got.
+    #[error(
+        "the job is at version {version}, which this rank has not got yet; read the weights after the next commit"
+    )]
+    Behind {
+        /// The job's version.
+        version: u64,
+    },
     /// The weights are with the rails.
     #[error("the weights are in use by a push that was given up half way; it has not ended yet")]
     Busy,
-    /// An earlier call ended in the middle.
-    #[error("an earlier push was given up half way or closed the rails; leave and join again")]
+    /// The session has ended: an earlier call was dropped in the middle, or the job is over for this rank.
+    #[error(
+        "this session has ended, by a push that was given up half way or by an error before; connect a new one"
+    )]
     Broken,
     /// A read outside a parameter.
     #[error("{bytes} bytes at {offset} are outside {name}, which has {len}")]
@@ -109,6 +125,23 @@ pub enum Error {
         /// Its length.
         len: u64,
     },
+}
+
+impl Error {
+    /// Whether the same call may be made again on the same session: the version was not committed as far as is known, and the
+    /// job may go on. After [`Error::Unconfirmed`] it is committed, and after any other error the session has ended.
+    pub fn may_be_tried_again(&self) -> bool {
+        match self {
+            Self::Push { .. } | Self::Aborted { .. } | Self::Incomplete { .. } | Self::NotYet { .. } => true,
+            Self::Rendezvous(error) => matches!(
+                error,
+                RendezvousError::Unreachable { .. }
+                    | RendezvousError::Lost { .. }
+                    | RendezvousError::Deadline { .. }
+            ),
+            _ => false,
+        }
+    }
 }
 
 fn names(members: &[Rank]) -> String {

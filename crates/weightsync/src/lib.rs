@@ -1,9 +1,9 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod arena;
 mod config;
 mod connect;
-mod control;
 mod endpoint;
 mod error;
 mod fabric;
@@ -11,6 +11,7 @@ mod fabric;
 #[doc(hidden)]
 pub mod fuzzing;
 mod inference;
+mod line;
 pub mod metrics;
 mod report;
 mod trainer;
@@ -25,7 +26,7 @@ pub use inference::{Inference, InferenceSession, ParamId, Served};
 pub use rendezvous::controller::{Cause, ControllerConfig, Report, Stage};
 pub use rendezvous::status;
 pub use rendezvous::{
-    ClientConfig, DEADLINE_DEFAULT, DEADLINE_RANGE, JOB_DEFAULT, Observer, PROTOCOL_VERSION, Refusal,
+    ClientConfig, DEADLINE_DEFAULT, DEADLINE_RANGE, JOB_DEFAULT, Observer, OnLoss, PROTOCOL_VERSION, Refusal,
     RendezvousError, Secret, Server as Controller, ServerConfig, ServerHandle, Transport, Verify, World,
 };
 #[cfg(feature = "tls")]

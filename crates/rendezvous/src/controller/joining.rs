@@ -12,6 +12,7 @@ use xfer_plan::{
 };
 
 use super::{Action, Actions, ConnectionId, Controller, Phase, Quota, Report, Seat, refuse};
+use crate::member::Served;
 use crate::protocol::{
     Bank, ENDPOINT_BYTES_MAX, Holds, Join, MemberManifest, OnLoss, Peer, Planned, PlannedPart, ToMember,
 };
@@ -60,6 +61,11 @@ impl Controller {
             && commit.version > self.committed()
         {
             self.committed = Some(commit);
+        }
+        match (holds, self.committed) {
+            (Holds::Version(commit), _) => self.history.holds(member, Served::Version(commit.version)),
+            (Holds::Nothing, Some(commit)) => self.history.holds(member, Served::Behind(commit.version)),
+            _ => {}
         }
         let holds = match holds {
             Holds::Version(commit) => Some(commit.version),

@@ -78,6 +78,13 @@ impl History {
         self.ranks.insert(member, Known { address, ..Known::default() });
     }
 
+    /// A member has said what its bytes are.
+    pub(super) fn holds(&mut self, member: Rank, served: Served) {
+        if let (Rank::Receiver(_), Some(known)) = (member, self.ranks.get_mut(&member)) {
+            known.served = Some(served);
+        }
+    }
+
     pub(super) fn lost(&mut self, member: Rank) {
         if let Some(known) = self.ranks.remove(&member) {
             self.rails_kept -= known.rails.len();
@@ -144,10 +151,7 @@ impl Controller {
     pub(super) fn status(&self) -> ToMember {
         let history = &self.history;
         let (phase, began_at, waiting) = match &self.phase {
-            Phase::Joining(since) => {
-                let missing = self.config.world.members().filter(|member| !self.seats.contains_key(member));
-                (PhaseStatus::Joining, since.unwrap_or_default(), missing.collect())
-            }
+            Phase::Joining(since) => (PhaseStatus::Joining, since.unwrap_or_default(), self.missing()),
             Phase::Connecting { since, waiting } => {
                 (PhaseStatus::Connecting, *since, waiting.iter().copied().collect())
             }

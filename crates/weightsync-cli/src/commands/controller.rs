@@ -17,12 +17,14 @@ pub(crate) async fn run(args: ControllerArgs) -> anyhow::Result<()> {
         secret,
         transport: args.job.access.transport(None)?,
         insecure: args.insecure,
+        record: args.record,
         ..ServerConfig::loopback(world)?
     };
     server.controller.job = args.job.job;
     server.controller.deadline = args.deadline;
     server.controller.options = args.plan.options();
     server.controller.verify = args.checksums.verify;
+    server.controller.on_loss = args.on_loss;
     let controller = Controller::bind(server).await?;
     let address = controller.local_addr();
     if args.json {

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::{Context, anyhow};
-use weightsync::{DeviceMesh, Placement, TensorId, TensorSpec, Trainer, TrainerSession, shard_box};
+use weightsync::{
+    DeviceMesh, Error, Placement, PushReport, TensorId, TensorSpec, Trainer, TrainerSession, shard_box,
+};
 use weightsync_cli::checkpoint::{Checkpoint, TensorInfo};
 use weightsync_cli::training;
 
@@ -39,13 +41,17 @@ pub(crate) async fn run(args: PushArgs) -> anyhow::Result<()> {
     Event::Connected { routes, seconds: began.elapsed().as_secs_f64() }.print(json);
 
     let mut losses = Losses::default();
-    for step in 1..=args.steps {
-        if step > 1 {
+    // A rank that comes back goes on where the others are.
+    let mut trained = 0;
+    for step in session.committed() + 1..=args.steps {
+        if trained > 0 {
             tokio::time::sleep(args.pause).await;
         }
-        train(&mut session, &shards, &ids, step)?;
-        let report = match session.push(step).await {
-            Ok(report) => report,
+        train(&mut session, &shards, &ids, (trained, step))?;
+        trained = step;
+        let report = match push(&mut session, step, args.retries).await {
+            Ok(Some(report)) => report,
+            Ok(None) => continue,
             Err(error) => {
                 session.give_up_job(error.to_string()).await;
                 return Err(error).with_context(|| format!("trainer {}", args.rank.rank));
@@ -76,16 +82,43 @@ fn shards(checkpoint: &Checkpoint, trainers: u32, rank: u32) -> anyhow::Result<V
     checkpoint.tensors().iter().map(shard).collect()
 }
 
-/// The stand-in for an optimiser step: brings every weight from the step before to `step`.
+/// Pushes a version, again where that may help. `None`: it is committed, but some were lost before they confirmed it, or this
+/// rank only heard of it.
+async fn push(
+    session: &mut TrainerSession,
+    version: u64,
+    mut retries: u32,
+) -> Result<Option<PushReport>, Error> {
+    loop {
+        let error = match session.push(version).await {
+            Ok(report) => return Ok(Some(report)),
+            Err(error @ Error::Unconfirmed { .. }) if retries > 0 => {
+                tracing::warn!(%error, "going on");
+                return Ok(None);
+            }
+            Err(error) => error,
+        };
+        if session.committed() >= version {
+            return Ok(None);
+        }
+        if retries == 0 || !error.may_be_tried_again() {
+            return Err(error);
+        }
+        retries -= 1;
+        tracing::warn!(version, retries, %error, "trying again");
+    }
+}
+
+/// The stand-in for optimiser steps: brings every weight from one step to another.
 fn train(
     session: &mut TrainerSession,
     shards: &[TensorSpec],
     ids: &[TensorId],
-    step: u64,
+    steps: (u64, u64),
 ) -> anyhow::Result<()> {
     for (TensorSpec { name, dtype, shape, bounds }, id) in shards.iter().zip(ids) {
         let bytes = session.tensor_mut(*id)?;
-        if !training::advance_box(*dtype, name, shape, bounds, (step - 1, step), bytes) {
+        if !training::advance_box(*dtype, name, shape, bounds, steps, bytes) {
             return Err(anyhow!("{name}: the shard does not fit its box"));
         }
     }

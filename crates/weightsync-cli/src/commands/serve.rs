@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::Context;
-use weightsync::{Error, Inference, InferenceSession, ParamId};
+use weightsync::{Error, Inference, InferenceSession, ParamId, RendezvousError};
 use weightsync_cli::checkpoint::Checkpoint;
 use weightsync_cli::reference::{VerifyError, param_names, verify_param};
 use weightsync_cli::tensor_parallel::{Layout, LocalParam};
@@ -54,6 +54,10 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
             Err(Error::Finished { .. }) => break,
             // Told in the log. The trainers may try again; what is wrong with the job itself comes as another error.
             Err(Error::Aborted { .. }) => {}
+            // A controller that comes back finds this rank serving.
+            Err(error @ Error::Rendezvous(RendezvousError::Unreachable { .. })) => {
+                tracing::warn!(%error, "trying again");
+            }
             Err(error) => return Err(error).with_context(who),
         }
     }

@@ -43,6 +43,9 @@ pub enum LocalError {
     /// A peer's file could change its length under us.
     #[error("the peer's shared memory is not sealed against shrinking; is it a weightsync of this version?")]
     NotSealed,
+    /// Memory that is not that of the file.
+    #[error("the memory to renew is not the whole arena of this shared file")]
+    NotItsArena,
     /// A peer's file is not as long as it said.
     #[error(
         "the peer's region {region} has {found} bytes of shared memory where its manifest says {expected}"

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use efa_core::{LeaseMut, Memory, Target, available_bytes};
+use efa_core::{LeaseMut, Memory, MemoryRef, Target, available_bytes};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 
@@ -72,7 +72,26 @@ unsafe impl Memory for Mapping {
 #[derive(Debug, Clone)]
 pub struct SharedFile {
     file: Arc<OwnedFd>,
-    bytes: u64,
+    /// Where this process has it mapped.
+    memory: MemoryRef,
+}
+
+/// A fresh, sealed file of `bytes` zero bytes, all of them backed by memory.
+fn sealed(bytes: u64) -> Result<OwnedFd, LocalError> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = rustix::fs::memfd_create("weightsync", flags).map_err(call("memfd_create"))?;
+    let no_room = |source| LocalError::NoRoom { bytes, source };
+    // The kernel would take pages until it kills somebody.
+    if available_bytes().is_some_and(|available| bytes > available) {
+        return Err(no_room(rustix::io::Errno::NOMEM));
+    }
+    rustix::fs::ftruncate(&file, bytes).map_err(no_room)?;
+    if bytes > 0 {
+        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes).map_err(no_room)?;
+    }
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    rustix::fs::fcntl_add_seals(&file, seals).map_err(call("fcntl(F_ADD_SEALS)"))?;
+    Ok(file)
 }
 
 impl SharedFile {
@@ -83,27 +102,45 @@ impl SharedFile {
     ///
     /// [`LocalError::NoRoom`] when there is no memory for them, rather than a SIGBUS later.
     pub fn create(bytes: u64) -> Result<(Target, Self), LocalError> {
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let file = rustix::fs::memfd_create("weightsync", flags).map_err(call("memfd_create"))?;
-        let no_room = |source| LocalError::NoRoom { bytes, source };
-        // The kernel would take pages until it kills somebody.
-        if available_bytes().is_some_and(|available| bytes > available) {
-            return Err(no_room(rustix::io::Errno::NOMEM));
-        }
-        rustix::fs::ftruncate(&file, bytes).map_err(no_room)?;
-        if bytes > 0 {
-            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes).map_err(no_room)?;
-        }
-        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
-        rustix::fs::fcntl_add_seals(&file, seals).map_err(call("fcntl(F_ADD_SEALS)"))?;
-        let len = usize::try_from(bytes).map_err(|_| no_room(rustix::io::Errno::NOMEM))?;
+        let file = sealed(bytes)?;
+        let too_long = |_| LocalError::NoRoom { bytes, source: rustix::io::Errno::NOMEM };
+        let len = usize::try_from(bytes).map_err(too_long)?;
         let mapping = Mapping::new(file.as_fd(), len)?;
-        Ok((LeaseMut::new(mapping).expose(), Self { file: Arc::new(file), bytes }))
+        let target = LeaseMut::new(mapping).expose();
+        let memory = target.memory().clone();
+        Ok((target, Self { file: Arc::new(file), memory }))
+    }
+
+    /// Puts fresh zero bytes and a fresh file where `target` is. Whoever has attached the file of before, and perhaps still
+    /// writes to it, reaches nothing of `target` any more. Regions that expose `target` have to be closed before: a NIC
+    /// would go on writing to the bytes of before.
+    ///
+    /// # Errors
+    ///
+    /// [`LocalError::NoRoom`] as [`SharedFile::create`], with nothing changed; both files are there for a moment. Where the
+    /// mapping fails, `target` may have no memory behind it any more: do not read it, and end.
+    pub fn renew(&mut self, target: &Target) -> Result<(), LocalError> {
+        let len = target.len();
+        if !target.memory().ptr_eq(&self.memory) || len != self.memory.len() {
+            return Err(LocalError::NotItsArena);
+        }
+        let file = sealed(self.bytes())?;
+        if len > 0 {
+            let (protection, flags) =
+                (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::POPULATE | MapFlags::FIXED);
+            let base = target.as_ptr().cast::<c_void>();
+            // SAFETY: `self.memory` is the `Mapping` of `create`, and `target` is all of it: the new mapping takes the place of
+            // exactly that one, which `target` keeps from being unmapped meanwhile. Nobody has references to its bytes, and a
+            // copy that runs sees bytes of before or zeros.
+            unsafe { rustix::mm::mmap(base, len, protection, flags, &file, 0) }.map_err(call("mmap"))?;
+        }
+        self.file = Arc::new(file);
+        Ok(())
     }
 
     /// Its length.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.memory.len() as u64
     }
 }
 
@@ -162,6 +199,26 @@ mod tests {
         let mut read = [0; 11];
         target.read(9_989, &mut read).unwrap();
         assert_eq!(read, [0, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7]);
+    }
+
+    #[test]
+    fn after_a_renewal_nobody_of_before_reaches_the_bytes() {
+        let (target, mut file) = SharedFile::create(10_000).unwrap();
+        let mut before = Attached::new(&file.file, 0, 10_000).unwrap();
+        before.copy_in(0, &[7; 100]).unwrap();
+        let address = target.as_ptr();
+        file.renew(&target).unwrap();
+        before.copy_in(50, &[8; 100]).unwrap();
+        let mut after = Attached::new(&file.file, 0, 10_000).unwrap();
+        after.copy_in(149, &[9]).unwrap();
+        let mut read = [1; 150];
+        target.read(0, &mut read).unwrap();
+        assert_eq!((target.as_ptr(), &read[..149], read[149]), (address, &[0; 149][..], 9));
+        // Only what this module made.
+        let (other, _) = SharedFile::create(10_000).unwrap();
+        assert!(matches!(file.renew(&other), Err(LocalError::NotItsArena)));
+        let private = LeaseMut::zeroed(10_000).unwrap().expose();
+        assert!(matches!(file.renew(&private), Err(LocalError::NotItsArena)));
     }
 
     #[test]

@@ -57,6 +57,8 @@ pub(super) struct RankFacts {
     pub(super) serves: Option<u64>,
     /// The version whose push has torn it.
     pub(super) torn_by: Option<u64>,
+    /// It has come back, and has not got the committed version.
+    pub(super) behind: bool,
     pub(super) waited_for: bool,
     pub(super) bytes: u64,
     pub(super) bytes_planned: Option<u64>,
@@ -155,7 +157,7 @@ impl RankFacts {
         let (serves, torn_by) = match status.served {
             Some(Served::Version(version)) => (Some(version), None),
             Some(Served::Torn(version)) => (None, Some(version)),
-            None => (None, None),
+            Some(Served::Behind(_)) | None => (None, None),
         };
         Self {
             rank: status.rank.to_string(),
@@ -164,6 +166,7 @@ impl RankFacts {
             left: status.left,
             serves,
             torn_by,
+            behind: matches!(status.served, Some(Served::Behind(_))),
             waited_for,
             bytes: status.bytes,
             bytes_planned: status.planned,

@@ -116,6 +116,7 @@ fn rank_line(rank: &RankFacts, phase: &str) -> String {
         (true, ..) => "left".to_owned(),
         (_, Some(version), _) => format!("serves {version}"),
         (_, _, Some(version)) => format!("torn by {version}"),
+        _ if rank.behind => "behind".to_owned(),
         _ if rank.waited_for => phase.to_owned(),
         _ => "joined".to_owned(),
     };

@@ -1,0 +1,236 @@
+//! From wherever an inference rank is to where versions reach it: reach the controller, expose the arena, join. The same at
+//! the start, after a loss and after a controller that came back.
+//!
+//! Every step leaves its result with the session, so a call that is dropped in the middle is taken up by the next.
+
+use efa_core::{LeaseMut, RegionError, Target};
+use rendezvous::member::{InferenceStep, Served};
+use rendezvous::{Holds, Join, MemberManifest, Planned, PlannedPart, RendezvousError};
+use xfer_exec::local::{Doorman, LocalError};
+use xfer_exec::ofi::OfiTarget;
+use xfer_plan::{RailDecl, Rank, ReceiverManifest, ReceiverRank};
+
+use super::InferenceSession;
+use super::session::LOST;
+use crate::connect::decode_peers;
+use crate::endpoint::{Endpoint, LocalEndpoint, RailEndpoint};
+use crate::error::Error;
+use crate::fabric::{self, FabricError, OpenRail};
+use crate::line::out_of_turn;
+use crate::verify::Incoming;
+
+/// Bytes that anybody may overwrite, for warm-ups.
+const SCRATCH_BYTES: usize = 4096;
+
+const CANNOT_PASS_ON: &str =
+    "the plan has this inference rank pass bytes on, which it cannot do yet: plan with relay `never`";
+
+/// The ways by which trainers reach the arena.
+#[derive(Default)]
+pub(super) struct Exposed {
+    rails: usize,
+    target: Option<OfiTarget>,
+    _doorman: Option<Doorman>,
+}
+
+impl InferenceSession {
+    /// Gets to where versions reach this rank.
+    pub(super) async fn ready(&mut self) -> Result<(), Error> {
+        loop {
+            match self.step("every rank to join").await? {
+                None => {}
+                Some(InferenceStep::Started) => return Ok(()),
+                Some(_) => return Err(out_of_turn("the start")),
+            }
+        }
+    }
+
+    /// What the controller has this rank do next, but joining, which is done here. `stage` is what it waits for, for errors.
+    pub(super) async fn step(&mut self, stage: &'static str) -> Result<Option<InferenceStep>, Error> {
+        if !self.line.is_open() || self.member.is_out() {
+            self.join().await?;
+        }
+        let Some(message) = self.line.receive(stage).await? else {
+            // Where the commit was decided, every byte has arrived.
+            self.close_rails().await?;
+            return Ok(None);
+        };
+        match self.member.handle(message).map_err(RendezvousError::from)? {
+            None => Ok(None),
+            Some(InferenceStep::Refused { reason }) => Err(RendezvousError::Refused { reason }.into()),
+            Some(InferenceStep::Regroup { reason }) => {
+                tracing::info!(rank = %self.rank(), reason, "joining again");
+                self.close_rails().await?;
+                Ok(None)
+            }
+            Some(InferenceStep::Planned(planned)) => {
+                self.take_part(*planned).await?;
+                Ok(None)
+            }
+            Some(step) => {
+                if let InferenceStep::Started = step {
+                    self.watch.connected(std::iter::empty());
+                }
+                Ok(Some(step))
+            }
+        }
+    }
+
+    fn rank(&self) -> Rank {
+        Rank::Receiver(ReceiverRank(self.config.rank))
+    }
+
+    async fn join(&mut self) -> Result<(), Error> {
+        self.close_rails().await?;
+        if let Served::Torn(_) = self.served()
+            && !self.member.is_undecided()
+        {
+            let mut arena = self.arena.clone();
+            let renewed = tokio::task::spawn_blocking(move || arena.renew().map(|()| arena)).await;
+            self.arena = renewed.map_err(|error| std::io::Error::other(error.to_string()))??;
+        }
+        let local = self.line.open().await?;
+        let opened = fabric::open(&self.config, self.config.bind.unwrap_or(local))?;
+        let declared = fabric::declare(&self.config, &opened);
+        let endpoint = self.expose(opened)?;
+        let join = self.describe(declared, &endpoint)?;
+        self.was_undecided = self.member.is_undecided();
+        let joins = self.member.rejoin(join);
+        self.line.send(joins)
+    }
+
+    /// Opens the ways to the arena.
+    fn expose(&mut self, mut opened: Vec<OpenRail>) -> Result<Endpoint, Error> {
+        let peer = self.rank().to_string();
+        let local_error = |error: LocalError| FabricError::Local { peer, reason: error.to_string() };
+        let file = self.arena.file.clone();
+        let doorman = file.map(|file| Doorman::open(vec![file])).transpose().map_err(local_error)?;
+        let arena = &self.arena.target;
+        let rails = opened.iter_mut().map(|opened| expose(opened, arena)).collect::<Result<_, _>>()?;
+        let bytes = vec![arena.len() as u64];
+        let endpoint = Endpoint {
+            host: fabric::host_identity(),
+            rails,
+            local: doorman.as_ref().map(|doorman| LocalEndpoint::new(doorman.address(), bytes)),
+        };
+        let rails: Vec<_> = opened.into_iter().map(|opened| opened.rail).collect();
+        let count = rails.len();
+        let target = match rails.is_empty() {
+            true => None,
+            false => Some(OfiTarget::start(rails, self.config.cpus.clone())?),
+        };
+        self.exposed = Exposed { rails: count, target, _doorman: doorman };
+        Ok(endpoint)
+    }
+
+    fn describe(&self, rails: Vec<RailDecl>, endpoint: &Endpoint) -> Result<Join, Error> {
+        let config = &self.config;
+        let manifest = ReceiverManifest {
+            host: endpoint.host.clone(),
+            regions: vec![self.arena.target.len() as u64],
+            rails,
+            params: self.params.clone(),
+        };
+        Ok(Join {
+            job: config.job.clone(),
+            member: self.rank(),
+            world: config.world,
+            deadline: config.deadline,
+            manifest: MemberManifest::Inference(manifest),
+            endpoint: endpoint.encode()?,
+            holds: Holds::Nothing,
+        })
+    }
+
+    /// Takes this rank's part of the plan.
+    async fn take_part(&mut self, planned: Planned) -> Result<(), Error> {
+        self.line.on_loss = planned.on_loss;
+        self.learn();
+        if self.was_undecided && !self.served().is_whole() && self.arena.file.is_some() {
+            // It could not say so when it joined: the arena is torn, and has to be renewed before it is told to anybody.
+            self.line.hang_up();
+            return Ok(());
+        }
+        self.busy_poll = fabric::a_core_each(&fabric::host_identity(), &decode_peers(&planned.peers)?);
+        let PlannedPart::Inference { part, relay, names, inbound } = planned.part else {
+            return Err(out_of_turn("an inference rank's part of the plan"));
+        };
+        if !relay.plan.ops.is_empty() {
+            self.line.give_up(CANNOT_PASS_ON.into()).await;
+            return Err(FabricError::Rail(CANNOT_PASS_ON.into()).into());
+        }
+        let sizes = (part.bytes, self.arena.target.len() as u64);
+        self.incoming = match Incoming::new(planned.verify, inbound, names, sizes, self.line.progress()) {
+            Ok(incoming) => incoming,
+            Err(reason) => {
+                self.line.give_up(reason.clone()).await;
+                return Err(Error::Inbound(reason));
+            }
+        };
+        self.bytes_per_push = part.bytes;
+        self.line.say(self.member.ready())
+    }
+
+    /// How the push ended whose end this rank had not heard of when it lost the controller.
+    fn learn(&mut self) {
+        let missed = self.member.take_missed_commit();
+        let Some(push) = self.push.take() else { return };
+        self.news = Some(match missed {
+            Some(_) => Ok(self.commits(push)),
+            None => {
+                let error = Error::Aborted { version: push.version, reason: LOST.to_owned() };
+                self.watch.failed(&error);
+                Err(error)
+            }
+        });
+    }
+
+    /// Once this returns, nobody can write to the arena any more but a process of this host that has it mapped.
+    async fn close_rails(&mut self) -> Result<(), Error> {
+        // What it compares is over.
+        self.verifying = None;
+        let exposed = std::mem::take(&mut self.exposed);
+        let closed = (0..exposed.rails).try_for_each(|rail| exposed.close_rail(rail));
+        drop(exposed);
+        if let Err(reason) = closed {
+            self.line.give_up(reason.clone()).await;
+            return Err(FabricError::Rail(reason).into());
+        }
+        Ok(())
+    }
+}
+
+impl Exposed {
+    /// Closes a rail over which bytes may still come that nobody waits for.
+    pub(super) fn close_rail(&self, rail: usize) -> Result<(), String> {
+        let Some(target) = &self.target else { return Ok(()) };
+        target.close_rail(rail).map_err(|reason| format!("rail {rail} does not close: {reason}"))
+    }
+
+    /// Has the rails' thread poll without sleeping, or not.
+    pub(super) fn busy_poll(&self, on: bool) {
+        if let Some(target) = &self.target {
+            target.busy_poll(on);
+        }
+    }
+}
+
+/// Exposes the arena and a scratch page on the rail, and describes them.
+fn expose(opened: &mut OpenRail, arena: &Target) -> Result<RailEndpoint, Error> {
+    let rail_error = |error: RegionError| FabricError::Rail(error.to_string());
+    let scratch = LeaseMut::zeroed(SCRATCH_BYTES)
+        .map_err(|error| Error::Memory { what: "the scratch page", reason: error.to_string() })?
+        .expose();
+    let (_, scratch) = opened.rail.expose(&scratch).map_err(rail_error)?;
+    // A rank that needs nothing has nothing to expose.
+    let regions = match arena.is_empty() {
+        true => Vec::new(),
+        false => vec![opened.rail.expose(arena).map_err(rail_error)?.1],
+    };
+    Ok(RailEndpoint {
+        provider: opened.provider.to_string(),
+        address: opened.rail.address().clone(),
+        regions,
+        scratch: Some(scratch),
+    })
+}

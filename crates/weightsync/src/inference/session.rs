@@ -1,0 +1,281 @@
+//! Versions: what an inference rank does between the beginning of a push and its end.
+
+use std::time::Duration;
+
+use rendezvous::member::{InferenceMember, InferenceStep, Served};
+use tokio::sync::oneshot;
+use xfer_plan::{DestinationParam, Rank, ReceiverRank};
+
+use super::ParamId;
+use super::joining::Exposed;
+use crate::arena::Arena;
+use crate::config::SessionConfig;
+use crate::error::Error;
+use crate::fabric::FabricError;
+use crate::line::{Line, out_of_turn};
+use crate::report::{Span, Stopwatch, VerifyReport, VersionReport, gb_per_second};
+use crate::verify::{Compared, Incoming};
+use crate::watch::Watch;
+
+const NOT_COMPARED: &str = "defect: what arrived could not be hashed";
+
+pub(super) const LOST: &str = "this rank lost the controller, or was given up by it";
+
+/// A push under way, for its report.
+pub(super) struct Push {
+    pub(super) version: u64,
+    whole: std::time::Instant,
+    stage: Stopwatch,
+    stages: Vec<Span>,
+    verified: Option<VerifyReport>,
+}
+
+/// An inference rank that is part of a job.
+///
+/// Dropping it closes the rails before the arena is freed.
+pub struct InferenceSession {
+    pub(super) config: SessionConfig,
+    pub(super) line: Line,
+    pub(super) member: InferenceMember,
+    // Field order is teardown order: nobody can write to the arena any more when it goes.
+    pub(super) exposed: Exposed,
+    pub(super) arena: Arena,
+    pub(super) params: Vec<DestinationParam>,
+    pub(super) push: Option<Push>,
+    /// It did not know when it joined whether its bytes are a committed version.
+    pub(super) was_undecided: bool,
+    /// How a push ended that this rank had lost sight of.
+    pub(super) news: Option<Result<VersionReport, Error>>,
+    /// What to hash, where the job verifies.
+    pub(super) incoming: Option<Incoming>,
+    /// Under way; a call that is dropped in the middle leaves it to the next.
+    pub(super) verifying: Option<oneshot::Receiver<Compared>>,
+    last: Option<VersionReport>,
+    pub(super) watch: Watch,
+    pub(super) bytes_per_push: u64,
+    /// The rail's thread polls while a version is in flight.
+    pub(super) busy_poll: bool,
+}
+
+impl InferenceSession {
+    pub(super) fn new(config: SessionConfig, params: Vec<DestinationParam>, arena: Arena) -> Self {
+        Self {
+            line: Line::new(&config),
+            member: InferenceMember::new(false),
+            exposed: Exposed::default(),
+            arena,
+            params,
+            push: None,
+            was_undecided: false,
+            news: None,
+            incoming: None,
+            verifying: None,
+            last: None,
+            watch: Watch::new(&config.metrics, Rank::Receiver(ReceiverRank(config.rank))),
+            bytes_per_push: 0,
+            busy_poll: false,
+            config,
+        }
+    }
+
+    /// Which version the bytes are.
+    pub fn served(&self) -> Served {
+        self.member.served()
+    }
+
+    /// The parameters in the order of their ids: names, shapes, and offsets in the arena.
+    pub fn params(&self) -> &[DestinationParam] {
+        &self.params
+    }
+
+    /// Waits until `version` or a newer one is committed, taking part in the pushes that lead there. The weights are
+    /// of no version while a push runs, so stop reading them before this call.
+    ///
+    /// `None` waits for as long as the trainers take between versions; pushes themselves have the job's deadline.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Aborted`] after a push that failed: call again to wait for the next one. [`Error::Finished`] when all
+    /// trainers have left. [`Error::NotYet`] when `at_most` has passed between pushes.
+    pub async fn wait_version(
+        &mut self,
+        version: u64,
+        at_most: Option<Duration>,
+    ) -> Result<VersionReport, Error> {
+        let is_there = |last: &&VersionReport| last.version >= version && self.push.is_none();
+        if let Some(last) = self.last.as_ref().filter(is_there)
+            && self.served() == Served::Version(last.version)
+        {
+            return Ok(last.clone());
+        }
+        let until = at_most.and_then(|at_most| tokio::time::Instant::now().checked_add(at_most));
+        loop {
+            match self.news.take().transpose()? {
+                Some(report) if report.version >= version => return Ok(report),
+                _ => {}
+            }
+            if let Some(verifying) = &mut self.verifying {
+                let compared = verifying.await.unwrap_or_else(|_| Err(NOT_COMPARED.into()));
+                self.verifying = None;
+                self.compared(compared)?;
+            }
+            let pushing = self.push.is_some();
+            let step = self.step("a version");
+            let step = match at_most.zip(until) {
+                Some((at_most, until)) if !pushing => match tokio::time::timeout_at(until, step).await {
+                    Ok(step) => step,
+                    Err(_) => {
+                        let served = self.served().to_string();
+                        return Err(Error::NotYet { wanted: version, waited: at_most, served });
+                    }
+                },
+                _ => step.await,
+            };
+            let step = step.inspect_err(|error| {
+                self.receive_bytes(false);
+                self.watch.failed(error);
+            })?;
+            let Some(step) = step else { continue };
+            match step {
+                InferenceStep::Started => {}
+                InferenceStep::Prepare { push, version, close, .. } => {
+                    let closed = self.close_rails_given_up(&close);
+                    if closed.is_ok() {
+                        self.receive_bytes(true);
+                        let (stage, whole) = (Stopwatch::start("write"), std::time::Instant::now());
+                        self.push = Some(Push { version, whole, stage, stages: Vec::new(), verified: None });
+                        self.watch.torn(version, push);
+                    }
+                    // From here on a byte may change at any time.
+                    self.line.say(self.member.prepared(closed.clone()))?;
+                    closed.map_err(FabricError::Rail)?;
+                }
+                InferenceStep::Fence { close, .. } => {
+                    let closed = self.close_rails_given_up(&close);
+                    self.line.say(self.member.fenced(closed.clone()))?;
+                    closed.map_err(FabricError::Rail)?;
+                }
+                InferenceStep::Verify { push, version, sums } => {
+                    self.receive_bytes(false);
+                    if let Some(Push { stage, stages, .. }) = &mut self.push {
+                        stage.next("verify", stages);
+                        self.watch.stage("verify");
+                    }
+                    match &self.incoming {
+                        Some(incoming) => {
+                            self.verifying =
+                                Some(incoming.start((push, version), sums, self.arena.target.clone()));
+                        }
+                        None => self.compared(Err(NOT_COMPARED.into()))?,
+                    }
+                }
+                InferenceStep::Commit { version: committed, .. } => {
+                    self.receive_bytes(false);
+                    self.line.say(self.member.committed())?;
+                    let Some(push) = self.push.take() else { continue };
+                    let report = self.commits(push);
+                    if committed >= version {
+                        return Ok(report);
+                    }
+                }
+                InferenceStep::Aborted { version, reason } => {
+                    self.receive_bytes(false);
+                    self.push = None;
+                    let error = Error::Aborted { version, reason };
+                    self.watch.failed(&error);
+                    return Err(error);
+                }
+                InferenceStep::Finished => {
+                    return Err(Error::Finished { committed: self.member.committed_version() });
+                }
+                _ => return Err(out_of_turn("a version")),
+            }
+        }
+    }
+
+    /// Says how a comparison ended. Where it found other bytes, the controller ends the push.
+    fn compared(&mut self, compared: Compared) -> Result<(), Error> {
+        let (report, result) = match compared {
+            Ok(report) => (Some(report), Ok(())),
+            Err(reason) => (None, Err(reason)),
+        };
+        if let Some(push) = &mut self.push {
+            push.verified = report;
+        }
+        self.line.say(self.member.verified(result))
+    }
+
+    fn close_rails_given_up(&self, rails: &[u16]) -> Result<(), String> {
+        let failed = |reason| format!("{reason} (a trainer gave up on it)");
+        rails.iter().try_for_each(|rail| self.exposed.close_rail(usize::from(*rail)).map_err(failed))
+    }
+
+    /// Between the beginning of a push and its end the rail's thread has something to do.
+    fn receive_bytes(&self, on: bool) {
+        if self.busy_poll {
+            self.exposed.busy_poll(on);
+        }
+    }
+
+    /// The bytes are those of this push.
+    pub(super) fn commits(&mut self, push: Push) -> VersionReport {
+        let report = self.report(push);
+        self.watch.served(&report);
+        self.last = Some(report.clone());
+        report
+    }
+
+    fn report(&self, push: Push) -> VersionReport {
+        let seconds = push.whole.elapsed().as_secs_f64();
+        let bytes = self.bytes_per_push;
+        VersionReport {
+            version: push.version,
+            bytes,
+            seconds,
+            gb_per_second: gb_per_second(bytes, seconds),
+            stages: push.stages.into_iter().chain([push.stage.end()]).collect(),
+            verified: push.verified,
+        }
+    }
+
+    /// Copies bytes of a parameter, from `offset` of it on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Torn`] when the bytes are of no version, [`Error::Range`] outside the parameter.
+    pub fn read(&self, id: ParamId, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        match self.served() {
+            Served::Version(_) => {}
+            Served::Torn(version) => return Err(Error::Torn { version }),
+            Served::Behind(version) => return Err(Error::Behind { version }),
+        }
+        let Some(param) = self.params.get(id.0) else {
+            let (name, reason) =
+                (format!("parameter number {}", id.0), "it belongs to another session".into());
+            return Err(Error::Declaration { name, reason });
+        };
+        let (bytes, len) = (into.len() as u64, param.bytes().unwrap_or(0));
+        let outside = || Error::Range { name: param.name.clone(), offset, bytes, len };
+        if offset.checked_add(bytes).is_none_or(|end| end > len) {
+            return Err(outside());
+        }
+        let at = usize::try_from(param.offset + offset).map_err(|_| outside())?;
+        self.arena.target.read(at, into).map_err(|_| outside())
+    }
+
+    /// The arena's base address, for an engine that reads the weights where they are: parameter `i` is at
+    /// `params()[i].offset` from it. It stays the same until the session is dropped.
+    pub fn arena_ptr(&self) -> *mut u8 {
+        self.arena.target.as_ptr()
+    }
+
+    /// Leaves the job. While trainers are in it, they have lost this rank: what becomes of the job is its policy.
+    pub async fn leave(mut self) {
+        self.line.leave(None).await;
+    }
+
+    /// Leaves because this rank cannot go on; the others are told why. What becomes of the job is its policy.
+    pub async fn give_up_job(mut self, reason: String) {
+        self.line.leave(Some(reason)).await;
+    }
+}

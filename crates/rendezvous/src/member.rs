@@ -26,6 +26,9 @@
 //! | deciding, failed | `Abort` | step `Aborted` | idle |
 //! | joining, connecting, starting | `Abort` | step `Aborted` | out |
 //! | any but writing, stopping | `Regroup` | step `Regroup` | out |
+//! | writing | `Regroup` | step `Stop` | leaving |
+//! | stopping | `Regroup` | | leaving |
+//! | leaving | `written()` | `Written` or `Failed` | out |
 //! | any | `rejoin()` | `Join` | joining |
 //!
 //! An inference rank. One that passes bytes on does so from `prepared()` to `relayed()`, beside these states and past

@@ -107,7 +107,14 @@ impl InferenceMember {
     /// An inference rank that asks to take part, and what it says. `stages`: versions arrive beside the one that is served, so
     /// that a push that fails leaves it whole.
     pub fn join(join: Join, stages: bool) -> (Self, ToController) {
-        let mut member = Self {
+        let mut member = Self::new(stages);
+        let message = member.rejoin(join);
+        (member, message)
+    }
+
+    /// An inference rank that has not joined. For `stages` see [`InferenceMember::join`].
+    pub fn new(stages: bool) -> Self {
+        Self {
             state: State::Out,
             attempt: None,
             relays: false,
@@ -117,12 +124,20 @@ impl InferenceMember {
             holds: None,
             missed: None,
             committed: 0,
-        };
-        let message = member.rejoin(join);
-        (member, message)
+        }
     }
 
-    /// It joins again: after [`InferenceStep::Regroup`], or over a new connection where the old one was lost. Every rail of
+    /// Whether it has to join before anything else.
+    pub fn is_out(&self) -> bool {
+        matches!(self.state, State::Out)
+    }
+
+    /// Whether it was prepared for a push and has not heard how that ended.
+    pub fn is_undecided(&self) -> bool {
+        self.attempt.is_some()
+    }
+
+    /// It joins, or joins again: after [`InferenceStep::Regroup`], or over a new connection where the old one was lost. Every rail of
     /// before is closed.
     pub fn rejoin(&mut self, mut join: Join) -> ToController {
         self.state = State::Joining(Admission::Joining);

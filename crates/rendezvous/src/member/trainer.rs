@@ -56,14 +56,18 @@ pub enum TrainerStep {
     },
 }
 
+#[derive(Default)]
 enum State {
-    /// Has to join again.
+    /// Has to join, or to join again.
+    #[default]
     Out,
     Joining(Admission),
     Idle,
     Begun(u64),
     Writing(Attempt),
     Stopping(PushId),
+    /// As stopping, and then it has to join again.
+    Leaving(PushId),
     /// `Written` was said.
     Deciding(Attempt),
     /// `Failed` was said.
@@ -71,6 +75,7 @@ enum State {
 }
 
 /// A trainer's half of the protocol.
+#[derive(Default)]
 pub struct TrainerMember {
     state: State,
     /// The connection was lost before it heard how this attempt ended.
@@ -82,12 +87,17 @@ pub struct TrainerMember {
 impl TrainerMember {
     /// A trainer that asks to take part, and what it says.
     pub fn join(join: Join) -> (Self, ToController) {
-        let mut member = Self { state: State::Out, undecided: None, missed: None };
+        let mut member = Self::new();
         let message = member.rejoin(join);
         (member, message)
     }
 
-    /// It joins again: after [`TrainerStep::Regroup`], or over a new connection where the old one was lost. Every rail of
+    /// A trainer that has not joined.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// It joins, or joins again: after [`TrainerStep::Regroup`], or over a new connection where the old one was lost. Every rail of
     /// before is closed.
     pub fn rejoin(&mut self, mut join: Join) -> ToController {
         if let State::Deciding(Attempt { push, version }) = self.state {
@@ -106,6 +116,16 @@ impl TrainerMember {
     /// Whether it has said that it wrote everything and has not heard whether that was committed.
     pub fn is_undecided(&self) -> bool {
         matches!(self.state, State::Deciding(_)) || self.undecided.is_some()
+    }
+
+    /// Whether it has to join before anything else.
+    pub fn is_out(&self) -> bool {
+        matches!(self.state, State::Out)
+    }
+
+    /// Whether it may begin a version.
+    pub fn is_idle(&self) -> bool {
+        matches!(self.state, State::Idle)
     }
 
     /// Its rails are connected and warm.
@@ -143,6 +163,10 @@ impl TrainerMember {
                 self.state = State::Idle;
                 push
             }
+            State::Leaving(push) => {
+                self.state = State::Out;
+                push
+            }
             _ => return None,
         };
         Some(report(push, result, fences, sums))
@@ -153,8 +177,13 @@ impl TrainerMember {
         let (next, step) = match (&mut self.state, message) {
             (_, ToMember::Heartbeat) => return Ok(None),
             (_, ToMember::Refused { reason }) => return Ok(Some(TrainerStep::Refused { reason })),
-            (State::Writing(_) | State::Stopping(_), other @ ToMember::Regroup { .. }) => {
-                return Err(Unexpected::new(self.state.expects(), &other));
+            // It was given up, and has found out only now.
+            (State::Writing(Attempt { push, .. }), ToMember::Regroup { reason }) => {
+                (State::Leaving(*push), TrainerStep::Stop { reason })
+            }
+            (State::Stopping(push), ToMember::Regroup { .. }) => {
+                self.state = State::Leaving(*push);
+                return Ok(None);
             }
             (_, ToMember::Regroup { reason }) => (State::Out, TrainerStep::Regroup { reason }),
             (State::Joining(_), ToMember::Abort { version, reason }) => {
@@ -205,7 +234,7 @@ impl State {
             Self::Idle => "its own next version",
             Self::Begun(_) => "the start of the push",
             Self::Writing(_) => "an abort or nothing",
-            Self::Stopping(_) => "its own writes to stop",
+            Self::Stopping(_) | Self::Leaving(_) => "its own writes to stop",
             Self::Deciding(_) => "the commit",
             Self::Failed(_) => "the end of the failed push",
         }

@@ -19,7 +19,7 @@ use std::time::Duration;
 use xfer_plan::{Digest, Manifest, Parts, Plan, PlanError, PlanOptions, Rank, ReceiverRank};
 
 use crate::protocol::{
-    Bank, Commit, DEADLINE_RANGE, Fence, JOB_BYTES_MAX, MemberManifest, OnLoss, PushId, RANKS_MAX,
+    Bank, Commit, DEADLINE_RANGE, Fence, Holds, JOB_BYTES_MAX, MemberManifest, OnLoss, PushId, RANKS_MAX,
     ToController, ToMember, World, cut,
 };
 use crate::verify::Verify;
@@ -89,8 +89,8 @@ struct Seat {
     endpoint: Vec<u8>,
     /// Came over this connection for the first time.
     is_new: bool,
-    /// The version that the bytes of an inference rank are.
-    holds: Option<u64>,
+    /// What the bytes of an inference rank are.
+    holds: Holds,
     heard_at: Duration,
     progress: u64,
     progress_at: Duration,
@@ -368,7 +368,7 @@ impl Controller {
             _ => return,
         }
         if let (Stage::Committing, Some(seat)) = (stage, self.seats.get_mut(&member)) {
-            seat.holds = self.committed.map(|commit| commit.version);
+            seat.holds = self.committed.map_or(Holds::Nothing, Holds::Version);
         }
         if let (Stage::Preparing | Stage::Fencing, Rank::Receiver(rank)) = (stage, member) {
             // It was told all that there is: who writes says what it owes before the stage begins.
@@ -432,7 +432,7 @@ impl Controller {
 
     /// Remembers rails that have to be closed.
     fn owe(&mut self, fences: Vec<Fence>) {
-        let known = |fence: &Fence| fence.at.0 < self.config.world.inference;
+        let known = |fence: &Fence| self.assembly.contains(&Rank::Receiver(fence.at));
         self.fences.extend(fences.into_iter().filter(known));
     }
 
@@ -472,7 +472,7 @@ impl Controller {
             self.relaying = relays.map(|member| (*member, id)).collect();
             for member in &waiting {
                 if let Some(seat) = self.seats.get_mut(member) {
-                    seat.holds = None;
+                    seat.holds = Holds::Torn;
                 }
             }
         }
@@ -523,6 +523,10 @@ impl Controller {
         self.bank = self.bank.turned();
         actions.push(Action::Report(Report::Committed { version, push: id, elapsed }));
         self.enter(Stage::Committing, now, actions);
+        // All inference ranks may have been lost meanwhile.
+        if self.nobody_waited_for() {
+            self.finish(now, actions);
+        }
     }
 
     /// All inference ranks that are still there have confirmed the commit.
@@ -572,8 +576,9 @@ impl Controller {
     /// Inference ranks whose bytes are not the committed version.
     fn behind(&self) -> Vec<ReceiverRank> {
         let committed = self.committed.map(|commit| commit.version);
-        let holds = |member: &Rank| self.seats.get(member).and_then(|seat| seat.holds);
-        let receivers = self.receivers().filter(|member| committed.is_some() && holds(member) != committed);
+        let holds = |member: &Rank| self.seats.get(member).and_then(|seat| seat.holds.served());
+        let has = |member: &Rank| holds(member).map(|commit| commit.version) == committed;
+        let receivers = self.receivers().filter(|member| committed.is_some() && !has(member));
         receivers
             .filter_map(|member| if let Rank::Receiver(rank) = member { Some(rank) } else { None })
             .collect()

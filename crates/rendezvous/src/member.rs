@@ -50,12 +50,14 @@
 //! | committing | `committed()` | `Committed` | between |
 //! | between, receiving | `Abort` | step `Aborted` | between |
 //! | between, receiving | `Finished` | step `Finished` | between |
+//! | out, joining, connecting, starting | `Finished` | step `Finished` | as before |
 //! | joining, connecting, starting, between, receiving | `Regroup` | step `Regroup` | out |
 //! | any | `rejoin()` | `Join` | joining |
 //!
 //! A rank that loses its connection, or whose controller comes back, joins again over a new one. It says what its bytes are
 //! ([`Holds`](crate::Holds)), and the plan that it gets says what is committed: a rank that waited for the end of an attempt
-//! learns there whether it was the commit.
+//! learns there whether it was the commit. One that serves a version beside the one that arrives has named its arenas before it
+//! knew: where it had missed the commit they have changed places ([`Peer::bank`](crate::Peer::bank)).
 
 use std::fmt;
 

@@ -124,9 +124,30 @@ pub enum Holds {
     /// This committed version, whole.
     Version(Commit),
     /// It was prepared for a push and has not heard how that ended.
-    Undecided(Commit),
+    Undecided {
+        /// The version and the attempt.
+        attempt: Commit,
+        /// What it serves meanwhile, whole: a rank that stages versions.
+        serves: Option<Commit>,
+    },
     /// A push began that was not committed.
     Torn,
+}
+
+impl Holds {
+    /// The commit that brought the bytes that it serves.
+    pub fn served(self) -> Option<Commit> {
+        match self {
+            Self::Version(commit) => Some(commit),
+            Self::Undecided { serves, .. } => serves,
+            Self::Nothing | Self::Torn => None,
+        }
+    }
+
+    /// Whether it was prepared for the attempt that became this commit, and has not heard so.
+    pub fn missed(self, committed: Option<Commit>) -> bool {
+        matches!(self, Self::Undecided { attempt, .. } if Some(attempt) == committed)
+    }
 }
 
 /// A version and the attempt that brought it: what the controller records when it decides to commit.
@@ -194,8 +215,9 @@ pub struct Fence {
     pub rail: u16,
 }
 
-/// Which arena of an inference rank that stages versions is written to, 0 or 1. Every commit since all have joined turns
-/// it over; ranks with one arena take no notice.
+/// Which arena of an inference rank that stages versions is written to, 0 or 1, as the endpoint that it joined with numbers
+/// them: 0 is the one that it did not serve. Every commit since all have joined turns it over, and so does one that the rank
+/// had missed ([`Peer::bank`]). Ranks with one arena take no notice.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Bank(bool);
 
@@ -219,6 +241,16 @@ pub struct Peer {
     pub member: Rank,
     /// What it said of how to reach it.
     pub endpoint: Vec<u8>,
+    /// It learns with this plan of a commit that it had missed: the arenas of a rank that has two have changed places since
+    /// it said where they are.
+    pub turned: bool,
+}
+
+impl Peer {
+    /// Which arena of this peer is written to in an attempt with `bank`.
+    pub fn bank(&self, bank: Bank) -> Bank {
+        if self.turned { bank.turned() } else { bank }
+    }
 }
 
 /// One member's part of the agreed plan.
@@ -375,7 +407,7 @@ pub enum ToMember {
         push: PushId,
         /// Its version.
         version: u64,
-        /// Which of the two arenas of an inference rank that has two.
+        /// Which of the two arenas of an inference rank that has two: see [`Peer::bank`].
         bank: Bank,
     },
     /// To an inference rank: everything has been written. Are these the checksums of your bytes?

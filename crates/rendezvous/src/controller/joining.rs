@@ -14,7 +14,8 @@ use xfer_plan::{
 use super::{Action, Actions, ConnectionId, Controller, Phase, Quota, Report, Seat, refuse};
 use crate::member::Served;
 use crate::protocol::{
-    Bank, ENDPOINT_BYTES_MAX, Holds, Join, MemberManifest, OnLoss, Peer, Planned, PlannedPart, ToMember,
+    Bank, Commit, ENDPOINT_BYTES_MAX, Holds, Join, MemberManifest, OnLoss, Peer, Planned, PlannedPart,
+    ToMember,
 };
 use crate::refusal::Refusal;
 use crate::status::PlanStatus;
@@ -22,7 +23,8 @@ use crate::status::PlanStatus;
 impl Controller {
     /// Over a new connection.
     pub(super) fn join(&mut self, from: ConnectionId, join: Join, now: Duration, actions: &mut Actions) {
-        if let Err(reason) = self.admits(&join).and_then(|()| self.has_room_for(join.member)) {
+        let admitted = self.admits(&join).and_then(|()| self.has_room_for(join.member));
+        if let Err(reason) = admitted.and_then(|()| self.agrees(&join)) {
             let peer = join.member.to_string();
             let refused = Report::Refused { peer, refusal: Refusal::Join, reason: reason.clone() };
             actions.push(Action::Report(refused));
@@ -41,7 +43,7 @@ impl Controller {
         if join.member != member || seat.manifest.is_some() || takes_part {
             return self.expel(member, "it joined twice", now, actions);
         }
-        if let Err(reason) = self.admits(&join) {
+        if let Err(reason) = self.admits(&join).and_then(|()| self.agrees(&join)) {
             return self.expel(member, &reason, now, actions);
         }
         self.seat(connection, join, is_new, now, actions);
@@ -57,21 +59,16 @@ impl Controller {
     ) {
         let Join { member, manifest, endpoint, holds, .. } = join;
         // A rank that has a version knows that it was committed, also where the controller's record was lost.
-        if let Holds::Version(commit) = holds
-            && commit.version > self.committed()
-        {
+        if let Some(commit) = holds.served().filter(|commit| commit.version > self.committed()) {
             self.committed = Some(commit);
         }
-        match (holds, self.committed) {
-            (Holds::Version(commit), _) => self.history.holds(member, Served::Version(commit.version)),
-            (Holds::Nothing, Some(commit)) => self.history.holds(member, Served::Behind(commit.version)),
+        match (holds.served(), self.committed) {
+            (Some(commit), _) => self.history.holds(member, Served::Version(commit.version)),
+            (None, Some(commit)) if holds == Holds::Nothing => {
+                self.history.holds(member, Served::Behind(commit.version));
+            }
             _ => {}
         }
-        let holds = match holds {
-            Holds::Version(commit) => Some(commit.version),
-            Holds::Undecided(commit) => (Some(commit) == self.committed).then_some(commit.version),
-            Holds::Nothing | Holds::Torn => None,
-        };
         let manifest = Some(manifest);
         let (heard_at, progress_at) = (now, now);
         let seat = Seat {
@@ -115,8 +112,10 @@ impl Controller {
 
     /// Regroups if somebody waits to take part. Between pushes.
     pub(super) fn let_in(&mut self, now: Duration, actions: &mut Actions) {
+        // While trainers leave, no version can come: who is back need not take part.
+        let leave = self.seats.values().any(|seat| seat.left);
         let waits = self.seats.iter().find(|(_, seat)| seat.manifest.is_some()).map(|(member, _)| *member);
-        if let Some(member) = waits {
+        if let Some(member) = waits.filter(|_| !leave) {
             self.regroup(format!("{member} is back"), now, actions);
         }
     }
@@ -124,7 +123,10 @@ impl Controller {
     /// Tells everybody to join again, but those who have just done so.
     pub(super) fn regroup(&mut self, reason: String, now: Duration, actions: &mut Actions) {
         actions.push(Action::Report(Report::Regrouping { reason: reason.clone() }));
-        for seat in self.seats.values_mut().filter(|seat| seat.manifest.is_none() && !seat.left) {
+        // Who takes no part has been told before, and may have opened its rails anew since.
+        for (_, seat) in
+            self.seats.iter_mut().filter(|(member, seat)| self.assembly.contains(member) && !seat.left)
+        {
             seat.is_new = false;
             actions.push(Action::Send(seat.connection, ToMember::Regroup { reason: reason.clone() }));
         }
@@ -144,9 +146,10 @@ impl Controller {
     }
 
     pub(super) fn plan_if_complete(&mut self, now: Duration, actions: &mut Actions) {
-        let inference = |member: &Rank| matches!(member, Rank::Receiver(_));
+        let receives =
+            |(member, seat): (&Rank, &Seat)| matches!(member, Rank::Receiver(_)) && seat.manifest.is_some();
         // To push to nobody would be to say that a version is served which nobody has.
-        if self.missing().is_empty() && self.seats.keys().any(inference) {
+        if self.missing().is_empty() && self.seats.iter().any(receives) {
             self.plan(now, actions);
         }
     }
@@ -171,6 +174,20 @@ impl Controller {
             Phase::Joining(_) => Ok(()),
             _ if self.config.on_loss != OnLoss::Fail => Ok(()),
             _ => Err(format!("{member} comes too late: the job has started without it")),
+        }
+    }
+
+    /// A rank that has a newer version than the job comes from another job, or the record is older than it should be. Before
+    /// there is a plan the job can believe it; afterwards others have been told otherwise.
+    fn agrees(&self, join: &Join) -> Result<(), String> {
+        match join.holds.served() {
+            Some(Commit { version, .. })
+                if version > self.committed() && !matches!(self.phase, Phase::Joining(_)) =>
+            {
+                let (member, committed) = (join.member, self.committed());
+                Err(format!("{member} has version {version}, but this job has committed {committed} only"))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -246,12 +263,15 @@ impl Controller {
             limited_by: plan.bound.limited_by.map(|(rank, _)| rank),
             without: self.absent.iter().copied().collect(),
         }));
-        let (committed, behind, on_loss) = (self.committed, self.behind(), self.config.on_loss);
+        let (committed, turned) = (self.committed, self.tell_missed());
+        let (behind, on_loss) = (self.behind(), self.config.on_loss);
 
+        let peer = |member: Rank| {
+            let endpoint = self.seats.get(&member)?.endpoint.clone();
+            Some(Peer { member, endpoint, turned: turned.contains(&member) })
+        };
         let mut send = |member: Rank, part, peers: BTreeSet<Rank>| {
-            let endpoint =
-                |member| self.seats.get(&member).map(|seat| seat.endpoint.clone()).unwrap_or_default();
-            let peers = peers.into_iter().map(|member| Peer { member, endpoint: endpoint(member) }).collect();
+            let peers = peers.into_iter().filter_map(peer).collect();
             if let Some(seat) = self.seats.get(&member) {
                 let (digest, verify, behind) = (self.digest, self.config.verify, behind.clone());
                 let planned = Planned {
@@ -283,6 +303,19 @@ impl Controller {
             send(Rank::Receiver(rank), part, peers);
         }
         self.phase = Phase::Connecting { since: now, waiting: self.assembly.clone() };
+    }
+
+    /// Who learns with this plan of the last commit, which it had missed. Not before all have joined: what is committed may only
+    /// be known from them.
+    fn tell_missed(&mut self) -> BTreeSet<Rank> {
+        let committed = self.committed;
+        let missed = |(_, seat): &(&Rank, &mut Seat)| seat.holds.missed(committed);
+        let served = committed.map_or(Holds::Nothing, Holds::Version);
+        let turn = |(member, seat): (&Rank, &mut Seat)| {
+            seat.holds = served;
+            *member
+        };
+        self.seats.iter_mut().filter(missed).map(turn).collect()
     }
 
     /// What all who take part have said. Who does not, has nothing and needs nothing.
@@ -331,7 +364,10 @@ impl Controller {
             self.end(Some(reason), actions);
         } else {
             for member in newcomers {
-                self.expel(member, &reason, now, actions);
+                // Without one of them there may be a plan for the others.
+                if let Phase::Joining(_) = self.phase {
+                    self.expel(member, &reason, now, actions);
+                }
             }
         }
     }

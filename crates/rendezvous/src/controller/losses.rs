@@ -15,20 +15,36 @@ use crate::protocol::{OnLoss, ToMember};
 
 impl Controller {
     pub(super) fn leave(&mut self, member: Rank, now: Duration, actions: &mut Actions) {
-        if !matches!(self.phase, Phase::Idle) || matches!(member, Rank::Receiver(_)) {
+        let between_versions = match self.phase {
+            Phase::Idle => true,
+            // It need not know yet that it is to join again.
+            Phase::Joining(_) => self.started,
+            _ => false,
+        };
+        if !between_versions || matches!(member, Rank::Receiver(_)) {
             return self.expel(member, "it left", now, actions);
         }
         if let Some(seat) = self.seats.get_mut(&member) {
-            seat.left = true;
+            (seat.left, seat.manifest) = (true, None);
             self.members.remove(&seat.connection);
             actions.push(Action::Close(seat.connection));
             actions.push(Action::Report(Report::Left(member)));
         }
-        let all_left = self.trainers().all(|trainer| self.seats.get(&trainer).is_none_or(|seat| seat.left));
-        if all_left {
-            self.tell_everyone(&ToMember::Finished, actions);
-            self.end(None, actions);
+        let joining = matches!(self.phase, Phase::Joining(_));
+        let staying = self.seats.iter().filter(|(_, seat)| !seat.left);
+        let trainers = staying.clone().filter(|(member, _)| matches!(member, Rank::Trainer(_)));
+        if trainers.clone().any(|(member, _)| joining || self.assembly.contains(member)) {
+            return;
         }
+        for (member, seat) in staying {
+            let message = match member {
+                Rank::Receiver(_) => ToMember::Finished,
+                // It came back when the last one left.
+                Rank::Trainer(_) => ToMember::Refused { reason: "all other trainers have left".into() },
+            };
+            actions.push(Action::Send(seat.connection, message));
+        }
+        self.end(None, actions);
     }
 
     /// Gives up a member that has broken the protocol or has given up itself. It can come back as a new process only.
@@ -192,7 +208,7 @@ impl Controller {
         if !self.started {
             return self.end(Some(format!("{waited} {named} to join")), actions);
         }
-        if self.config.on_loss == OnLoss::Continue && self.hindrance.is_none() {
+        if self.config.on_loss == OnLoss::Continue {
             self.absent.extend(missing);
             self.plan_if_complete(now, actions);
         }

@@ -24,8 +24,10 @@ pub enum InferenceStep {
         version: u64,
         /// The rails, as its endpoint numbers them.
         close: Vec<u16>,
-        /// Which of its arenas is written to, where it has two.
+        /// Which arena of its peers it passes bytes on to: see [`Peer::bank`](crate::Peer::bank).
         bank: Bank,
+        /// Which of its own arenas is written to, where it has two.
+        own: Bank,
     },
     /// Close these rails, then [`InferenceMember::fenced`].
     Fence {
@@ -100,6 +102,8 @@ pub struct InferenceMember {
     holds: Option<Commit>,
     /// The version of an attempt whose end this rank had not heard of.
     missed: Option<u64>,
+    /// Its arenas have changed places since it joined with them: it had missed a commit.
+    turned: bool,
     committed: u64,
 }
 
@@ -123,6 +127,7 @@ impl InferenceMember {
             served: Served::Version(0),
             holds: None,
             missed: None,
+            turned: false,
             committed: 0,
         }
     }
@@ -142,11 +147,14 @@ impl InferenceMember {
     pub fn rejoin(&mut self, mut join: Join) -> ToController {
         self.state = State::Joining(Admission::Joining);
         self.relaying = None;
-        join.holds = match (self.attempt, self.holds, self.served) {
-            (Some(Attempt { push, version }), _, _) => Holds::Undecided(Commit { version, push }),
-            (None, Some(commit), Served::Version(_)) => Holds::Version(commit),
-            (None, _, Served::Torn(_)) => Holds::Torn,
-            (None, _, _) => Holds::Nothing,
+        let serves = self.holds.filter(|_| self.served.is_whole());
+        join.holds = match (self.attempt, serves) {
+            (Some(Attempt { push, version }), serves) => {
+                Holds::Undecided { attempt: Commit { version, push }, serves }
+            }
+            (None, Some(commit)) => Holds::Version(commit),
+            (None, None) if matches!(self.served, Served::Torn(_)) => Holds::Torn,
+            (None, None) => Holds::Nothing,
         };
         ToController::Join(Box::new(join))
     }
@@ -161,7 +169,7 @@ impl InferenceMember {
         self.served
     }
 
-    /// The last version that was committed; 0 at the start.
+    /// The last version that this rank knows to be committed; 0 at the start.
     pub fn committed_version(&self) -> u64 {
         self.committed
     }
@@ -240,8 +248,10 @@ impl InferenceMember {
     /// What the controller knows of the commits so far.
     fn catch_up(&mut self, committed: Option<Commit>) {
         let attempt = self.attempt.take().map(|Attempt { push, version }| Commit { version, push });
+        self.turned = attempt.is_some() && attempt == committed;
         let Some(commit) = committed else { return };
-        if attempt == Some(commit) {
+        self.committed = commit.version;
+        if self.turned {
             self.serve(commit);
             self.missed = Some(commit.version);
         } else if self.holds.is_none() && !matches!(self.served, Served::Torn(_)) {
@@ -259,6 +269,7 @@ impl InferenceMember {
                 self.state = State::Out;
                 Ok(Some(InferenceStep::Regroup { reason }))
             }
+            (State::Out | State::Joining(_), ToMember::Finished) => Ok(Some(InferenceStep::Finished)),
             (State::Joining(admission), message) => match admission.handle(message)? {
                 AdmissionStep::Planned(planned) => {
                     let PlannedPart::Inference { relay, .. } = &planned.part else {
@@ -285,7 +296,8 @@ impl InferenceMember {
         match message {
             ToMember::Prepare { push, version, fence, bank } if over => {
                 self.state = State::Preparing(Attempt { push, version });
-                Ok(Some(InferenceStep::Prepare { push, version, close: fence, bank }))
+                let own = if self.turned { bank.turned() } else { bank };
+                Ok(Some(InferenceStep::Prepare { push, version, close: fence, bank, own }))
             }
             ToMember::Fence { push, rails } => {
                 self.state = State::Fencing(push);

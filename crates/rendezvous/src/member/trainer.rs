@@ -3,9 +3,7 @@
 use xfer_plan::Rank;
 
 use super::{Admission, AdmissionStep, Attempt, Unexpected, report};
-use crate::protocol::{
-    Bank, Commit, Fence, Holds, Join, Planned, PlannedPart, PushId, ToController, ToMember,
-};
+use crate::protocol::{Bank, Fence, Holds, Join, Planned, PlannedPart, PushId, ToController, ToMember};
 use crate::verify::ParamSum;
 
 /// What a trainer does next.
@@ -78,9 +76,9 @@ enum State {
 #[derive(Default)]
 pub struct TrainerMember {
     state: State,
-    /// The connection was lost before it heard how this attempt ended.
-    undecided: Option<Commit>,
-    /// What that attempt turned out to have committed.
+    /// The connection was lost before it heard how the attempt to push this version ended.
+    undecided: Option<u64>,
+    /// That version, where it turned out to be committed.
     missed: Option<u64>,
 }
 
@@ -100,15 +98,15 @@ impl TrainerMember {
     /// It joins, or joins again: after [`TrainerStep::Regroup`], or over a new connection where the old one was lost. Every rail of
     /// before is closed.
     pub fn rejoin(&mut self, mut join: Join) -> ToController {
-        if let State::Deciding(Attempt { push, version }) = self.state {
-            self.undecided = Some(Commit { version, push });
-        }
+        self.undecide();
         self.state = State::Joining(Admission::Joining);
         join.holds = Holds::Nothing;
         ToController::Join(Box::new(join))
     }
 
-    /// The version whose commit this rank had not heard of when it lost the connection, and has since. Once.
+    /// The version whose commit this rank had not heard of when it lost the connection, and has since. Once. Where there is
+    /// none and the plan's `committed` is newer than the version that it waited for, that may have been committed or not: it is
+    /// outdated.
     pub fn take_missed_commit(&mut self) -> Option<u64> {
         self.missed.take()
     }
@@ -172,6 +170,13 @@ impl TrainerMember {
         Some(report(push, result, fences, sums))
     }
 
+    /// The plan that it gets when it joins again says how the attempt ended that it waits for.
+    fn undecide(&mut self) {
+        if let State::Deciding(Attempt { version, .. }) = self.state {
+            self.undecided = Some(version);
+        }
+    }
+
     /// Takes what the controller says. `None`: nothing to do.
     pub fn handle(&mut self, message: ToMember) -> Result<Option<TrainerStep>, Unexpected> {
         let (next, step) = match (&mut self.state, message) {
@@ -185,14 +190,18 @@ impl TrainerMember {
                 self.state = State::Leaving(*push);
                 return Ok(None);
             }
-            (_, ToMember::Regroup { reason }) => (State::Out, TrainerStep::Regroup { reason }),
+            (_, ToMember::Regroup { reason }) => {
+                self.undecide();
+                (State::Out, TrainerStep::Regroup { reason })
+            }
             (State::Joining(_), ToMember::Abort { version, reason }) => {
                 (State::Out, TrainerStep::Aborted { version, reason })
             }
             (State::Joining(admission), message) => match admission.handle(message)? {
                 AdmissionStep::Planned(planned) if matches!(planned.part, PlannedPart::Trainer { .. }) => {
-                    let undecided = self.undecided.take().filter(|commit| planned.committed == Some(*commit));
-                    self.missed = undecided.map(|commit| commit.version);
+                    // In whichever attempt: others may have pushed it again without this rank.
+                    let committed = planned.committed.map(|commit| commit.version);
+                    self.missed = self.undecided.take().filter(|version| committed == Some(*version));
                     return Ok(Some(TrainerStep::Connect(planned)));
                 }
                 AdmissionStep::Planned(_) => {

@@ -1,36 +1,50 @@
 //! The controller and all members of a job, joined by queues, and a network that holds every write until it is let land.
 //!
-//! Nothing happens by itself: a test picks one of [`Cluster::possible`] after the other. Memory is modelled by operation:
-//! which attempt's bytes are where that operation writes.
+//! Nothing happens by itself: a test picks one of [`Cluster::possible`] after the other. What holds at every step is asserted
+//! here.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use rendezvous::controller::{Action, ConnectionId, Controller, ControllerConfig, Event, Report};
-use rendezvous::member::{InferenceStep, Served, TrainerStep};
-use rendezvous::{Fence, OnLoss, Planned, PlannedPart, PushId, ToController, ToMember, Verify, World};
-use xfer_plan::{Inbound, NO_TAG, PlanOptions, Rank, RankPlan, Relay, RelayPlan, TrainerRank};
+use rendezvous::member::Served;
+use rendezvous::{Commit, OnLoss, ToController, ToMember};
+use xfer_plan::{PlanOptions, Rank, TrainerRank};
 
-use crate::member::{Member, Protocol, Writing};
-
-pub(crate) const WORLD: World = World { trainers: 2, inference: 4 };
-pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
+use crate::job::{DEADLINE, Setup, TARGET, WORLD, is_trainer};
+use crate::ledger::Ledger;
+use crate::link::Link;
+use crate::memory::is_whole;
+use crate::network::{Flight, Network};
+use crate::process::{Process, Protocol};
 
 /// Something that can happen next.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Next {
-    /// The controller reads what this member said.
-    Hear(Rank),
-    /// This member reads what the controller said.
+    /// The controller reads what came over this connection, or that nothing will.
+    Hear(u64),
+    /// This member reads what the controller said, or that nothing more comes.
     Tell(Rank),
+    /// This member joins, over its connection or a new one.
+    Join(Rank),
     /// This write lands.
     Land(usize),
-    /// This trainer begins the next version.
+    /// This trainer begins a version.
     Begin(Rank),
     /// This rank says how its writes ended.
     Report(Rank),
+    /// The decision to commit is on disk.
+    Store,
+    /// The controller learns that it is.
+    Recorded,
     /// Time passes.
     Tick,
+    /// This rank is started again.
+    Return(Rank),
+    /// This rank is not stopped any more.
+    Wake(Rank),
+    /// There is a controller again.
+    Start,
     /// This write lands, which its sender has given up on.
     LandLate(usize),
     /// This rank takes another rail for what has not landed yet.
@@ -41,164 +55,311 @@ pub(crate) enum Next {
     Stick(Rank),
     /// A byte of this rank's memory becomes another.
     Flip(Rank),
-    /// This member's connection drops.
-    Drop(Rank),
-    /// This member is stopped.
+    /// This rank's connection is lost; whether what was on its way arrives.
+    Cut(Rank, bool),
+    /// This rank's process dies; whether what it said last arrives.
+    Die(Rank, bool),
+    /// This rank cannot go on, says so, and ends.
+    GiveUp(Rank),
+    /// This rank is stopped.
     Silence(Rank),
+    /// The controller dies; whether what it said last arrives.
+    Crash(bool),
+    /// The decision cannot be recorded; whether it is on disk nevertheless.
+    RecordFails(bool),
 }
 
 impl Next {
     pub(crate) fn is_fault(self) -> bool {
-        !matches!(
+        matches!(
             self,
-            Self::Hear(_) | Self::Tell(_) | Self::Land(_) | Self::Begin(_) | Self::Report(_) | Self::Tick
-        )
+            Self::LandLate(_) | Self::ChangeRail(_) | Self::Fail(_) | Self::Stick(_) | Self::Flip(_)
+        ) || self.is_loss()
     }
 
     pub(crate) fn is_loss(self) -> bool {
-        matches!(self, Self::Drop(_) | Self::Silence(_))
+        matches!(
+            self,
+            Self::Cut(..)
+                | Self::Die(..)
+                | Self::GiveUp(_)
+                | Self::Silence(_)
+                | Self::Crash(_)
+                | Self::RecordFails(_)
+        )
+    }
+
+    pub(crate) fn is_recovery(self) -> bool {
+        matches!(self, Self::Return(_) | Self::Wake(_) | Self::Start)
     }
 }
 
-/// A write on its way.
-struct Flight {
-    from: Rank,
-    op: usize,
-    to: Rank,
-    tag: u32,
-    rail: u16,
-    /// Whose bytes it carries.
-    push: PushId,
-    /// The sender has given up on it.
-    given_up: bool,
+/// A rank, whether there is a process of it or not.
+#[derive(Default)]
+pub(crate) struct Member {
+    pub(crate) process: Option<Process>,
+    /// It is stopped.
+    pub(crate) silent: bool,
 }
 
 pub(crate) struct Cluster {
-    pub(crate) controller: Controller,
+    pub(crate) setup: Setup,
+    pub(crate) controller: Option<Controller>,
     pub(crate) ended: Option<Option<String>>,
     pub(crate) aborts: Vec<String>,
     pub(crate) lost: Vec<Rank>,
-    members: BTreeMap<Rank, Member>,
-    network: Vec<Flight>,
-    rails_used: u16,
+    /// How many ranks and controllers were lost.
+    pub(crate) losses: usize,
+    pub(crate) members: BTreeMap<Rank, Member>,
+    pub(crate) links: BTreeMap<u64, Link>,
+    pub(crate) network: Network,
+    pub(crate) ledger: Ledger,
+    /// What the controller has asked to be recorded, and whether that is on disk.
+    recording: Option<(Commit, bool)>,
+    /// What is on disk.
+    record: Option<Commit>,
+    /// The newest version that a controller with a record has said to be committed.
+    floor: u64,
+    controllers: u8,
+    /// How many connections and rails there have been.
+    pub(crate) opened: u64,
     now: Duration,
 }
 
 impl Cluster {
-    pub(crate) fn new(relay: Relay, relays: bool, verify: Verify) -> Self {
+    pub(crate) fn new(setup: Setup) -> Self {
+        let start =
+            |rank| (rank, Member { process: Some(Process::new(rank, setup.stages(rank))), silent: false });
+        let mut cluster = Self {
+            members: WORLD.members().map(start).collect(),
+            setup,
+            controller: None,
+            ended: None,
+            aborts: Vec::new(),
+            lost: Vec::new(),
+            losses: 0,
+            links: BTreeMap::new(),
+            network: Network::default(),
+            ledger: Ledger::default(),
+            recording: None,
+            record: None,
+            floor: 0,
+            controllers: 0,
+            opened: 0,
+            now: Duration::ZERO,
+        };
+        cluster.start();
+        cluster
+    }
+
+    fn start(&mut self) {
+        self.controllers += 1;
         let config = ControllerConfig {
             job: "job".into(),
             world: WORLD,
             deadline: DEADLINE,
-            options: PlanOptions { relay, ..PlanOptions::default() },
-            relays,
-            verify,
-            on_loss: OnLoss::Fail,
-            resume: None,
-            seed: [7; 32],
+            options: PlanOptions { relay: self.setup.relay, ..PlanOptions::default() },
+            relays: self.setup.relays,
+            verify: self.setup.verify,
+            on_loss: self.setup.on_loss,
+            resume: self.record,
+            seed: [self.controllers; 32],
         };
-        let members = WORLD.members().map(|rank| (rank, Member::join(rank))).collect();
-        Self {
-            controller: Controller::new(config).unwrap(),
-            ended: None,
-            aborts: Vec::new(),
-            lost: Vec::new(),
-            members,
-            network: Vec::new(),
-            rails_used: 0,
-            now: Duration::ZERO,
-        }
+        self.controller = Some(Controller::new(config).unwrap());
     }
 
-    /// What can happen next, in a fixed order. Versions are begun up to `target`.
-    pub(crate) fn possible(&self, target: u64) -> Vec<Next> {
+    /// What can happen next, in a fixed order. Versions are begun up to the last.
+    pub(crate) fn possible(&self) -> Vec<Next> {
         let land = |(place, flight): (usize, &Flight)| match flight.given_up {
             true => Next::LandLate(place),
             false => Next::Land(place),
         };
-        let mut next: Vec<Next> = self.network.iter().enumerate().map(land).collect();
-        for (&rank, member) in self.members.iter().filter(|(_, member)| !member.gone) {
-            let trainer = matches!(rank, Rank::Trainer(_));
-            let writing = member.writing.as_ref();
-            let outstanding = |writing: &Writing| writing.landed.len() < member.writes.plan.ops.len();
-            let unfinished = writing.is_some_and(|writing| !writing.failed && outstanding(writing));
-            // A relay counts what arrives: it must not arrive twice.
-            let counted = member.writes.plan.tags.iter().any(|tag| *tag != NO_TAG);
-            let awake = !member.silent;
-            let all = [
-                (member.open && !member.said.is_empty(), Next::Hear(rank)),
-                (awake && !member.told.is_empty(), Next::Tell(rank)),
-                (awake && trainer && member.idle && member.committed < target, Next::Begin(rank)),
-                (awake && writing.is_some() && !unfinished, Next::Report(rank)),
-                (awake && unfinished && !counted, Next::ChangeRail(rank)),
-                (awake && unfinished, Next::Fail(rank)),
-                (awake && !trainer && !member.sticks, Next::Stick(rank)),
-                (awake && member.flip_would_be_found(), Next::Flip(rank)),
-                (true, Next::Drop(rank)),
-                (awake, Next::Silence(rank)),
-            ];
-            next.extend(all.into_iter().filter(|(possible, _)| *possible).map(|(_, next)| next));
+        let mut next: Vec<Next> = self.network.flights.iter().enumerate().map(land).collect();
+        let up = self.controller.is_some();
+        let hear = self.links.iter().filter(|(_, link)| up && link.is_to_hear());
+        next.extend(hear.map(|(id, _)| Next::Hear(*id)));
+        for (&rank, member) in &self.members {
+            match &member.process {
+                None if self.returns(rank) => next.push(Next::Return(rank)),
+                None => {}
+                Some(_) if member.silent && self.returns(rank) => next.push(Next::Wake(rank)),
+                Some(process) if !member.silent && !process.refused => {
+                    self.possible_for(rank, process, &mut next);
+                }
+                Some(_) => {}
+            }
         }
-        next.push(Next::Tick);
+        let (stored, asked) = match self.recording {
+            Some((_, stored)) => (stored, !stored),
+            None => (false, false),
+        };
+        let regroups = self.regroups();
+        let all = [
+            (asked, Next::Store),
+            (stored, Next::Recorded),
+            (asked && regroups, Next::RecordFails(true)),
+            (asked && regroups, Next::RecordFails(false)),
+            (up && regroups, Next::Crash(true)),
+            (up && regroups, Next::Crash(false)),
+            (!up && regroups, Next::Start),
+            (true, Next::Tick),
+        ];
+        next.extend(all.into_iter().filter(|(possible, _)| *possible).map(|(_, next)| next));
         next
     }
 
+    fn possible_for(&self, rank: Rank, process: &Process, next: &mut Vec<Next>) {
+        let link = process.link.map(|id| &self.links[&id]);
+        let regroups = self.regroups();
+        let joins = match link {
+            None => self.controller.is_some(),
+            Some(_) => process.protocol.is_out(),
+        };
+        let idle = matches!(&process.protocol, Protocol::Trainer(trainer) if trainer.is_idle());
+        let writing = process.is_writing();
+        let all = [
+            (!process.stopping && link.is_some_and(Link::is_to_read), Next::Tell(rank)),
+            (!process.stopping && joins, Next::Join(rank)),
+            (idle && (process.known < TARGET || process.behind), Next::Begin(rank)),
+            (process.has_written(), Next::Report(rank)),
+            (writing && !process.is_counted(), Next::ChangeRail(rank)),
+            (writing, Next::Fail(rank)),
+            (!is_trainer(rank) && !process.sticks, Next::Stick(rank)),
+            (process.flip_would_be_found(), Next::Flip(rank)),
+            (regroups && link.is_some(), Next::Cut(rank, true)),
+            (regroups && link.is_some(), Next::Cut(rank, false)),
+            (true, Next::Die(rank, true)),
+            (true, Next::Die(rank, false)),
+            (regroups && link.is_some(), Next::GiveUp(rank)),
+            (true, Next::Silence(rank)),
+        ];
+        next.extend(all.into_iter().filter(|(possible, _)| *possible).map(|(_, next)| next));
+    }
+
+    pub(crate) fn regroups(&self) -> bool {
+        self.setup.on_loss != OnLoss::Fail
+    }
+
+    /// Whether this rank comes back once it is lost. Nobody starts a job without one of its ranks.
+    fn returns(&self, rank: Rank) -> bool {
+        self.regroups() && (self.setup.forever != Some(rank) || self.record.is_none())
+    }
+
     pub(crate) fn step(&mut self, next: Next) {
+        self.losses += usize::from(next.is_loss());
         match next {
-            Next::Hear(rank) => {
-                let message = self.member(rank).said.pop_front().unwrap();
-                self.member(rank).joined = true;
-                self.control(Event::Received(connection(rank), message));
-            }
-            Next::Tell(rank) => {
-                let message = self.member(rank).told.pop_front().unwrap();
-                self.tell(rank, message);
-            }
+            Next::Hear(id) => self.hear(id),
+            Next::Tell(rank) => self.tell(rank),
+            Next::Join(rank) => self.join(rank),
             Next::Land(flight) | Next::LandLate(flight) => self.land(flight),
             Next::Begin(rank) => {
-                let member = self.member(rank);
-                member.idle = false;
-                let version = member.committed + 1;
-                member.say(|protocol| protocol.trainer().begin(version));
+                let repeats = self.setup.repeats;
+                let process = self.process(rank);
+                let again = process.behind && (repeats || process.known >= TARGET);
+                process.begun = if again { process.known } else { process.known + 1 };
+                let version = process.begun;
+                self.say(rank, |protocol| protocol.trainer().begin(version));
             }
             Next::Report(rank) => self.report(rank),
+            Next::Store => self.store(),
+            Next::Recorded => {
+                let (commit, _) = self.recording.take().unwrap();
+                if !self.setup.records {
+                    self.ledger.commit(commit);
+                }
+                self.control(Event::Recorded(Ok(())));
+            }
+            Next::Tick => self.tick(),
+            Next::Return(rank) => {
+                let process = Process::new(rank, self.setup.stages(rank));
+                self.members.insert(rank, Member { process: Some(process), silent: false });
+            }
+            Next::Wake(rank) => {
+                self.members.get_mut(&rank).unwrap().silent = false;
+                self.post(rank);
+            }
+            Next::Start => self.start(),
             Next::ChangeRail(rank) => {
                 let flights = self.give_up(rank);
-                self.member(rank).rail = self.fresh_rail();
-                let (rail, again) = (self.member(rank).rail, flights.into_iter());
-                self.network.extend(again.map(|flight| Flight { rail, ..flight }));
+                let rail = self.network.fresh_rail();
+                self.process(rank).rail = rail;
+                let again = flights.into_iter().map(|flight| Flight { rail, ..flight });
+                self.network.flights.extend(again);
             }
-            Next::Fail(rank) => self.member(rank).fail(),
-            Next::Stick(rank) => self.member(rank).sticks = true,
-            Next::Flip(rank) => self.member(rank).flip(),
+            Next::Fail(rank) => self.process(rank).fail(),
+            Next::Stick(rank) => self.process(rank).sticks = true,
+            Next::Flip(rank) => {
+                let process = self.process(rank);
+                process.flipped = true;
+                process.memory.flip();
+            }
             Next::Silence(rank) => {
-                self.member(rank).silent = true;
+                self.members.get_mut(&rank).unwrap().silent = true;
                 self.lost.push(rank);
             }
-            Next::Drop(rank) => {
-                self.member(rank).gone = true;
-                self.lost.push(rank);
-                self.control(Event::Disconnected(connection(rank), "dropped".into()));
+            Next::Cut(rank, delivered) => {
+                let id = self.process(rank).link.unwrap();
+                self.links.get_mut(&id).unwrap().cut(delivered);
             }
-            Next::Tick => {
-                self.now += Duration::from_secs(1);
-                let progress = self.now.as_secs();
-                for rank in WORLD.members() {
-                    let member = self.member(rank);
-                    if member.joined && member.open && !member.silent && !member.gone {
-                        let message = ToController::Heartbeat { progress };
-                        self.control(Event::Received(connection(rank), message));
+            Next::GiveUp(rank) => {
+                self.say(rank, |_| {
+                    Some(ToController::Leave { reason: Some("its rails do not open".into()) })
+                });
+                self.lost.push(rank);
+                self.die(rank, true);
+            }
+            Next::Die(rank, delivered) => {
+                self.lost.push(rank);
+                self.die(rank, delivered);
+            }
+            Next::Crash(delivered) => {
+                for link in self.links.values_mut().filter(|link| link.heard) {
+                    link.close();
+                    if !delivered {
+                        link.told.clear();
                     }
                 }
-                self.control(Event::Tick);
+                (self.controller, self.recording) = (None, None);
+                self.ledger.forgets |= !self.setup.records;
+            }
+            Next::RecordFails(stored) => {
+                if stored {
+                    self.store();
+                }
+                self.recording = None;
+                self.control(Event::Recorded(Err("no space".into())));
             }
         }
-        for member in self.members.values().filter(|member| !member.gone) {
-            if let Protocol::Inference(protocol) = &member.protocol {
-                assert!(protocol.committed_version() <= self.controller.committed());
-                if let Served::Version(version) = protocol.served() {
-                    assert_eq!(version, protocol.committed_version());
+        self.links.retain(|_, link| link.heard || link.read);
+        self.check();
+    }
+
+    /// What holds at every moment.
+    fn check(&mut self) {
+        if let Some(controller) = self.controller.as_ref().filter(|_| self.setup.records) {
+            assert!(controller.committed() >= self.floor, "what was committed is not any more");
+            self.floor = controller.committed();
+        }
+        for (rank, member) in &self.members {
+            let Some(process) = &member.process else { continue };
+            let Protocol::Inference(protocol) = &process.protocol else { continue };
+            let (served, bytes) = (protocol.served(), process.memory.served());
+            match served {
+                Served::Version(0) => assert!(bytes.iter().all(Option::is_none), "{rank}"),
+                Served::Version(version) => {
+                    let push = bytes[0].unwrap().0;
+                    assert!(
+                        is_whole(bytes, push),
+                        "{rank} serves other bytes than those of version {version}"
+                    );
+                    assert!(
+                        self.ledger.is_committed(version, push),
+                        "{rank} serves {version}: not committed"
+                    );
+                    assert!(version <= protocol.committed_version());
                 }
+                Served::Torn(_) => assert!(!process.memory.stages, "{rank} stages, and is torn"),
+                Served::Behind(version) => self.ledger.told_committed(version),
             }
         }
     }
@@ -206,225 +367,170 @@ impl Cluster {
     /// All trainers say goodbye.
     pub(crate) fn leave(&mut self) {
         for rank in (0..WORLD.trainers).map(|rank| Rank::Trainer(TrainerRank(rank))) {
-            self.control(Event::Received(connection(rank), ToController::Leave { reason: None }));
+            let link = self.members[&rank].process.as_ref().and_then(|process| process.link);
+            if let Some(id) = link {
+                self.control(Event::Received(ConnectionId(id), ToController::Leave { reason: None }));
+            }
         }
     }
 
-    /// Which version each inference rank serves that is still there.
+    /// Which version each inference rank serves that is still there, and has heard what there is to hear.
     pub(crate) fn served(&self) -> Vec<Served> {
-        let here = self.members.values().filter(|member| !member.gone && !member.silent);
-        let served = here.filter_map(|member| match &member.protocol {
+        let here = self.members.values().filter(|member| !member.silent);
+        let processes = here.filter_map(|member| member.process.as_ref());
+        let served = processes.filter_map(|process| match &process.protocol {
             Protocol::Trainer(_) => None,
-            Protocol::Inference(protocol) => Some((protocol.served(), protocol.committed_version())),
+            Protocol::Inference(protocol) => Some(protocol.served()),
         });
-        served.map(|(served, committed)| self.check_committed(served, committed)).collect()
+        served.collect()
     }
 
-    /// The version that every trainer which is still there knows to be committed.
-    pub(crate) fn known_to_trainers(&self) -> u64 {
-        let trainers = self.members.iter().filter(|(rank, _)| matches!(rank, Rank::Trainer(_)));
-        trainers.map(|(_, member)| member.committed).min().unwrap()
+    /// Whether everybody who comes back is there, agrees that the last version is committed, and has it.
+    pub(crate) fn is_at_the_target(&self) -> bool {
+        let here = |(rank, member): (&Rank, &Member)| match &member.process {
+            Some(process) if !member.silent && !process.refused => match &process.protocol {
+                Protocol::Trainer(trainer) => trainer.is_idle() && process.known == TARGET && !process.behind,
+                Protocol::Inference(protocol) => protocol.served() == Served::Version(TARGET),
+            },
+            _ => !self.returns(*rank) && self.regroups(),
+        };
+        self.recording.is_none() && self.members.iter().all(here)
     }
 
     pub(crate) fn is_writing(&self, rank: Rank) -> bool {
-        self.members[&rank].writing.is_some()
+        self.members[&rank].process.as_ref().is_some_and(|process| process.writing.is_some())
     }
 
     /// How many ranks write: trainers, and inference ranks that pass bytes on.
     pub(crate) fn writers(&self) -> usize {
-        self.members.values().filter(|member| !member.writes.plan.ops.is_empty()).count()
+        let writes = |process: &Process| !process.part.writes.plan.ops.is_empty();
+        self.members.values().filter(|member| member.process.as_ref().is_some_and(writes)).count()
     }
 
-    fn check_committed(&self, served: Served, committed: u64) -> Served {
-        assert_eq!(committed, self.controller.committed(), "{served}");
-        served
+    pub(crate) fn process(&mut self, rank: Rank) -> &mut Process {
+        self.members.get_mut(&rank).unwrap().process.as_mut().unwrap()
     }
 
-    fn member(&mut self, rank: Rank) -> &mut Member {
-        self.members.get_mut(&rank).unwrap()
+    // --- the controller ------------------------------------------------------------------------------------------
+
+    fn hear(&mut self, id: u64) {
+        let link = self.links.get_mut(&id).unwrap();
+        let event = match link.said.pop_front() {
+            Some(message) => {
+                link.joined |= matches!(message, ToController::Join(_));
+                if let ToController::Committed { push } = message {
+                    self.ledger.confirm(link.rank, push);
+                }
+                Event::Received(ConnectionId(id), message)
+            }
+            None => {
+                link.heard = false;
+                Event::Disconnected(ConnectionId(id), "dropped".into())
+            }
+        };
+        self.control(event);
     }
 
-    fn fresh_rail(&mut self) -> u16 {
-        self.rails_used += 1;
-        self.rails_used
+    fn tick(&mut self) {
+        self.now += Duration::from_secs(1);
+        if self.controller.is_none() {
+            return;
+        }
+        let progress = self.now.as_secs();
+        let beats = |id: &u64| {
+            let link = &self.links[id];
+            link.heard && link.joined && link.from_member && !self.members[&link.rank].silent
+        };
+        let alive: Vec<u64> = self.links.keys().copied().filter(beats).collect();
+        for id in alive {
+            self.control(Event::Received(ConnectionId(id), ToController::Heartbeat { progress }));
+        }
+        self.control(Event::Tick);
+    }
+
+    /// What is to be recorded is on disk, where there is one.
+    fn store(&mut self) {
+        let (commit, stored) = self.recording.as_mut().unwrap();
+        *stored = true;
+        if self.setup.records {
+            self.record = Some(*commit);
+            self.ledger.commit(*commit);
+        }
     }
 
     fn control(&mut self, event: Event) {
+        let Some(controller) = &mut self.controller else { return };
         let mut actions = Vec::new();
-        self.controller.handle(event, self.now, &mut actions);
+        controller.handle(event, self.now, &mut actions);
+        let mut over = false;
         for action in actions {
             match action {
-                Action::Send(to, message) => self.member(rank(to)).told.push_back(message),
-                Action::Record(_) => self.control(Event::Recorded(Ok(()))),
-                Action::Close(to) => self.member(rank(to)).open = false,
-                Action::Report(Report::Committed { .. }) => self.check_memory(),
-                Action::Report(Report::Aborted { reason, .. }) => self.aborts.push(reason),
-                Action::Report(Report::Ended { reason }) => {
-                    assert_eq!(self.ended, None);
-                    self.ended = Some(reason);
+                Action::Send(to, message) => self.send(to.0, message),
+                Action::Record(commit) => {
+                    assert_eq!(self.recording, None);
+                    self.check_written(commit);
+                    self.recording = Some((commit, false));
                 }
+                Action::Close(to) => self.links.get_mut(&to.0).unwrap().close(),
+                Action::Report(Report::Committed { version, push, .. }) => {
+                    assert!(self.ledger.is_committed(version, push));
+                }
+                Action::Report(Report::Aborted { version, push, reason, .. }) => {
+                    self.ledger.told_aborted(version, push);
+                    self.aborts.push(reason);
+                }
+                Action::Report(Report::Ended { reason }) => {
+                    over = true;
+                    self.end(reason);
+                }
+                Action::Report(Report::Regrouping { .. }) => assert!(self.regroups()),
                 Action::Report(_) => {}
             }
         }
-    }
-
-    /// When a version is committed its bytes are everywhere, and none of them can change any more.
-    fn check_memory(&self) {
-        for (rank, member) in self.members.iter().filter(|(_, member)| !member.expected.is_empty()) {
-            let pushes: BTreeSet<_> = member.expected.keys().map(|cell| member.memory.get(cell)).collect();
-            assert!(pushes.len() == 1 && !pushes.contains(&None), "torn at {rank}");
-        }
-        assert!(self.network.is_empty(), "committed with writes on their way");
-    }
-
-    fn tell(&mut self, rank: Rank, message: ToMember) {
-        let rail = self.fresh_rail();
-        match &mut self.member(rank).protocol {
-            Protocol::Trainer(protocol) => match protocol.handle(message).unwrap() {
-                Some(TrainerStep::Connect(planned)) => self.planned(rank, *planned),
-                Some(TrainerStep::Started) => self.member(rank).idle = true,
-                Some(TrainerStep::Write { push, .. }) => {
-                    self.member(rank).start(push, rail);
-                    self.post(rank, usize::MAX);
-                }
-                Some(TrainerStep::Stop { .. }) => {
-                    self.member(rank).fail();
-                    self.member(rank).stopped = true;
-                }
-                Some(TrainerStep::Committed { version, .. }) => {
-                    (self.member(rank).idle, self.member(rank).committed) = (true, version);
-                }
-                Some(TrainerStep::Aborted { .. }) => self.member(rank).idle = true,
-                Some(TrainerStep::Regroup { reason }) => panic!("{rank} is to join again: {reason}"),
-                Some(TrainerStep::Refused { .. }) | None => {}
-            },
-            Protocol::Inference(protocol) => match protocol.handle(message).unwrap() {
-                Some(InferenceStep::Planned(planned)) => self.planned(rank, *planned),
-                Some(InferenceStep::Prepare { push, close, .. }) => {
-                    let closed = self.close(rank, &close);
-                    let member = self.member(rank);
-                    (member.compared, member.flipped) = (false, false);
-                    if closed.is_ok() && !member.writes.plan.ops.is_empty() {
-                        member.start(push, rail);
-                    }
-                    member.say(|protocol| protocol.inference().prepared(closed));
-                }
-                Some(InferenceStep::Fence { close, .. }) => {
-                    let closed = self.close(rank, &close);
-                    self.member(rank).say(|protocol| protocol.inference().fenced(closed));
-                }
-                Some(InferenceStep::Verify { push, sums, .. }) => {
-                    let member = self.member(rank);
-                    let compared = member.compare(push, sums);
-                    member.say(|protocol| protocol.inference().verified(compared));
-                }
-                Some(InferenceStep::Commit { .. }) => {
-                    self.member(rank).say(|protocol| protocol.inference().committed());
-                }
-                Some(InferenceStep::Aborted { .. }) => self.member(rank).fail(),
-                Some(_) | None => {}
-            },
+        if over {
+            self.links.values_mut().filter(|link| link.heard).for_each(Link::close);
+            self.controller = None;
         }
     }
 
-    fn planned(&mut self, rank: Rank, planned: Planned) {
-        let (writes, names) = match planned.part {
-            PlannedPart::Trainer { plan, names } => (RelayPlan { plan, ..RelayPlan::default() }, names),
-            PlannedPart::Inference { part, relay, names, inbound } => {
-                let listed: u64 = inbound.iter().map(Inbound::bytes).sum();
-                assert_eq!(listed, if planned.verify.is_on() { part.bytes } else { 0 });
-                (relay, names)
+    fn end(&mut self, reason: Option<String>) {
+        assert_eq!(self.ended, None);
+        match &reason {
+            Some(reason) if self.regroups() => {
+                let by_name = ["could not be recorded", "to join"];
+                assert!(by_name.iter().any(|name| reason.contains(name)), "{reason}");
+                // A commit that is told to nobody because it was not recorded may be on disk.
+                self.ledger.forgets |= !self.setup.records;
             }
-        };
-        let peers: BTreeSet<Rank> = planned.peers.iter().map(|peer| peer.member).collect();
-        for (number, op) in writes.plan.ops.iter().enumerate() {
-            assert_eq!(op.writes(), 1);
-            assert!(peers.contains(&Rank::Receiver(op.to)), "{rank} is not told how to reach {}", op.to);
-            self.member(Rank::Receiver(op.to)).expected.insert((rank, number), op.param);
-        }
-        let member = self.member(rank);
-        (member.writes, member.names, member.verify) = (writes, names, planned.verify);
-        member.say(|protocol| match protocol {
-            Protocol::Trainer(protocol) => protocol.ready(),
-            Protocol::Inference(protocol) => protocol.ready(),
-        });
-    }
-
-    /// Puts operations on the network up to `end`, from the first that is not.
-    fn post(&mut self, rank: Rank, end: usize) {
-        let member = self.members.get_mut(&rank).unwrap();
-        let (plan, writing) = (&member.writes.plan, member.writing.as_mut().unwrap());
-        let end = end.min(plan.ops.len());
-        for op in writing.posted..end {
-            let tag = plan.tags.get(op).copied().unwrap_or(NO_TAG);
-            let (to, push) = (Rank::Receiver(plan.ops[op].to), writing.push);
-            self.network.push(Flight { from: rank, op, to, tag, rail: member.rail, push, given_up: false });
+            _ => self.ended = Some(reason),
         }
     }
 
-    fn land(&mut self, flight: usize) {
-        let Flight { from, op, to, tag, push, given_up, .. } = self.network.swap_remove(flight);
-        if !given_up && let Some(writing) = &mut self.member(from).writing {
-            writing.landed.insert(op);
+    fn send(&mut self, to: u64, message: ToMember) {
+        let link = self.links.get_mut(&to).unwrap();
+        match &message {
+            ToMember::Prepare { push, .. } => self.ledger.ask(link.rank, *push),
+            ToMember::Done { push, version, unconfirmed } => {
+                self.ledger.told_done(*version, *push, unconfirmed);
+            }
+            // Members do nothing on it.
+            ToMember::Heartbeat => return,
+            _ => {}
         }
-        let member = self.member(to);
-        if let Protocol::Inference(protocol) = &member.protocol {
-            assert!(matches!(protocol.served(), Served::Torn(_)), "{to} serves what {from} still writes");
-        }
-        member.memory.insert((from, op), push);
-        let Some(writing) = member.writing.as_mut().filter(|_| tag != NO_TAG) else { return };
-        assert_eq!(writing.push, push, "{to} counts what {from} wrote in another attempt");
-        assert!(writing.arrived.insert(tag), "{to} counts twice what {from} wrote");
-        if !writing.failed {
-            let first = member.writes.first[tag as usize] as usize;
-            let next = member.writes.first.get(tag as usize + 1).map_or(usize::MAX, |next| *next as usize);
-            writing.posted = first;
-            self.post(to, next);
-        }
+        link.tell(message);
     }
 
-    /// What has not landed of what this rank wrote, and is not given up yet. It is now, and fences are owed.
-    fn give_up(&mut self, rank: Rank) -> Vec<Flight> {
-        let mut given_up = Vec::new();
-        let mut fences = Vec::new();
-        for flight in self.network.iter_mut().filter(|flight| flight.from == rank && !flight.given_up) {
-            flight.given_up = true;
-            let (Rank::Receiver(at), rail) = (flight.to, flight.rail) else { continue };
-            fences.push(Fence { at, rail });
-            given_up.push(Flight { given_up: false, ..*flight });
+    /// When a version is decided upon its bytes are everywhere, and none of them can change any more.
+    fn check_written(&self, Commit { push, .. }: Commit) {
+        for rank in self.ledger.asked(push) {
+            // Whoever was started again meanwhile has nothing.
+            if let Some(process) =
+                self.members[&rank].process.as_ref().filter(|process| process.is_undecided())
+            {
+                assert!(is_whole(process.memory.written(), push), "torn at {rank}");
+                let late = self.network.flights.iter().any(|flight| flight.to == rank);
+                assert!(!late, "committed with writes on their way to {rank}");
+            }
         }
-        self.member(rank).writing.as_mut().unwrap().fences.extend(fences);
-        given_up
     }
-
-    fn report(&mut self, rank: Rank) {
-        self.give_up(rank);
-        let member = self.member(rank);
-        let writing = member.writing.take().unwrap();
-        member.idle |= std::mem::take(&mut member.stopped);
-        let RankPlan { bytes, writes, .. } = member.writes.plan;
-        let sums = member.sums(rank, writing.push);
-        let result = if writing.failed { Err("it failed".to_owned()) } else { Ok((bytes, writes)) };
-        member.say(|protocol| match protocol {
-            Protocol::Trainer(protocol) => protocol.written(result, writing.fences, sums),
-            Protocol::Inference(protocol) => protocol.relayed(result, writing.fences, sums),
-        });
-    }
-
-    fn close(&mut self, rank: Rank, rails: &[u16]) -> Result<(), String> {
-        if !rails.is_empty() && std::mem::take(&mut self.member(rank).sticks) {
-            return Err("it does not close".into());
-        }
-        self.network.retain(|flight| flight.to != rank || !rails.contains(&flight.rail));
-        Ok(())
-    }
-}
-
-fn connection(rank: Rank) -> ConnectionId {
-    let place = WORLD.members().position(|member| member == rank).unwrap();
-    ConnectionId(place as u64)
-}
-
-fn rank(connection: ConnectionId) -> Rank {
-    WORLD.members().nth(connection.0 as usize).unwrap()
 }

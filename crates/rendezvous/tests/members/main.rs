@@ -1,33 +1,49 @@
-//! The controller and the members' halves of the protocol against each other, in any order of events, with relays.
+//! The controller and the members' halves of the protocol against each other, in any order of events: relays, inference ranks
+//! that stage versions and such that do not, ranks and controllers that are lost and come back.
 
 mod cluster;
-mod member;
+mod examples;
+mod job;
+mod ledger;
+mod link;
+mod memory;
+mod network;
+mod process;
+mod steps;
 
 use cluster::{Cluster, Next};
+use job::{Setup, WORLD};
 use proptest::prelude::*;
-use rendezvous::Verify;
 use rendezvous::member::Served;
-use xfer_plan::{Rank, ReceiverRank, Relay, TrainerRank};
+use rendezvous::{OnLoss, Verify};
+use xfer_plan::{Rank, Relay};
 
-/// Versions that are pushed.
-const TARGET: u64 = 3;
+use crate::job::{TARGET, is_trainer};
 
 /// Steps after the last fault within which every run must end.
 const STEPS_MAX: usize = 20_000;
 
-/// A step in this many is a fault, where one is possible.
+/// A step in this many is a fault, and one a recovery, where one is possible.
 const FAULT_EVERY: u32 = 12;
 
-/// At most so many members are lost in a run.
+/// At most so many ranks are lost in a run of a job that ends with a loss.
 const LOSSES_MAX: usize = 2;
+
+/// And so many ranks and controllers in a run of a job that does not.
+const REGROUPINGS_MAX: usize = 8;
 
 /// Picks by `choice` among what can happen, now and then a fault.
 fn pick(cluster: &Cluster, choice: u32) -> Next {
-    let losses = cluster.lost.len() < LOSSES_MAX && choice.is_multiple_of(8 * FAULT_EVERY);
-    let faults = choice.is_multiple_of(FAULT_EVERY);
-    let fits = |next: &Next| next.is_fault() == faults && (!next.is_loss() || losses);
-    let possible = cluster.possible(TARGET);
-    let fitting: Vec<Next> = possible.into_iter().filter(fits).collect();
+    let (rare, losses_max) = if cluster.regroups() { (3, REGROUPINGS_MAX) } else { (8, LOSSES_MAX) };
+    let losses = cluster.losses < losses_max && choice.is_multiple_of(rare * FAULT_EVERY);
+    let (faults, recoveries) = (choice.is_multiple_of(FAULT_EVERY), choice % FAULT_EVERY == 1);
+    let fits = |next: &Next| match next {
+        next if next.is_loss() => losses,
+        next if next.is_fault() => faults && !losses,
+        next if next.is_recovery() => recoveries,
+        _ => !faults && !recoveries,
+    };
+    let fitting: Vec<Next> = cluster.possible().into_iter().filter(fits).collect();
     let place = (choice / FAULT_EVERY) as usize;
     fitting.get(place % fitting.len().max(1)).copied().unwrap_or(Next::Tick)
 }
@@ -38,7 +54,7 @@ fn go_on(cluster: &mut Cluster, may: impl Fn(&Next) -> bool, done: impl Fn(&Clus
     for _ in 0..STEPS_MAX {
         choice = choice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let calm = |next: &Next| !next.is_fault() && !matches!(next, Next::Tick) && may(next);
-        let calm: Vec<Next> = cluster.possible(TARGET).into_iter().filter(calm).collect();
+        let calm: Vec<Next> = cluster.possible().into_iter().filter(calm).collect();
         match calm.get((choice >> 33) as usize % calm.len().max(1)) {
             Some(next) => cluster.step(*next),
             None if done(cluster) => return,
@@ -50,8 +66,8 @@ fn go_on(cluster: &mut Cluster, may: impl Fn(&Next) -> bool, done: impl Fn(&Clus
 
 /// Until all versions are committed, or the job has ended.
 fn to_the_end(cluster: &mut Cluster) {
-    let committed = |cluster: &Cluster| cluster.lost.is_empty() && cluster.known_to_trainers() == TARGET;
-    go_on(cluster, |_| true, |cluster| cluster.ended.is_some() || committed(cluster));
+    let done = |cluster: &Cluster| cluster.ended.is_some() || cluster.is_at_the_target();
+    go_on(cluster, |_| true, done);
 }
 
 fn relays() -> impl Strategy<Value = Relay> {
@@ -62,22 +78,43 @@ fn verify() -> impl Strategy<Value = Verify> {
     prop_oneof![Just(Verify::Off), Just(Verify::Sampled(0.5)), Just(Verify::Full)]
 }
 
+prop_compose! {
+    fn setups(regroup: bool)(
+        relay in relays(),
+        verify in verify(),
+        stages in 0_u8..1 << WORLD.inference,
+        (replicated, records, repeats, goes_on) in any::<(bool, bool, bool, bool)>(),
+        lost in 0..3 * WORLD.members().count(),
+    ) -> Setup {
+        let on_loss = match (regroup, goes_on) {
+            (false, _) => OnLoss::Fail,
+            (true, false) => OnLoss::Wait,
+            (true, true) => OnLoss::Continue,
+        };
+        // What only one trainer has is missing without it.
+        let may_go = |rank: &Rank| on_loss == OnLoss::Continue && (replicated || !is_trainer(*rank));
+        let forever = WORLD.members().nth(lost).filter(may_go);
+        Setup { relay, relays: true, verify, on_loss, stages, replicated, records: records || forever.is_some(), repeats, forever }
+    }
+}
+
 proptest! {
-    /// What the cluster itself asserts at every step: no inference rank on a newer version than the controller committed,
-    /// no byte of another attempt in what is committed, none that lands in what is served, none counted for another attempt
-    /// by a rank that passes it on, no byte in what is committed that became another where everything is verified. And here: every run ends with everybody on the last version, or with a reason that names
-    /// who was lost or waited for, and who is left then agrees on what was committed.
+    /// What the cluster itself asserts at every step: an inference rank that says it serves a version has all bytes of one
+    /// attempt that was committed as that version, in the arena that it serves, and no write lands there; one that stages
+    /// is never torn. What is decided upon is everywhere, and nothing is on its way that could change it. None of the
+    /// bytes of another attempt is counted by a rank that passes it on. What trainers are told of an attempt is so.
+    ///
+    /// And here: every run ends with everybody on the last version, or with a reason that names who was lost or waited for.
     #[test]
     fn every_order_of_events_ends_well_or_by_name(
-        relay in relays(), verify in verify(), choices in prop::collection::vec(any::<u32>(), 0..600),
+        setup in setups(false), choices in prop::collection::vec(any::<u32>(), 0..600),
     ) {
-        let mut cluster = Cluster::new(relay, true, verify);
+        let mut cluster = Cluster::new(setup);
         for choice in choices {
             let next = pick(&cluster, choice);
             cluster.step(next);
         }
         to_the_end(&mut cluster);
-        let served = cluster.served();
         match &cluster.ended {
             Some(reason) => {
                 let reason = reason.as_deref().unwrap_or_default();
@@ -85,74 +122,32 @@ proptest! {
                 prop_assert!(named || reason.contains("waited"), "{}", reason);
             }
             None => {
-                prop_assert!(served.iter().all(|served| *served == Served::Version(TARGET)), "{:?}", served);
+                prop_assert!(cluster.is_at_the_target());
                 cluster.leave();
                 prop_assert_eq!(&cluster.ended, &Some(None));
             }
         }
     }
-}
 
-#[test]
-fn without_faults_every_version_is_committed_at_once() {
-    for (relay, writers) in [(Relay::Never, 2), (Relay::PerHost, 6), (Relay::Chain, 6)] {
-        let mut cluster = Cluster::new(relay, true, Verify::Off);
-        to_the_end(&mut cluster);
-        assert_eq!(cluster.served(), [Served::Version(TARGET); 4]);
-        assert_eq!((cluster.writers(), cluster.aborts.len()), (writers, 0));
-    }
-}
-
-#[test]
-fn a_byte_that_became_another_aborts_the_attempt() {
-    let rank = Rank::Receiver(ReceiverRank(2));
-    for relay in [Relay::Never, Relay::PerHost, Relay::Chain] {
-        let mut cluster = Cluster::new(relay, true, Verify::Full);
-        go_on(&mut cluster, |_| true, |cluster| cluster.known_to_trainers() == TARGET);
-        assert_eq!(cluster.aborts, [""; 0]);
-        let mut cluster = Cluster::new(relay, true, Verify::Full);
-        let flip = |cluster: &Cluster| {
-            cluster.possible(TARGET).iter().any(|next| matches!(next, Next::Flip(at) if *at == rank))
-        };
-        while !flip(&cluster) {
-            let calm = |next: &&Next| !next.is_fault() && !matches!(next, Next::Tick);
-            let next = *cluster.possible(TARGET).iter().find(calm).unwrap();
+    /// The same of jobs that go on after a loss. Ranks die, are cut off or stopped, and come back; controllers die and
+    /// another goes on from the record, or from what members know. What is committed stays so where there is a record. And
+    /// every run ends with everybody on the last version, or, with a rank that never comes back, all others.
+    #[test]
+    fn a_job_that_regroups_comes_to_its_target(
+        setup in setups(true), choices in prop::collection::vec(any::<u32>(), 0..600),
+    ) {
+        let mut cluster = Cluster::new(setup);
+        for choice in choices {
+            let next = pick(&cluster, choice);
             cluster.step(next);
         }
-        cluster.step(Next::Flip(rank));
         to_the_end(&mut cluster);
-        assert_eq!(cluster.aborts, ["inference 2: other bytes arrived"]);
-        assert_eq!(cluster.served(), [Served::Version(TARGET); 4]);
+        while let Some(late) = cluster.possible().into_iter().find(|next| matches!(next, Next::LandLate(_))) {
+            cluster.step(late);
+        }
+        let served = cluster.served();
+        prop_assert!(served.iter().all(|served| *served == Served::Version(TARGET)), "{:?}", served);
+        cluster.leave();
+        prop_assert_eq!(&cluster.ended, &Some(None));
     }
-}
-
-#[test]
-fn an_attempt_waits_until_the_one_before_is_passed_on_no_more() {
-    let relay = Rank::Receiver(ReceiverRank(0));
-    let mut cluster = Cluster::new(Relay::PerHost, true, Verify::Off);
-    // Nothing lands, so the rank goes on passing on until it is stopped; and it does not say so.
-    let may =
-        |next: &Next| !matches!(next, Next::Land(_)) && !matches!(next, Next::Report(rank) if *rank == relay);
-    go_on(&mut cluster, may, |cluster| cluster.is_writing(relay));
-    cluster.step(Next::Fail(Rank::Trainer(TrainerRank(0))));
-    go_on(&mut cluster, may, |cluster| cluster.aborts.len() == 2);
-    assert_eq!(cluster.aborts[0], "trainer 0: it failed");
-    assert!(
-        cluster.aborts[1].contains("waited 30s for inference 0 to stop passing on"),
-        "{:?}",
-        cluster.aborts
-    );
-    to_the_end(&mut cluster);
-    assert_eq!(cluster.served(), [Served::Version(TARGET); 4]);
-}
-
-#[test]
-fn where_ranks_cannot_pass_on_a_plan_with_relays_ends_the_job() {
-    let mut cluster = Cluster::new(Relay::PerHost, false, Verify::Off);
-    to_the_end(&mut cluster);
-    let reason = cluster.ended.flatten().unwrap();
-    assert!(reason.contains("pass bytes on, which they cannot do yet"), "{reason}");
-    let mut cluster = Cluster::new(Relay::Never, false, Verify::Off);
-    to_the_end(&mut cluster);
-    assert_eq!(cluster.served(), [Served::Version(TARGET); 4]);
 }

@@ -1,12 +1,14 @@
 //! Benchmarks of weightsync, each beside a reference in the same run on the same machine.
 //!
 //! `weightsync-bench loopback` is started by `cargo xtask bench loopback`, which builds the reference too. A figure
-//! stands alone nowhere: rounds of ours and of the reference alternate, and what counts is the ratio of the medians.
+//! stands alone nowhere: rounds of ours and of the reference alternate, and what counts is the ratio of the medians. `soak`
+//! is no benchmark: it shares their processes and tables, and says whether something grows.
 
 #![forbid(unsafe_code)]
 
 mod cluster;
 mod compare;
+mod job;
 mod lab;
 mod ladder;
 mod loopback;
@@ -16,8 +18,10 @@ mod process;
 mod roles;
 mod series;
 mod simulator;
+mod soak;
 mod svg;
 mod table;
+mod usage;
 mod weight_ops;
 
 use std::process::ExitCode;
@@ -26,13 +30,14 @@ use anyhow::bail;
 use clap::Parser as _;
 
 const USAGE: &str =
-    "usage: weightsync-bench loopback|plan|weight-ops|lab|ladder|simulator|cluster|compare [--help]";
+    "usage: weightsync-bench loopback|plan|weight-ops|lab|ladder|simulator|cluster|compare|soak [--help]";
 
 fn main() -> anyhow::Result<ExitCode> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["compare", ..] => return compare::run(&compare::Options::parse_from(&words)),
+        ["soak", ..] => return soak::run(&soak::Options::parse_from(&words)),
         ["cluster", ..] => cluster::run(&cluster::Options::parse_from(&words)),
         ["loopback", ..] => loopback::run(&loopback::Options::parse_from(&words)),
         ["lab", ..] => lab::run(&lab::Options::parse_from(&words)),

@@ -7,6 +7,8 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use anyhow::{Context, bail};
 use serde::de::DeserializeOwned;
 
+use crate::usage;
+
 /// A child that is killed when this is dropped.
 pub(crate) struct Process {
     name: String,
@@ -69,11 +71,7 @@ impl Process {
 
     /// Seconds of CPU time that it has used so far; `None` where the kernel does not say.
     pub(crate) fn cpu_seconds(&self) -> Option<f64> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).ok()?;
-        // Behind the name, which may have spaces: utime and stime are the 12th and 13th.
-        let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
-        let ticks: u64 = fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?;
-        Some(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+        usage::cpu_seconds(self.child.id())
     }
 
     /// Closes its standard input and waits for its end.

@@ -1,6 +1,5 @@
 //! `cargo xtask attack`: builds the command and its attacker, and runs the one on the other.
 
-use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
 use crate::{Failure, step, workspace};
@@ -11,9 +10,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     build.args(["--package", "weightsync-bench", "--bin", "attack"]);
     step::shown("build weightsync and its attacker", &mut build)?;
     let folder = workspace::target()?.join("release");
-    let program = folder.join("attack");
-    let mut attack = Command::new(&program);
+    let mut attack = Command::new(folder.join("attack"));
     attack.arg("--weightsync").arg(folder.join("weightsync")).args(arguments);
-    // Takes this process's place, so that its exit code and its signals are its own.
-    Err(format!("cannot start {}: {}", program.display(), attack.exec()))
+    Err(step::in_our_place(&mut attack))
 }

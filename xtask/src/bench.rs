@@ -1,6 +1,5 @@
 //! `cargo xtask bench`: builds a benchmark and its reference, and runs them beside each other.
 
-use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
 use crate::libfabric::{self, Profile};
@@ -25,8 +24,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
         build.env(COMMIT_VARIABLE, commit);
     }
     step::shown("build the benchmarks", &mut build)?;
-    let program = workspace::target()?.join("release/weightsync-bench");
-    let mut bench = Command::new(&program);
+    let mut bench = Command::new(workspace::target()?.join("release/weightsync-bench"));
     bench.arg(name);
     match name.as_str() {
         "loopback" | "lab" => add_plain_loop(&mut bench)?,
@@ -38,7 +36,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
         _ => {}
     }
     bench.args(options);
-    Err(format!("cannot start {}: {}", program.display(), bench.exec()))
+    Err(step::in_our_place(&mut bench))
 }
 
 /// The commit that is checked out, marked where files differ from it; none without git.
@@ -54,7 +52,7 @@ pub(crate) fn commit() -> Option<String> {
 }
 
 /// Names a libfabric to the benchmark; whether there is one.
-fn add_libfabric(bench: &mut Command) -> Result<bool, Failure> {
+pub(crate) fn add_libfabric(bench: &mut Command) -> Result<bool, Failure> {
     match libfabric::find_or_build(Profile::Release) {
         Ok(library) => {
             bench.env(libfabric::VARIABLE, library.path);

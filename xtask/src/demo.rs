@@ -1,6 +1,5 @@
 //! `cargo xtask demo`: from a fresh clone to a checked push in one command.
 
-use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
 use crate::libfabric::{self, Profile};
@@ -23,8 +22,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     build.args(["build", "--release", "--package", "weightsync-cli"]);
     step::shown("build weightsync", &mut build)?;
 
-    let program = workspace::target()?.join("release/weightsync");
-    let mut demo = Command::new(&program);
+    let mut demo = Command::new(workspace::target()?.join("release/weightsync"));
     demo.arg("demo").envs(library.map(|path| (libfabric::VARIABLE, path)));
     let defaults = DEFAULTS.into_iter().chain([("--fabric", fabric)]);
     for (flag, value) in defaults.filter(|(flag, _)| !given(arguments, flag)) {
@@ -32,11 +30,11 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), Failure> {
     }
     demo.args(arguments);
     println!("==> {demo:?}");
-    // Takes this process's place, so that its exit code and its signals are the demo's own.
-    Err(format!("cannot start {}: {}", program.display(), demo.exec()))
+    Err(step::in_our_place(&mut demo))
 }
 
-fn given(arguments: &[String], flag: &str) -> bool {
+/// Whether this option is among them, in either form.
+pub(crate) fn given(arguments: &[String], flag: &str) -> bool {
     arguments.iter().any(|argument| argument.split('=').next() == Some(flag))
 }
 

@@ -18,6 +18,7 @@ mod libfabric_build;
 mod real_checkpoint;
 mod rust_source;
 mod sim;
+mod soak;
 mod step;
 mod test;
 mod workspace;
@@ -81,6 +82,14 @@ const COMMANDS: &[Command] = &[
             connections, members that lie. Each must be refused and named in the controller's log, and the job must keep
             nine tenths of its pace. About 90 s; ends with 1 if anything was not as it must be.",
         run: attack::run,
+    },
+    Command {
+        name: "soak",
+        arguments: "[--pushes N] [--fabric local|tcp,...] [--check-every N] [--json]",
+        about: "Push a small model 100 000 times over shared memory, then as often over tcp, with a job of real processes, and
+            check that memory, file descriptors and threads of each are flat, and that what is served is right. About 10 min;
+            ends with 1 if anything grows or is left behind.",
+        run: soak::run,
     },
     Command {
         name: "hw",

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Instant;
@@ -24,6 +25,13 @@ pub(crate) fn shown(name: &str, command: &mut Command) -> Result<(), Failure> {
         }
         Err(why) => Err(format!("step `{name}` failed after {seconds:.1} s: {why}")),
     }
+}
+
+/// Runs a program in this process's place, so that its exit code and its signals are its own. Returns only what kept it from
+/// starting.
+pub(crate) fn in_our_place(command: &mut Command) -> Failure {
+    let error = command.exec();
+    format!("cannot start {}: {error}", command.get_program().display())
 }
 
 /// A file that takes the output of the steps of one longer job, and keeps a second run of that job waiting.

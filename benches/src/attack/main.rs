@@ -7,7 +7,11 @@
 #![forbid(unsafe_code)]
 
 mod attacks;
+// `soak` uses more of it.
+#[allow(dead_code)]
+#[path = "../job.rs"]
 mod job;
+mod victim;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -18,7 +22,7 @@ use clap::Parser;
 use serde::Serialize;
 
 use crate::attacks::{ATTACKS, Attack, Target};
-use crate::job::Job;
+use crate::victim::Victim;
 
 /// Pushes are counted in windows of this length, and medians of them are compared.
 const WINDOW: Duration = Duration::from_secs(1);
@@ -64,13 +68,13 @@ struct Outcome {
 fn main() -> anyhow::Result<ExitCode> {
     let options = Options::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    let job = Job::start(&options.weightsync)?;
-    let target = Target { address: job.address(), secret: job.secret().to_owned() };
+    let mut victim = Victim::start(&options.weightsync)?;
+    let target = Target { address: victim.job.address, secret: victim.job.secret.clone() };
     // After the job was started, so that its processes have the limit that a user's have.
     attacks::raise_file_limit();
     let mut outcomes = Vec::new();
     for attack in ATTACKS.iter().filter(|attack| attack.name.contains(&options.only)) {
-        let outcome = attacked(&runtime, &job, &target, attack, Duration::from_secs(options.seconds))?;
+        let outcome = attacked(&runtime, &mut victim, &target, attack, Duration::from_secs(options.seconds))?;
         if !options.json {
             print(&outcome, outcomes.is_empty());
         }
@@ -88,7 +92,7 @@ fn main() -> anyhow::Result<ExitCode> {
 /// Measures the pace, then attacks and measures again.
 fn attacked(
     runtime: &tokio::runtime::Runtime,
-    job: &Job,
+    victim: &mut Victim,
     target: &Target,
     attack: &Attack,
     length: Duration,
@@ -96,14 +100,14 @@ fn attacked(
     let length = length.max(attack.length_min);
     let began = Instant::now();
     std::thread::sleep(length.min(Duration::from_secs(4)));
-    let undisturbed = job.pace(began, Instant::now(), WINDOW);
-    let logged = job.log_lines();
+    let undisturbed = victim.pace(began, Instant::now(), WINDOW);
+    let logged = victim.job.log_since(0).len();
     let began = Instant::now();
     let tally = runtime.block_on(attack.run(target, began + length))?;
-    let attacked = job.pace(began, Instant::now(), WINDOW);
+    let attacked = victim.pace(began, Instant::now(), WINDOW);
     std::thread::sleep(BETWEEN);
-    let log = job.log_since(logged);
-    job.check_alive().with_context(|| format!("after the attack '{}'", attack.name))?;
+    let log = victim.job.log_since(logged);
+    victim.job.check_alive().with_context(|| format!("after the attack '{}'", attack.name))?;
 
     let named = log.iter().any(|line| line.contains(attack.named_as));
     let ratio = attacked / undisturbed;

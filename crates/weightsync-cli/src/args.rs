@@ -270,6 +270,9 @@ pub(crate) struct ServeArgs {
     /// Compare every byte of every version with a reference computed from the checkpoint, once it is committed
     #[arg(long)]
     pub(crate) verify: bool,
+    /// With --verify: only versions whose number is a multiple of N
+    #[arg(long, default_value_t = 1, value_name = "N", requires = "verify", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) verify_every: u64,
 }
 
 #[derive(Args)]

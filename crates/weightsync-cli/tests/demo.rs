@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use common::job::{Job, Output};
+use common::job::{Cluster, Job, Output};
 use common::{checkpoint_of, tiny, write_tensors};
 use safetensors::Dtype;
 use serde_json::Value;
@@ -164,4 +164,21 @@ fn one_to_one(fabric: &str) {
     assert_eq!(summary["plan"]["bytes"], Shape::tiny().bytes());
     assert_eq!(summary["verified"], true);
     job.end();
+}
+
+#[test]
+fn an_inference_rank_compares_every_nth_version() {
+    let (cluster, controller) = Cluster::start("local", 1, 1);
+    let checkpoint = tiny();
+    let serve = cluster.rank("serve", 0, checkpoint.path(), "--verify --verify-every 3");
+    cluster.rank("push", 0, checkpoint.path(), "--steps 7").finish().succeeds();
+    let output = serve.finish().succeeds();
+    assert_eq!(output.versions("served"), [1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!(output.versions("verified"), [3, 6]);
+    controller.finish().succeeds();
+    let refused = cluster
+        .job
+        .run("serve --controller x --rank 0 --trainers 1 --inference 1 --checkpoint x --verify-every 3");
+    refused.fails(2, &["--verify"]);
+    cluster.job.end();
 }

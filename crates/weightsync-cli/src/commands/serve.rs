@@ -41,7 +41,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
             Ok(report) => {
                 version = report.version;
                 Event::Served(report).print(json);
-                if args.verify {
+                if args.verify && version.is_multiple_of(args.verify_every) {
                     match verify(&checkpoint, &session, &params, &ids, (tp, rank), version) {
                         Ok(event) => event.print(json),
                         Err(error) => {

@@ -180,7 +180,7 @@ async fn a_job_that_waits_says_for_whom() {
     let job = Job::start(OnLoss::Wait, Fabric::Local, None).await;
     let (mut a, mut b, mut first, second) = job.all().await;
     drop(second);
-    let (one, other, served) =
+    let (one, other, _) =
         tokio::join!(a.push(1), b.push(1), first.session.wait_version(1, Some(DEADLINE / 2)));
     for error in [one.unwrap_err(), other.unwrap_err()] {
         assert!(error.to_string().contains(&I1.to_string()) && error.may_be_tried_again(), "{error}");

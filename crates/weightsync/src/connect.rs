@@ -66,7 +66,7 @@ struct Rails {
 
 /// What the plan's peers say of themselves.
 pub(crate) fn decode_peers(peers: &[Peer]) -> Result<Vec<Endpoint>, FabricError> {
-    peers.iter().map(|Peer { member, endpoint }| Endpoint::decode(&member.to_string(), endpoint)).collect()
+    peers.iter().map(|Peer { member, endpoint, .. }| Endpoint::decode(&member.to_string(), endpoint)).collect()
 }
 
 impl Connecting {

@@ -100,7 +100,7 @@ impl Next {
     }
 
     pub(crate) fn is_recovery(self) -> bool {
-        matches!(self, Self::Return(_) | Self::Wake(_) | Self::Start)
+        matches!(self, Self::Return(_) | Self::Wake(_))
     }
 }
 

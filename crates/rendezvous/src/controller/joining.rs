@@ -272,7 +272,8 @@ impl Controller {
         };
         let mut send = |member: Rank, part, peers: BTreeSet<Rank>| {
             let peers = peers.into_iter().filter_map(peer).collect();
-            if let Some(seat) = self.seats.get(&member) {
+            // Who is absent may be there, and still has to join.
+            if let Some(seat) = self.seats.get(&member).filter(|_| self.assembly.contains(&member)) {
                 let (digest, verify, behind) = (self.digest, self.config.verify, behind.clone());
                 let planned = Planned {
                     digest,
@@ -353,7 +354,8 @@ impl Controller {
         let trainers = manifest.trainers.into_iter().map(MemberManifest::Trainer);
         let receivers = manifest.receivers.into_iter().map(MemberManifest::Inference);
         for (member, manifest) in self.config.world.members().zip(trainers.chain(receivers)) {
-            if let Some(seat) = self.seats.get_mut(&member) {
+            // Who is absent may be there, and still has to join.
+            if let Some(seat) = self.seats.get_mut(&member).filter(|_| !self.absent.contains(&member)) {
                 seat.manifest = Some(manifest);
             }
         }

@@ -9,6 +9,7 @@ use xfer_plan::{
 use super::*;
 use crate::protocol::{ENDPOINT_BYTES_MAX, Holds, Join};
 
+mod regroup;
 mod status;
 mod verify;
 
@@ -80,21 +81,24 @@ struct Bench {
     recorded: Result<(), String>,
 }
 
+fn config(verify: Verify) -> ControllerConfig {
+    ControllerConfig {
+        job: "job".into(),
+        world: world(),
+        deadline: DEADLINE,
+        options: PlanOptions::default(),
+        relays: false,
+        verify,
+        on_loss: OnLoss::Fail,
+        resume: None,
+        seed: [7; 32],
+    }
+}
+
 impl Bench {
     fn new(verify: Verify) -> Self {
-        let config = ControllerConfig {
-            job: "job".into(),
-            world: world(),
-            deadline: DEADLINE,
-            options: PlanOptions::default(),
-            relays: false,
-            verify,
-            on_loss: OnLoss::Fail,
-            resume: None,
-            seed: [7; 32],
-        };
         Self {
-            controller: Controller::new(config).unwrap(),
+            controller: Controller::new(config(verify)).unwrap(),
             now: Duration::ZERO,
             log: Vec::new(),
             recorded: Ok(()),

@@ -28,6 +28,7 @@ fn join(member: Rank) -> Join {
         manifest,
         endpoint: Vec::new(),
         holds: Holds::Nothing,
+        stages: false,
     }
 }
 

@@ -53,7 +53,16 @@ fn messages(folder: &Path) -> io::Result<()> {
     let world = World { trainers: 1, inference: 1 };
     let join = |member, manifest, holds| {
         let (job, deadline, endpoint) = ("default".to_owned(), Duration::from_secs(1), vec![1, 2, 3]);
-        ToController::Join(Box::new(Join { job, member, world, deadline, manifest, endpoint, holds }))
+        ToController::Join(Box::new(Join {
+            job,
+            member,
+            world,
+            deadline,
+            manifest,
+            endpoint,
+            holds,
+            stages: false,
+        }))
     };
     let trainer = manifest.trainers.first().cloned().ok_or_else(|| io::Error::other("no trainer"))?;
     let receiver = manifest.receivers.first().cloned().ok_or_else(|| io::Error::other("no receiver"))?;

@@ -63,6 +63,7 @@ fn join(member: Rank) -> Join {
         manifest,
         endpoint: vec![1, 2, 3],
         holds: Holds::Nothing,
+        stages: false,
     }
 }
 

@@ -25,7 +25,16 @@ fn join(member: Rank) -> Join {
     };
     let world = World { trainers: 1, inference: 1 };
     let deadline = std::time::Duration::from_secs(30);
-    Join { job: "job".into(), member, world, deadline, manifest, endpoint: Vec::new(), holds: Holds::Nothing }
+    Join {
+        job: "job".into(),
+        member,
+        world,
+        deadline,
+        manifest,
+        endpoint: Vec::new(),
+        holds: Holds::Nothing,
+        stages: false,
+    }
 }
 
 fn planned(part: PlannedPart) -> ToMember {

@@ -137,6 +137,7 @@ impl InferenceSession {
             manifest: MemberManifest::Inference(manifest),
             endpoint: endpoint.encode()?,
             holds: Holds::Nothing,
+            stages: false,
         })
     }
 

@@ -92,6 +92,7 @@ impl TrainerSession {
             manifest: MemberManifest::Trainer(manifest),
             endpoint: endpoint.encode()?,
             holds: Holds::Nothing,
+            stages: false,
         });
         self.rails = Rails::Open(opened, endpoint);
         self.line.send(joins)

@@ -144,10 +144,7 @@ impl Controller {
     pub(super) fn status(&self) -> ToMember {
         let history = &self.history;
         let (phase, began_at, waiting) = match &self.phase {
-            Phase::Joining(since) => {
-                let missing = self.config.world.members().filter(|member| !self.seats.contains_key(member));
-                (PhaseStatus::Joining, since.unwrap_or_default(), missing.collect())
-            }
+            Phase::Joining(since) => (PhaseStatus::Joining, since.unwrap_or_default(), self.missing()),
             Phase::Connecting { since, waiting } => {
                 (PhaseStatus::Connecting, *since, waiting.iter().copied().collect())
             }

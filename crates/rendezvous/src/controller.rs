@@ -20,7 +20,7 @@ use xfer_plan::{Digest, Manifest, Parts, Plan, PlanError, PlanOptions, Rank, Rec
 
 use crate::protocol::{
     Bank, Commit, DEADLINE_RANGE, Fence, Holds, JOB_BYTES_MAX, MemberManifest, OnLoss, PushId, RANKS_MAX,
-    ToController, ToMember, World, cut,
+    SessionId, ToController, ToMember, World, cut,
 };
 use crate::verify::Verify;
 
@@ -85,6 +85,7 @@ pub struct ControllerConfig {
 /// A member that has joined.
 struct Seat {
     connection: ConnectionId,
+    session: SessionId,
     /// Until it is planned with.
     manifest: Option<MemberManifest>,
     endpoint: Vec<u8>,

@@ -119,6 +119,27 @@ pub struct Join {
     pub holds: Holds,
     /// It serves the version before while the next one arrives; for observers.
     pub stages: bool,
+    /// Which session of this rank: the same over every connection that it makes.
+    pub session: SessionId,
+}
+
+/// A random name of one session, so that a rank that comes back over a new connection is told from another process that was
+/// started as the same rank. Nobody's identity is proved by it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionId(pub [u8; 16]);
+
+#[cfg(feature = "net")]
+impl SessionId {
+    /// A new one.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel gives no random bytes.
+    pub fn random() -> Result<Self, crate::RendezvousError> {
+        let mut id = [0; 16];
+        getrandom::fill(&mut id)?;
+        Ok(Self(id))
+    }
 }
 
 /// What becomes of a job that has lost a rank.

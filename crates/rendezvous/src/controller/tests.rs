@@ -6,7 +6,7 @@ use xfer_plan::{
 };
 
 use super::*;
-use crate::protocol::{ENDPOINT_BYTES_MAX, Holds, Join};
+use crate::protocol::{ENDPOINT_BYTES_MAX, Holds, Join, SessionId};
 
 mod random;
 mod regroup;
@@ -64,6 +64,7 @@ fn join(member: Rank) -> Join {
         endpoint: vec![1, 2, 3],
         holds: Holds::Nothing,
         stages: false,
+        session: SessionId::default(),
     }
 }
 

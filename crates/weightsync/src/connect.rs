@@ -105,7 +105,7 @@ impl Connecting {
         let deadline = config.deadline / 2;
         let limits = RankLimits { region_bytes, slot_bytes, transforms: false };
         // Without transforms, what is sent is what stands at the source.
-        let outgoing = Outgoing::new(planned.verify, &plan.ops, &names, progress.clone());
+        let outgoing = Outgoing::new(planned.verify, &plan.ops, &names, progress.clone())?;
         let program = Program::new(plan, names, &limits, routes)?;
         let stall = deadline / STALL_DIVISOR;
         let driver = DriverConfig { program, rails, staging, slot_bytes, deadline, stall };

@@ -146,9 +146,9 @@ impl Inference {
         let sizes = (part.bytes, bytes);
         let incoming = match Incoming::new(planned.verify, inbound, names, sizes, client.progress()) {
             Ok(incoming) => incoming,
-            Err(reason) => {
-                client.leave(Some(reason.clone())).await;
-                return Err(Error::Inbound(reason));
+            Err(error) => {
+                client.leave(Some(error.to_string())).await;
+                return Err(error);
             }
         };
         say(&client, member.ready())?;

@@ -106,8 +106,9 @@ impl Job {
         Ok(())
     }
 
-    /// Waits until every process has ended by itself, and fails if one does not within `at_most`, or not in good order.
-    pub(crate) fn end(mut self, at_most: Duration) -> anyhow::Result<()> {
+    /// Waits until every process has ended by itself, and fails if one does not within `at_most`, or not in good order. Gives the
+    /// lines of standard error.
+    pub(crate) fn end(mut self, at_most: Duration) -> anyhow::Result<Vec<String>> {
         let until = Instant::now() + at_most;
         let mut failed = Vec::new();
         for (name, child) in &mut self.processes {
@@ -126,10 +127,11 @@ impl Job {
         for reader in self.readers.drain(..) {
             let _ = reader.join();
         }
+        let log = self.log_since(0);
         if failed.is_empty() {
-            return Ok(());
+            return Ok(log);
         }
-        bail!("{}: {:?}", failed.join(", "), self.log_since(0))
+        bail!("{}: {log:?}", failed.join(", "))
     }
 
     fn rank(&self, role: &str, rank: u32, options: &[&str]) -> Command {

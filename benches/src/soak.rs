@@ -22,7 +22,7 @@ use crate::machine::Machine;
 use crate::table::Table;
 use flat::Flatness;
 use left::SharedMemory;
-use watch::{Series, watch};
+use watch::{Series, Watched, watch};
 
 /// What is said of a run that has too few samples.
 const TOO_SHORT: &str = "it was over too soon after the warm-up to say anything: ask for more --pushes";
@@ -65,6 +65,8 @@ struct Run {
     /// Versions of which every served byte was compared, of all inference ranks together.
     checked: u64,
     processes: Vec<Process>,
+    /// What the processes logged.
+    log: Vec<String>,
     /// What did not go as it must, in words.
     wrong: Vec<String>,
 }
@@ -110,7 +112,8 @@ fn soak(options: &Options, fabric: Fabric) -> anyhow::Result<Run> {
     if !left.is_empty() {
         wrong.push(format!("left in /dev/shm: {}", left.join(", ")));
     }
-    Ok(Run { fabric: fabric.to_string(), pushes_per_second, checked: watched.checked, processes, wrong })
+    let Watched { checked, log, .. } = watched;
+    Ok(Run { fabric: fabric.to_string(), pushes_per_second, checked, processes, log, wrong })
 }
 
 fn print(results: &Results) {
@@ -157,6 +160,9 @@ fn print(results: &Results) {
         println!("all of it is flat, and nothing was left in /dev/shm");
     }
     for run in &results.runs {
+        for line in &run.log {
+            println!("logged: {}: {line}", run.fabric);
+        }
         for wrong in &run.wrong {
             println!("not as it must be: {}: {wrong}", run.fabric);
         }

@@ -29,7 +29,7 @@ const SAMPLES: u64 = 500;
 /// Pushes between two samples, at most: so that the progress line moves.
 const INTERVAL_MAX: u64 = 1000;
 
-/// Before a sample counts: this part of the pushes, in which buffers and histories of fixed length fill.
+/// Before a sample counts: this part of the pushes, in which buffers and heaps fill.
 const WARM_UP_PART: f64 = 0.1;
 
 /// And this time, because the ranks' runtime ends a thread that has done nothing since they connected after 10 s.
@@ -54,6 +54,8 @@ pub(super) struct Watched {
     times: Vec<(u64, Duration)>,
     /// Versions of which every served byte was compared, of all inference ranks together.
     pub(super) checked: u64,
+    /// What the processes logged: warnings, if anything.
+    pub(super) log: Vec<String>,
 }
 
 impl Watched {
@@ -122,8 +124,8 @@ pub(super) fn watch(options: &Options, fabric: Fabric) -> anyhow::Result<Watched
         }
     }
     progress.end();
-    job.end(SILENCE_MAX)?;
-    Ok(Watched { processes, times, checked: checked.load(Ordering::Relaxed) })
+    let log = job.end(SILENCE_MAX)?;
+    Ok(Watched { processes, times, checked: checked.load(Ordering::Relaxed), log })
 }
 
 /// Counts events of this name, and calls `then` with their number so far.

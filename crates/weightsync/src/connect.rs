@@ -112,7 +112,7 @@ impl Connecting {
         let deadline = config.deadline / 2;
         let limits = RankLimits { region_bytes, slot_bytes, transforms: false };
         // Without transforms, what is sent is what stands at the source.
-        let outgoing = Outgoing::new(planned.verify, &plan.ops, &names, progress.clone());
+        let outgoing = Outgoing::new(planned.verify, &plan.ops, &names, progress.clone())?;
         let mut program = Program::new(plan, names, &limits, routes)?;
         for (to, turned) in banks {
             program = program.with_banks(to, turned)?;

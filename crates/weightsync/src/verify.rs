@@ -1,12 +1,13 @@
 //! Checksums of what was sent and of what arrived, to be compared before a version is committed.
 //!
-//! A trainer hashes the rows of each operation at their source, beside the rails and on another thread: nothing on the way
+//! A trainer hashes the rows of each operation at their source, beside the rails and on a thread of its own: nothing on the way
 //! of a WRITE knows of it, and a copy that goes wrong on the way is found too. An inference rank hashes the same rows where
 //! they landed, once everything has. Neither may say that it has hashed what it has not read.
 //!
 //! The hash is XXH3 with 128 bits, as its specification says. It finds accidents, not adversaries.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
@@ -17,7 +18,11 @@ use tokio::sync::oneshot;
 use xfer_plan::{Inbound, Op, ParamId, ReceiverRank, RegionIndex, Strided};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::error::Error;
 use crate::report::VerifyReport;
+use worker::Worker;
+
+mod worker;
 
 /// Copied at once from memory that others may write; with what hashes it, it stays in a core's own cache.
 const BLOCK_BYTES: usize = 128 << 10;
@@ -40,6 +45,7 @@ fn covered(verify: Verify, push: PushId, names: &Names) -> BTreeSet<ParamId> {
 
 /// What a trainer has to hash.
 pub(crate) struct Outgoing {
+    worker: Worker,
     verify: Verify,
     ops: Arc<[Op]>,
     names: Arc<Names>,
@@ -56,37 +62,52 @@ pub(crate) struct Summed {
 /// A trainer's hashing of one push.
 pub(crate) struct Summing {
     summed: oneshot::Receiver<Option<Summed>>,
+    /// The rails have nothing left to do.
     alone: Arc<AtomicBool>,
+    given_up: Arc<AtomicBool>,
 }
 
 impl Outgoing {
     /// `None` where nothing is verified.
-    pub(crate) fn new(verify: Verify, ops: &[Op], names: &Names, progress: Arc<AtomicU64>) -> Option<Self> {
-        verify.is_on().then(|| Self { verify, ops: by_place(ops), names: Arc::new(names.clone()), progress })
+    ///
+    /// # Errors
+    ///
+    /// If the thread that hashes cannot start.
+    pub(crate) fn new(
+        verify: Verify,
+        ops: &[Op],
+        names: &Names,
+        progress: Arc<AtomicU64>,
+    ) -> io::Result<Option<Self>> {
+        if !verify.is_on() {
+            return Ok(None);
+        }
+        let (worker, ops, names) = (Worker::start()?, by_place(ops), Arc::new(names.clone()));
+        Ok(Some(Self { worker, verify, ops, names, progress }))
     }
 
     /// Begins to hash the operations in these regions.
     pub(crate) fn start(&self, push: PushId, regions: Vec<Lease>) -> Summing {
-        let Self { verify, ops, names, progress } = self;
+        let Self { worker, verify, ops, names, progress } = self;
         let (ops, names, progress, verify) = (ops.clone(), names.clone(), progress.clone(), *verify);
         let (reply, summed) = oneshot::channel::<Option<Summed>>();
-        let alone = Arc::new(AtomicBool::new(false));
-        let rails_are_done = alone.clone();
-        tokio::task::spawn_blocking(move || {
+        let (alone, given_up) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+        let (rails_are_done, stop) = (alone.clone(), given_up.clone());
+        worker.run(move || {
             let covered = covered(verify, push, &names);
             let next = || {
                 if rails_are_done.load(Ordering::Relaxed) {
                     // A sign of life, too small to be seen among the bytes.
                     progress.fetch_add(1, Ordering::Relaxed);
                 }
-                !reply.is_closed()
+                !stop.load(Ordering::Relaxed) && !reply.is_closed()
             };
             let summed = sum(&ops, &regions, &covered, next);
             // Before anybody takes the weights for free.
             drop(regions);
             drop(reply.send(summed));
         });
-        Summing { summed, alone }
+        Summing { summed, alone, given_up }
     }
 }
 
@@ -144,13 +165,12 @@ fn hash_sent(op: &Op, regions: &[Lease]) -> Option<u128> {
 
 impl Summing {
     /// Waits for the end, on a thread that may: the rails have delivered everything, or nothing further counts. `None` where
-    /// it does not, or where nothing could be hashed.
-    pub(crate) fn end(mut self, delivered: bool) -> Option<Summed> {
+    /// it does not, or where nothing could be hashed. Either way the regions have been let go of when it returns: whoever has
+    /// them back may change them.
+    pub(crate) fn end(self, delivered: bool) -> Option<Summed> {
         let began = Instant::now();
         self.alone.store(true, Ordering::Relaxed);
-        if !delivered {
-            self.summed.close();
-        }
+        self.given_up.store(!delivered, Ordering::Relaxed);
         let mut summed = self.summed.blocking_recv().ok().flatten()?;
         summed.report.exposed_seconds = began.elapsed().as_secs_f64();
         Some(summed)
@@ -159,6 +179,7 @@ impl Summing {
 
 /// What an inference rank has to hash.
 pub(crate) struct Incoming {
+    worker: Worker,
     verify: Verify,
     inbound: Arc<[Inbound]>,
     names: Arc<Names>,
@@ -169,15 +190,19 @@ pub(crate) struct Incoming {
 pub(crate) type Compared = Result<VerifyReport, String>;
 
 impl Incoming {
-    /// Checks that these operations are all of the `bytes` that arrive, in an arena of `arena_bytes`. `None` where nothing is
-    /// verified.
+    /// Checks that these operations are all of the `bytes` that arrive, in an arena of `arena_bytes`, and starts the thread that
+    /// hashes. `None` where nothing is verified.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Inbound`] if they are not, [`Error::Thread`] if the thread cannot start.
     pub(crate) fn new(
         verify: Verify,
         inbound: Vec<Inbound>,
         names: Names,
         (bytes, arena_bytes): (u64, u64),
         progress: Arc<AtomicU64>,
-    ) -> Result<Option<Self>, String> {
+    ) -> Result<Option<Self>, Error> {
         if !verify.is_on() {
             return Ok(None);
         }
@@ -188,16 +213,17 @@ impl Incoming {
                 *region == ARENA && end.is_some_and(|end| end <= arena_bytes)
             };
         if let Some(outside) = inbound.iter().find(|arrives| !fits(arrives)) {
-            return Err(format!(
-                "the plan has {} arrive outside the {arena_bytes} bytes of this rank",
-                names.get(&outside.param).map_or("a parameter", String::as_str)
-            ));
+            let name = names.get(&outside.param).map_or("a parameter", String::as_str);
+            let reason = format!("the plan has {name} arrive outside the {arena_bytes} bytes of this rank");
+            return Err(Error::Inbound(reason));
         }
         let listed = inbound.iter().map(Inbound::bytes).fold(0, u64::saturating_add);
         if listed != bytes {
-            return Err(format!("of {bytes} bytes that arrive here the plan says where {listed} do"));
+            let reason = format!("of {bytes} bytes that arrive here the plan says where {listed} do");
+            return Err(Error::Inbound(reason));
         }
-        Ok(Some(Self { verify, inbound: inbound.into(), names: Arc::new(names), progress }))
+        let worker = Worker::start()?;
+        Ok(Some(Self { worker, verify, inbound: inbound.into(), names: Arc::new(names), progress }))
     }
 
     /// Begins to compare what is in the arena with what was sent. It ends early where nobody waits for it any more.
@@ -207,11 +233,11 @@ impl Incoming {
         sent: Vec<(ParamId, Checksum)>,
         arena: Target,
     ) -> oneshot::Receiver<Compared> {
-        let Self { verify, inbound, names, progress } = self;
+        let Self { worker, verify, inbound, names, progress } = self;
         let (inbound, names, progress, verify) = (inbound.clone(), names.clone(), progress.clone(), *verify);
         let (reply, compared) = oneshot::channel();
         progress.store(0, Ordering::Relaxed);
-        tokio::task::spawn_blocking(move || {
+        worker.run(move || {
             let covered = covered(verify, push, &names);
             let next = |bytes| {
                 progress.fetch_add(bytes, Ordering::Relaxed);

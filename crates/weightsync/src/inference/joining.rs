@@ -162,9 +162,9 @@ impl InferenceSession {
         let sizes = (part.bytes, self.arenas.served().len() as u64);
         self.incoming = match Incoming::new(planned.verify, inbound, names, sizes, self.line.progress()) {
             Ok(incoming) => incoming,
-            Err(reason) => {
-                self.line.give_up(reason.clone()).await;
-                return Err(Error::Inbound(reason));
+            Err(error) => {
+                self.line.give_up(error.to_string()).await;
+                return Err(error);
             }
         };
         self.bytes_per_push = part.bytes;

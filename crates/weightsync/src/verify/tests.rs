@@ -2,6 +2,7 @@
 //! until one byte is another.
 
 use std::cell::Cell;
+use std::time::Duration;
 
 use efa_core::LeaseMut;
 use proptest::prelude::*;
@@ -242,7 +243,8 @@ fn a_list_that_is_not_what_arrives_is_refused() {
     let bytes = pushed.arenas[0].len() as u64;
     let incoming = |inbound: &[Inbound], sizes| {
         let (inbound, names) = (inbound.to_vec(), pushed.names.clone());
-        Incoming::new(Verify::Full, inbound, names, sizes, Arc::default()).map(|incoming| incoming.is_some())
+        let incoming = Incoming::new(Verify::Full, inbound, names, sizes, Arc::default());
+        incoming.map(|incoming| incoming.is_some()).map_err(|error| error.to_string())
     };
     assert_eq!(incoming(inbound, (bytes, bytes)), Ok(true));
     assert!(incoming(&inbound[1..], (bytes, bytes)).unwrap_err().contains("says where"));
@@ -253,4 +255,22 @@ fn a_list_that_is_not_what_arrives_is_refused() {
     elsewhere[0] =
         Inbound { destination: Strided { offset: u64::MAX, ..inbound[0].destination }, ..inbound[0] };
     assert!(incoming(&elsewhere, (bytes, bytes)).unwrap_err().contains("outside"));
+}
+
+#[test]
+fn weights_are_free_once_hashing_was_given_up() {
+    // One operation that takes a while to hash.
+    let matrices = vec![(2048, 4096, true)];
+    let job = Job { trainers: 1, receivers: 1, matrices, chunk_bytes: 8 << 20, gather_row_bytes_max: 0 };
+    let pushed = push(&job, 6);
+    let ops = &pushed.parts.trainers[0].ops;
+    let outgoing = Outgoing::new(Verify::Full, ops, &pushed.names, Arc::default()).unwrap().unwrap();
+    let mut weights = lease(&pushed.sources[0]);
+    for _ in 0..10 {
+        let frozen = weights.freeze();
+        let summing = outgoing.start(PushId([3; 16]), vec![frozen.clone()]);
+        std::thread::sleep(Duration::from_micros(200));
+        summing.end(false);
+        weights = frozen.thaw().expect("the thread that hashes holds them");
+    }
 }

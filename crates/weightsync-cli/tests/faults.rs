@@ -304,6 +304,7 @@ fn pretend(cluster: &Cluster, endpoint: &Endpoint) -> thread::JoinHandle<String>
         Join { job, member, world, deadline, manifest, endpoint, holds: Holds::Nothing, stages: false };
     let config = ClientConfig {
         controller: cluster.address.clone(),
+        job: weightsync::JOB_DEFAULT.into(),
         secret: Secret::none(),
         transport: Transport::tcp(),
         deadline,

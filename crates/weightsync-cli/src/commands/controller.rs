@@ -3,7 +3,7 @@
 use anyhow::bail;
 use serde_json::json;
 use weightsync::metrics::Metrics;
-use weightsync::{Controller, Report, ServerConfig};
+use weightsync::{Controller, Record, Report, ServerConfig};
 
 use crate::args::ControllerArgs;
 use crate::say::say;
@@ -25,6 +25,10 @@ pub(crate) async fn run(args: ControllerArgs) -> anyhow::Result<()> {
     server.controller.options = args.plan.options();
     server.controller.verify = args.checksums.verify;
     server.controller.on_loss = args.on_loss;
+    // A variable that is set to nothing is not set.
+    if let Some(url) = args.rendezvous.filter(|url| !url.is_empty()) {
+        server.record = Record::Etcd { url, advertise: args.advertise };
+    }
     let controller = Controller::bind(server).await?;
     let address = controller.local_addr();
     if args.json {
@@ -56,6 +60,8 @@ fn print(report: &Report, json: bool) {
 /// One object per event, with the same facts as the text.
 pub(crate) fn as_json(report: &Report) -> serde_json::Value {
     match report {
+        Report::StandingBy { holder } => json!({ "event": "standing_by", "holder": holder }),
+        Report::InCharge { version } => json!({ "event": "in_charge", "version": version }),
         Report::Joined(member) => json!({ "event": "joined", "rank": member.to_string() }),
         Report::Left(member) => json!({ "event": "left", "rank": member.to_string() }),
         Report::Lost { rank, reason } => {
@@ -98,6 +104,13 @@ pub(crate) fn as_json(report: &Report) -> serde_json::Value {
 
 fn as_text(report: &Report) -> Option<String> {
     Some(match report {
+        Report::StandingBy { holder } => {
+            format!("standing by: the controller at {holder} is in charge")
+        }
+        Report::InCharge { version: None } => "in charge: nothing was committed before".into(),
+        Report::InCharge { version: Some(version) } => {
+            format!("in charge: version {version} was committed last")
+        }
         Report::Joined(member) => format!("{member} joined"),
         Report::Left(member) => format!("{member} left"),
         Report::Regrouping { reason } => format!("everybody joins again: {reason}"),

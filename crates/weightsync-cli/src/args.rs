@@ -225,7 +225,7 @@ pub(crate) struct ControllerArgs {
     pub(crate) listen: String,
     /// Record commits in etcd, at etcd://HOST:2379/PREFIX, and let ranks find the controller there: one that finds another in
     /// charge stands by, and takes over when that one is gone. See docs/several-hosts.md for passwords and TLS
-    #[arg(long, value_name = "URL", env = access::RENDEZVOUS_VARIABLE, hide_env_values = true)]
+    #[arg(long, value_name = "URL", conflicts_with = "record", env = access::RENDEZVOUS_VARIABLE, hide_env_values = true)]
     pub(crate) rendezvous: Option<String>,
     /// Where ranks reach this controller, HOST:PORT, for --rendezvous; port 0 is the one on which it listens [default: the
     /// address of --listen, if it is one]

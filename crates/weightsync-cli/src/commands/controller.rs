@@ -12,12 +12,18 @@ use crate::table::{bytes_text, seconds_text};
 pub(crate) async fn run(args: ControllerArgs) -> anyhow::Result<()> {
     let world = args.job.world();
     let secret = args.job.access.secret()?;
+    // A variable that is set to nothing is not set.
+    let record = match (args.record, args.rendezvous.filter(|url| !url.is_empty())) {
+        (_, Some(url)) => Record::Etcd { url, advertise: args.advertise },
+        (Some(path), None) => Record::File(path),
+        (None, None) => Record::Nowhere,
+    };
     let mut server = ServerConfig {
         listen: args.listen,
         secret,
         transport: args.job.access.transport(None)?,
         insecure: args.insecure,
-        record: args.record,
+        record,
         ..ServerConfig::loopback(world)?
     };
     server.controller.job = args.job.job;
@@ -25,10 +31,6 @@ pub(crate) async fn run(args: ControllerArgs) -> anyhow::Result<()> {
     server.controller.options = args.plan.options();
     server.controller.verify = args.checksums.verify;
     server.controller.on_loss = args.on_loss;
-    // A variable that is set to nothing is not set.
-    if let Some(url) = args.rendezvous.filter(|url| !url.is_empty()) {
-        server.record = Record::Etcd { url, advertise: args.advertise };
-    }
     let controller = Controller::bind(server).await?;
     let address = controller.local_addr();
     if args.json {

@@ -52,7 +52,7 @@ impl Locator {
 
     /// How long to wait before another attempt, and how long one may take: while one waits for an address that nobody answers
     /// at, etcd may come to say another.
-    pub(crate) fn pace(&self, #[allow(unused_variables)] deadline: Duration) -> (Duration, Duration) {
+    pub(crate) fn pace(&self, deadline: Duration) -> (Duration, Duration) {
         match self {
             Self::Fixed(_) => (RETRY_PAUSE, deadline),
             #[cfg(feature = "etcd")]

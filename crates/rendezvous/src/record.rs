@@ -80,7 +80,6 @@ pub(crate) enum Charge {
     /// This controller is in charge.
     Taken(Records, Option<Commit>, Deposed),
     /// The job is over: in good order without a reason.
-    #[cfg_attr(not(feature = "etcd"), allow(dead_code))] // nobody else can have ended it
     Over(Option<String>),
 }
 

@@ -157,14 +157,15 @@ impl Server {
             log::tell(&report);
             observe(report);
         };
-        let (records, last, mut deposed) = match record.take_charge(&mut tell).await {
-            Ok(Charge::Taken(records, last, deposed)) => (records, last, deposed),
-            Ok(Charge::Over(reason)) => {
-                tell(Report::Ended { reason: reason.clone() });
-                return reason;
-            }
-            Err(error) => return Some(error.to_string()),
-        };
+        let charge = record.take_charge(&mut tell).await;
+        let (records, last, mut deposed) =
+            match charge.unwrap_or_else(|error| Charge::Over(Some(error.to_string()))) {
+                Charge::Taken(records, last, deposed) => (records, last, deposed),
+                Charge::Over(reason) => {
+                    tell(Report::Ended { reason: reason.clone() });
+                    return reason;
+                }
+            };
         config.resume = last.or(config.resume);
         let mut controller = match Controller::new(config) {
             Ok(controller) => controller,

@@ -258,6 +258,8 @@ fn answer((status, bytes): (StatusCode, Vec<u8>)) -> Result<Value, Failure> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -279,6 +281,13 @@ mod tests {
             let failure = read(status, text).unwrap_err();
             assert_eq!(matches!(failure, Failure::Away(_)), passes, "{failure:?}");
             assert!(failure.to_string().contains(reason), "{failure}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_is_too_much(status in 100..600_u16, bytes in any::<Vec<u8>>()) {
+            let _ = answer((StatusCode::from_u16(status).unwrap(), bytes));
         }
     }
 

@@ -1,5 +1,6 @@
 //! A real etcd server on free ports of the loopback interface, with its data in a folder of its own.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -35,12 +36,8 @@ impl Daemon {
             println!("skipped: no etcd (Debian's package etcd-server): {error}");
             return None;
         }
-        let free = || {
-            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            listener.local_addr().unwrap().to_string()
-        };
         let folder = tempfile::tempdir().unwrap();
-        let mut daemon = Self { process: None, folder, endpoint: free(), peers: free(), tls };
+        let mut daemon = Self { process: None, folder, endpoint: free_address(), peers: free_address(), tls };
         daemon.resume();
         Some(daemon)
     }
@@ -89,6 +86,13 @@ impl Daemon {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+/// Below the ports that the kernel gives to others: it is to be free still when etcd is started, and when it is started again.
+fn free_address() -> String {
+    let random = || RandomState::new().build_hasher().finish();
+    let candidates = std::iter::repeat_with(|| format!("127.0.0.1:{}", 12_000 + random() % 16_000));
+    candidates.take(100).find(|address| TcpListener::bind(address).is_ok()).expect("a free port")
 }
 
 impl Drop for Daemon {

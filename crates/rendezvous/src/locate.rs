@@ -22,7 +22,7 @@ pub(crate) enum Locator {
     Fixed(String),
     /// Wherever etcd says, which may change.
     #[cfg(feature = "etcd")]
-    Etcd(Finder),
+    Etcd(Box<Finder>),
 }
 
 impl Locator {
@@ -36,7 +36,7 @@ impl Locator {
             return Ok(Self::Fixed(address.to_owned()));
         }
         #[cfg(feature = "etcd")]
-        return Finder::new(address, job, deadline).map(Self::Etcd);
+        return Finder::new(address, job, deadline).map(|finder| Self::Etcd(Box::new(finder)));
         #[cfg(not(feature = "etcd"))]
         return Err(no_etcd(address));
     }

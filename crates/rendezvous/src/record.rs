@@ -109,7 +109,11 @@ impl Record {
 
 impl Opened {
     /// Waits until this controller is in charge. Reports who is meanwhile, and that it is.
-    pub(crate) async fn take_charge(self, mut report: impl FnMut(Report)) -> Result<Charge, RendezvousError> {
+    pub(crate) async fn take_charge(
+        self,
+        #[cfg_attr(not(feature = "etcd"), allow(unused_variables, unused_mut))] // there is nobody else
+        mut report: impl FnMut(Report),
+    ) -> Result<Charge, RendezvousError> {
         match self {
             Self::Ready(records, last) => Ok(Charge::Taken(records, last, Deposed(None))),
             #[cfg(feature = "etcd")]

@@ -137,6 +137,33 @@ async fn who_takes_over_knows_the_last_commit_and_who_lost_commits_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn of_many_that_come_at_once_one_is_in_charge() {
+    const CANDIDATES: usize = 12;
+    let Some(etcd) = Daemon::start() else { return };
+    let url = etcd.url();
+    put(&store(&url), ENDED, b"it is up").await;
+    let holders = Holders::default();
+    let mut campaigns = tokio::task::JoinSet::new();
+    for number in 1..=CANDIDATES {
+        let (url, holders) = (url.clone(), holders.clone());
+        campaigns.spawn(async move { campaign(&url, &format!("a:{number}"), holders).await });
+    }
+    let Chief { office, .. } = chief(campaigns.join_next().await.unwrap().unwrap());
+    let stand_by = async {
+        while holders.lock().unwrap().len() < CANDIDATES - 1 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::select! {
+        () = stand_by => {}
+        _ = campaigns.join_next() => panic!("two are in charge"),
+    }
+    let first = holders.lock().unwrap().first().cloned();
+    assert!(holders.lock().unwrap().iter().all(|holder| Some(holder) == first.as_ref()));
+    office.store(commit(1)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_lease_that_is_kept_by_nobody_ends() {
     let Some(etcd) = Daemon::start() else { return };
     let url = etcd.url();

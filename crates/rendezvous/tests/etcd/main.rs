@@ -82,7 +82,16 @@ fn join(member: Rank, holds: Holds) -> ToController {
         }
     };
     let (job, world, deadline) = (rendezvous::JOB_DEFAULT.to_owned(), WORLD, DEADLINE);
-    ToController::Join(Box::new(Join { job, member, world, deadline, manifest, endpoint: Vec::new(), holds }))
+    ToController::Join(Box::new(Join {
+        job,
+        member,
+        world,
+        deadline,
+        manifest,
+        endpoint: Vec::new(),
+        stages: false,
+        holds,
+    }))
 }
 
 /// Both members, planned and started; and what the plan says was committed.

@@ -21,6 +21,7 @@ pub(crate) fn run(_: &[String]) -> Result<(), Failure> {
         &["--package", "xfer-exec", "--no-default-features"][..],
         &["--package", "rendezvous", "--no-default-features"],
         &["--package", "rendezvous"],
+        &["--package", "rendezvous", "--features", "etcd"],
         &["--package", "weightsync"],
     ] {
         step::shown(&format!("clippy {}", bare.join(" ")), &mut clippy(bare))?;
@@ -37,7 +38,10 @@ pub(crate) fn run(_: &[String]) -> Result<(), Failure> {
     }
     let mut settings = Settings::default();
     settings.set(libfabric::VARIABLE, library.path);
-    settings.set(REQUIRE, if has_lab()? { "libfabric lab" } else { "libfabric" });
+    let mut required = vec!["libfabric"];
+    required.extend(has_lab()?.then_some("lab"));
+    required.extend(has_etcd()?.then_some("etcd"));
+    settings.set(REQUIRE, required.join(" "));
     settings.set_real_checkpoint()?;
     if test::has_nextest() {
         settings.documentation_tests()?;
@@ -63,6 +67,18 @@ fn has_lab() -> Result<bool, Failure> {
             Ok(false)
         }
     }
+}
+
+/// Whether there is an etcd for the tests to start, installed first if it is missing.
+fn has_etcd() -> Result<bool, Failure> {
+    if !workspace::has_program("etcd") {
+        println!("==> etcd");
+        let log = Log::create(workspace::target()?.join("etcd.log"))?;
+        if let Err(why) = apt::install(&["etcd-server"], &log) {
+            println!("no etcd, so the tests with one will be skipped: {why}");
+        }
+    }
+    Ok(workspace::has_program("etcd"))
 }
 
 fn clippy(what: &[&str]) -> Command {

@@ -174,6 +174,6 @@ Variables:
   LIBFABRIC_SO                 the libfabric to use; no other is then looked for
   WEIGHTSYNC_REAL_CHECKPOINT   a .safetensors file for the tests on real weights; fetched when unset
   PROPTEST_CASES               cases per property test: 500 by default in the planner's; 10000 is the long profile
-  WEIGHTSYNC_REQUIRE           set by ci: what tests may not skip for want of (\"libfabric\", \"lab\")
+  WEIGHTSYNC_REQUIRE           set by ci: what tests may not skip for want of (\"libfabric\", \"lab\", \"etcd\")
 "
 }

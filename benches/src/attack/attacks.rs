@@ -128,7 +128,14 @@ async fn client(target: &Target) -> Result<Client, RendezvousError> {
     let (controller, secret) = (target.address.to_string(), Secret::new(&target.secret));
     // As the job's, or the controller would refuse every join for that.
     let deadline = Duration::from_secs(20);
-    Client::connect(ClientConfig { controller, secret, transport: Transport::tcp(), deadline }).await
+    Client::connect(ClientConfig {
+        controller,
+        job: rendezvous::JOB_DEFAULT.into(),
+        secret,
+        transport: Transport::tcp(),
+        deadline,
+    })
+    .await
 }
 
 /// A proxy records what a member with the secret says; the same is said again.

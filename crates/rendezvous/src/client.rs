@@ -18,14 +18,12 @@ use crate::controller::heartbeat_interval;
 use crate::error::RendezvousError;
 use crate::frame;
 use crate::handshake::{self, Secret};
+use crate::locate::Locator;
 use crate::protocol::{DEADLINE_RANGE, FRAME_BYTES_MAX, ToController, ToMember};
 use crate::transport::{self, Stream, Transport};
 
 /// Messages that may wait on either side; the protocol has one outstanding at a time.
 const QUEUE_MAX: usize = 64;
-
-/// Pause between attempts to reach a controller that is not up yet.
-const RETRY_PAUSE: Duration = Duration::from_millis(50);
 
 /// How long a goodbye may take.
 const LINGER_MAX: Duration = Duration::from_secs(2);
@@ -33,8 +31,11 @@ const LINGER_MAX: Duration = Duration::from_secs(2);
 /// Where the controller is and how long to wait for it.
 #[derive(Debug, Clone)]
 pub struct ClientConfig {
-    /// `host:port`.
+    /// `host:port`; or, with the feature `etcd`, where in etcd the controller says it: `etcd://host:2379/prefix`. Then every
+    /// attempt to reach it looks there first, with the user, password and certificates that [`crate::Record::Etcd`] tells of.
     pub controller: String,
+    /// The job's name, by which etcd knows it.
+    pub job: String,
     /// The job's secret.
     pub secret: Secret,
     /// How bytes travel; as the controller says.
@@ -179,43 +180,52 @@ impl Link {
     /// Tries until it is in, is refused, or has no time left. A controller that is not up yet is tried again, and so is one
     /// that hung up in the middle: it does so when more come at once than it can hear.
     async fn open(&self) -> Result<(Stream, SocketAddr, SocketAddr), RendezvousError> {
-        let until = Instant::now() + self.config.deadline;
+        let ClientConfig { controller, job, deadline, .. } = &self.config;
+        let until = Instant::now() + *deadline;
+        let locator = Locator::new(controller, (job, *deadline))?;
+        let (pause, attempt_max) = locator.pace(*deadline);
         let mut reached = None;
         loop {
-            let reason = match timeout_at(until, self.attempt(&mut reached)).await {
+            let attempt_until = until.min(Instant::now() + attempt_max);
+            let reason = match timeout_at(attempt_until, self.attempt(&locator, &mut reached)).await {
                 Ok(Err(RendezvousError::Unreachable { reason, .. })) => reason,
                 Ok(Err(RendezvousError::Io { source, .. })) if hung_up(&source) => {
                     format!("it hung up during the handshake ({source}); its log may say why")
                 }
                 Ok(done) => return done,
                 Err(_) => match reached {
-                    Some(peer) => {
-                        let waited = self.config.deadline;
+                    Some(peer) if Instant::now() + pause > until => {
+                        let waited = *deadline;
                         return Err(RendezvousError::Deadline { peer, stage: "the handshake", waited });
                     }
-                    None => "no answer".into(),
+                    _ => "no answer".into(),
                 },
             };
-            if Instant::now() + RETRY_PAUSE > until {
+            if Instant::now() + pause > until {
                 return Err(self.unreachable(reason));
             }
-            sleep(RETRY_PAUSE).await;
+            sleep(pause).await;
         }
     }
 
-    /// Connects and proves itself, once. `reached` is who is being talked to.
+    /// Finds the controller, connects and proves itself, once. `reached` is who is being talked to.
     async fn attempt(
         &self,
+        locator: &Locator,
         reached: &mut Option<SocketAddr>,
     ) -> Result<(Stream, SocketAddr, SocketAddr), RendezvousError> {
         let ClientConfig { controller, secret, transport, .. } = &self.config;
-        let unreachable = |error: io::Error| self.unreachable(error.to_string());
         *reached = None;
-        let stream = TcpStream::connect(controller).await.map_err(unreachable)?;
+        let address = &locator.find().await?;
+        let unreachable = |error: io::Error| match address == controller {
+            true => self.unreachable(error.to_string()),
+            false => self.unreachable(format!("it is at {address}, and there: {error}")),
+        };
+        let stream = TcpStream::connect(address).await.map_err(unreachable)?;
         let peer = stream.peer_addr().map_err(unreachable)?;
         let local = stream.local_addr().map_err(unreachable)?;
         *reached = Some(peer);
-        let mut stream = transport.connect(stream, peer, controller).await?;
+        let mut stream = transport.connect(stream, peer, address).await?;
         handshake::prove(&mut stream, peer, secret).await.map_err(transport::explained)?;
         Ok((stream, peer, local))
     }

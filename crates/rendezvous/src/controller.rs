@@ -82,6 +82,24 @@ pub struct ControllerConfig {
     pub seed: [u8; 32],
 }
 
+impl ControllerConfig {
+    /// Why the job makes no sense, if it does not.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        for (side, ranks) in [("trainers", self.world.trainers), ("inference ranks", self.world.inference)] {
+            if !(1..=RANKS_MAX).contains(&ranks) {
+                return Err(format!("a job needs between 1 and {RANKS_MAX} {side}, not {ranks}"));
+            }
+        }
+        if !DEADLINE_RANGE.contains(&self.deadline) {
+            return Err(format!("a deadline of {:?} is not within {DEADLINE_RANGE:?}", self.deadline));
+        }
+        if self.job.len() > JOB_BYTES_MAX {
+            return Err(format!("the job's name has {} bytes, more than {JOB_BYTES_MAX}", self.job.len()));
+        }
+        self.verify.check()
+    }
+}
+
 /// A member that has joined.
 struct Seat {
     connection: ConnectionId,
@@ -164,20 +182,7 @@ impl Controller {
 
     /// As [`Controller::new`], for a simulation of so many operations that it takes some together.
     pub fn with_parts(config: ControllerConfig, parts: PartsFn) -> Result<Self, String> {
-        for (side, ranks) in
-            [("trainers", config.world.trainers), ("inference ranks", config.world.inference)]
-        {
-            if !(1..=RANKS_MAX).contains(&ranks) {
-                return Err(format!("a job needs between 1 and {RANKS_MAX} {side}, not {ranks}"));
-            }
-        }
-        if !DEADLINE_RANGE.contains(&config.deadline) {
-            return Err(format!("a deadline of {:?} is not within {DEADLINE_RANGE:?}", config.deadline));
-        }
-        if config.job.len() > JOB_BYTES_MAX {
-            return Err(format!("the job's name has {} bytes, more than {JOB_BYTES_MAX}", config.job.len()));
-        }
-        config.verify.check()?;
+        config.check()?;
         let (committed, started) = (config.resume, config.resume.is_some());
         Ok(Self {
             config,

@@ -145,6 +145,22 @@ pub enum RendezvousError {
         /// Why not, and what to do.
         reason: String,
     },
+    /// A controller that members could not be told to come to.
+    #[error(
+        "{reason}; listen on one address of this host, or advertise the HOST:PORT at which members reach it"
+    )]
+    Advertise {
+        /// The address, and what is wrong with it.
+        reason: String,
+    },
+    /// etcd, which knows where the controller is and what was committed, cannot be used.
+    #[error("etcd at {url}: {reason}")]
+    Etcd {
+        /// Its address, as it was given.
+        url: String,
+        /// Why not, and what to do.
+        reason: String,
+    },
     /// The kernel gave no random bytes.
     #[error("no random bytes from the kernel: {0}")]
     Random(#[from] getrandom::Error),

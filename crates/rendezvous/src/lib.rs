@@ -11,6 +11,8 @@ pub mod controller;
 mod door;
 #[cfg(feature = "net")]
 mod error;
+#[cfg(feature = "etcd")]
+mod etcd;
 #[cfg(feature = "net")]
 mod frame;
 #[cfg(feature = "fuzzing")]
@@ -18,6 +20,8 @@ mod frame;
 pub mod fuzzing;
 #[cfg(feature = "net")]
 mod handshake;
+#[cfg(feature = "net")]
+mod locate;
 pub mod member;
 #[cfg(feature = "net")]
 mod observer;
@@ -48,7 +52,7 @@ pub use protocol::{
     SessionId, ToController, ToMember, World,
 };
 #[cfg(feature = "net")]
-pub use record::RecordFile;
+pub use record::{Record, RecordFile};
 pub use refusal::Refusal;
 #[cfg(feature = "net")]
 pub use server::{Server, ServerConfig, ServerHandle};

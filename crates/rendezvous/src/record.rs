@@ -1,189 +1,234 @@
-//! The controller's record of the last commit: one small file, replaced whole and synced before anybody is told.
+//! Where a job's commits are recorded, so that they outlive the controller: nowhere, in a file, or in etcd.
 //!
-//! Text, so that a person can read it; its last line is a checksum, so that nobody takes a damaged one for an order. A file
-//! that is not whole is an error and not "nothing committed": a controller that forgot a commit would contradict ranks that
-//! serve it.
+//! A commit that could not be recorded is never reported as one that was.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+#[cfg(feature = "etcd")]
+use std::sync::Arc;
 
+use tokio::sync::oneshot;
+use xfer_plan::Rank;
+
+use crate::controller::{ControllerConfig, Report};
 use crate::error::RendezvousError;
-use crate::protocol::{Commit, PushId};
+#[cfg(feature = "etcd")]
+use crate::etcd::{Campaign, Candidate, Office};
+use crate::protocol::{Commit, Join};
 
-const TITLE: &str = "weightsync commit record 1";
+mod file;
 
-/// Bytes of a record at most: the job's name is the longest part.
-const RECORD_BYTES_MAX: u64 = 4096;
+pub use file::RecordFile;
+#[cfg(feature = "etcd")]
+pub(crate) use file::{RECORD_BYTES_MAX, parse, text};
 
-/// Where the last commit of a job is recorded.
-#[derive(Debug, Clone)]
-pub struct RecordFile {
-    path: PathBuf,
-    job: String,
+/// Where to record commits. What is there already is where the job goes on.
+#[derive(Debug, Clone, Default)]
+pub enum Record {
+    /// Nowhere: a controller that comes back knows what its members know.
+    #[default]
+    Nowhere,
+    /// In a file that is replaced whole, on a disk that outlives the controller.
+    File(PathBuf),
+    /// In etcd, and there also where the controller listens: one that finds another in charge stands by, and takes over when
+    /// that one is gone. Needs the feature `etcd`.
+    ///
+    /// User and password are those of `WEIGHTSYNC_ETCD_USER` and `WEIGHTSYNC_ETCD_PASSWORD`; for `etcds://` `WEIGHTSYNC_ETCD_CA` is
+    /// a PEM file with the authority of etcd's certificate, and where etcd asks for one of ours, `WEIGHTSYNC_ETCD_CERT` and
+    /// `WEIGHTSYNC_ETCD_KEY`.
+    Etcd {
+        /// `etcd://host:2379/prefix`; several servers as `host:port,host:port`; `etcds://` for TLS.
+        url: String,
+        /// `host:port` where members reach this controller; port 0 is the one on which it listens. `None` takes the address on
+        /// which it listens, if that is one.
+        advertise: Option<String>,
+    },
 }
 
-impl RecordFile {
-    /// The record of `job` at `path`, and what is in it: `None` where there is no such file yet.
-    ///
-    /// # Errors
-    ///
-    /// [`RendezvousError::Record`] for a file that cannot be read, is damaged or is another job's, and for a directory that is
-    /// not there.
-    pub fn open(path: impl Into<PathBuf>, job: &str) -> Result<(Self, Option<Commit>), RendezvousError> {
-        let file = Self { path: path.into(), job: job.to_owned() };
-        let bad = |reason: String| RendezvousError::Record { path: file.path.clone(), reason };
-        if !file.directory().is_dir() {
-            return Err(bad(format!("there is no directory {}", file.directory().display())));
-        }
-        let text = match fs::metadata(&file.path).and_then(|found| match found.len() <= RECORD_BYTES_MAX {
-            true => fs::read_to_string(&file.path),
-            false => Err(io::Error::other("it is too long to be one")),
-        }) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((file, None)),
-            Err(error) => return Err(bad(error.to_string())),
-        };
-        let (found, commit) = parse(&text).ok_or_else(|| {
-            bad("it is damaged; if you know what every inference rank serves, remove it".into())
-        })?;
-        if found != job {
-            return Err(bad(format!(
-                "it is of the job '{found}', not '{job}'; give each job a file of its own"
-            )));
-        }
-        Ok((file, Some(commit)))
-    }
-
-    /// Replaces the record. When this returns, it survives a power failure.
-    ///
-    /// # Errors
-    ///
-    /// The system's. The file then holds this record or the one before.
-    pub fn store(&self, commit: Commit) -> io::Result<()> {
-        let mut beside = self.path.clone().into_os_string();
-        beside.push(".new");
-        let mut file = File::create(&beside)?;
-        file.write_all(text(&self.job, commit).as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&beside, &self.path)?;
-        File::open(self.directory())?.sync_all()
-    }
-
-    fn directory(&self) -> &Path {
-        match self.path.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
-        }
-    }
+/// A place for commits that has been looked at.
+pub(crate) enum Opened {
+    /// Ready, and what was in it.
+    Ready(Records, Option<Commit>),
+    /// Others may be in charge of it.
+    #[cfg(feature = "etcd")]
+    Contested(Candidate),
 }
 
-fn text(job: &str, Commit { version, push }: Commit) -> String {
-    let body = format!("{TITLE}\njob {job:?}\nversion {version}\npush {push}\n");
-    let sum = blake3::hash(body.as_bytes());
-    format!("{body}blake3 {sum}\n")
+/// A place for commits.
+#[derive(Clone)]
+pub(crate) enum Records {
+    Nowhere,
+    File(RecordFile),
+    #[cfg(feature = "etcd")]
+    Etcd(Arc<Office>),
 }
 
-/// The job's name and its commit. A record is what [`text`] makes of them, to the byte.
-fn parse(record: &str) -> Option<(String, Commit)> {
-    let mut lines = record.lines().skip(1);
-    let mut field = |name: &str| lines.next()?.strip_prefix(name)?.strip_prefix(' ');
-    let quoted = field("job")?;
-    let version = field("version")?.parse().ok()?;
-    let push = push_id(field("push")?)?;
-    let commit = Commit { version, push };
-    let job = unquoted(quoted)?;
-    (text(&job, commit) == record).then_some((job, commit))
+/// Why a commit is not on record.
+pub(crate) enum NotRecorded {
+    /// It could not be written.
+    Failed(String),
+    /// It is not for this controller to do any more, or may not be: another one knows.
+    #[cfg(feature = "etcd")]
+    Deposed(String),
 }
 
-/// Undoes what `{:?}` does to a job's name.
-fn unquoted(quoted: &str) -> Option<String> {
-    let inner = quoted.strip_prefix('"')?.strip_suffix('"')?;
-    let mut name = String::new();
-    let mut rest = inner.chars();
-    while let Some(next) = rest.next() {
-        if next != '\\' {
-            name.push(next);
-            continue;
-        }
-        name.push(match rest.next()? {
-            'n' => '\n',
-            't' => '\t',
-            'r' => '\r',
-            '0' => '\0',
-            'u' => {
-                let code: String = rest.by_ref().skip(1).take_while(|next| *next != '}').collect();
-                char::from_u32(u32::from_str_radix(&code, 16).ok()?)?
+/// Tells once that this controller is not in charge any more.
+pub(crate) struct Deposed(Option<oneshot::Receiver<String>>);
+
+/// Whether there is anything to serve.
+pub(crate) enum Charge {
+    /// This controller is in charge.
+    Taken(Records, Option<Commit>, Deposed),
+    /// The job is over: in good order without a reason.
+    Over(Option<String>),
+}
+
+impl Record {
+    /// Opens the record of this job, for a controller that listens at `local`.
+    pub(crate) fn open(self, job: &ControllerConfig, local: SocketAddr) -> Result<Opened, RendezvousError> {
+        match self {
+            Self::Nowhere => Ok(Opened::Ready(Records::Nowhere, None)),
+            Self::File(path) => {
+                let (file, last) = RecordFile::open(path, &job.job)?;
+                Ok(Opened::Ready(Records::File(file), last))
             }
-            plain => plain,
-        });
+            #[cfg(feature = "etcd")]
+            Self::Etcd { url, advertise } => {
+                let refused = |reason| RendezvousError::Advertise { reason };
+                let address = advertised(advertise.as_deref(), local).map_err(refused)?;
+                Candidate::new(&url, &job.job, address, job.deadline).map(Opened::Contested)
+            }
+            #[cfg(not(feature = "etcd"))]
+            Self::Etcd { url, .. } => {
+                let _ = local;
+                Err(crate::locate::no_etcd(&url))
+            }
+        }
     }
-    Some(name)
 }
 
-fn push_id(hex: &str) -> Option<PushId> {
-    let mut id = [0; 16];
-    if hex.len() != 2 * id.len() || !hex.is_ascii() {
-        return None;
+impl Opened {
+    /// Waits until this controller is in charge. Reports who is meanwhile, and that it is.
+    pub(crate) async fn take_charge(
+        self,
+        #[cfg_attr(not(feature = "etcd"), allow(unused_variables, unused_mut))] // there is nobody else
+        mut report: impl FnMut(Report),
+    ) -> Result<Charge, RendezvousError> {
+        match self {
+            Self::Ready(records, last) => Ok(Charge::Taken(records, last, Deposed(None))),
+            #[cfg(feature = "etcd")]
+            Self::Contested(candidate) => {
+                match candidate.campaign(|holder| report(Report::StandingBy { holder })).await? {
+                    Campaign::Over(reason) => Ok(Charge::Over(reason)),
+                    Campaign::InCharge { office, last, deposed } => {
+                        report(Report::InCharge { version: last.map(|commit| commit.version) });
+                        Ok(Charge::Taken(Records::Etcd(office), last, Deposed(Some(deposed))))
+                    }
+                }
+            }
+        }
     }
-    for (at, byte) in id.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(hex.get(2 * at..2 * at + 2)?, 16).ok()?;
-    }
-    Some(PushId(id))
 }
 
-#[cfg(test)]
+impl Records {
+    /// Records a decision, off the threads that serve sockets.
+    pub(crate) async fn store(&self, commit: Commit) -> Result<(), NotRecorded> {
+        match self {
+            Self::Nowhere => Ok(()),
+            Self::File(file) => {
+                let file = file.clone();
+                let stored = tokio::task::spawn_blocking(move || file.store(commit)).await;
+                stored
+                    .map_err(std::io::Error::other)
+                    .flatten()
+                    .map_err(|error| NotRecorded::Failed(error.to_string()))
+            }
+            #[cfg(feature = "etcd")]
+            Self::Etcd(office) => office.store(commit).await.map_err(NotRecorded::Deposed),
+        }
+    }
+
+    /// What others may be told of a member that asks to join from `peer`.
+    pub(crate) fn entry(&self, join: &Join, peer: SocketAddr) -> Option<(Rank, String)> {
+        #[cfg(feature = "etcd")]
+        if let Self::Etcd(_) = self {
+            let manifest = postcard::to_allocvec(&join.manifest).ok()?;
+            return Some((join.member, format!("{peer} {}", blake3::hash(&manifest))));
+        }
+        let _ = (join, peer);
+        None
+    }
+
+    /// Who is in the job, as far as a report says; `joining` is the entry of the member whose request led to it.
+    pub(crate) fn note(&self, report: &Report, joining: Option<&(Rank, String)>) {
+        #[cfg(feature = "etcd")]
+        if let Self::Etcd(office) = self {
+            match (report, joining) {
+                (Report::Joined(rank), Some((member, entry))) if rank == member => {
+                    office.member(*rank, Some(entry.clone()));
+                }
+                (Report::Left(rank) | Report::Lost { rank, .. }, _) => office.member(*rank, None),
+                _ => {}
+            }
+        }
+        let _ = (report, joining);
+    }
+
+    /// The job is over: nobody need take over.
+    pub(crate) async fn finish(&self, reason: Option<&str>) {
+        #[cfg(feature = "etcd")]
+        if let Self::Etcd(office) = self {
+            office.finish(reason).await;
+        }
+        let _ = reason;
+    }
+}
+
+impl Deposed {
+    /// Why this controller is not in charge any more; never, where nobody else can be.
+    pub(crate) async fn told(&mut self) -> String {
+        match &mut self.0 {
+            None => std::future::pending().await,
+            Some(told) => told.await.unwrap_or_else(|_| "the thread that keeps its lease has failed".into()),
+        }
+    }
+}
+
+/// Where members are told to come.
+#[cfg(feature = "etcd")]
+fn advertised(advertise: Option<&str>, local: SocketAddr) -> Result<String, String> {
+    let address = match advertise {
+        Some(address) => match address.strip_suffix(":0") {
+            Some(host) => format!("{host}:{}", local.port()),
+            None => address.to_owned(),
+        },
+        None => local.to_string(),
+    };
+    match crate::locate::host_and_port(&address) {
+        Some(_) => Ok(address),
+        None => Err(format!("members cannot be told to come to '{address}'")),
+    }
+}
+
+#[cfg(all(test, feature = "etcd"))]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
 
-    fn commit(version: u64) -> Commit {
-        Commit { version, push: PushId([version as u8; 16]) }
-    }
-
     #[test]
-    fn what_was_stored_is_found_again() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("record");
-        let (file, none) = RecordFile::open(&path, "a job").unwrap();
-        assert_eq!(none, None);
-        for version in [1, 300, u64::MAX] {
-            file.store(commit(version)).unwrap();
-            assert_eq!(RecordFile::open(&path, "a job").unwrap().1, Some(commit(version)));
-        }
-        let other = RecordFile::open(&path, "another").unwrap_err().to_string();
-        assert!(other.contains("of the job 'a job', not 'another'"), "{other}");
-    }
-
-    #[test]
-    fn a_place_that_is_not_there_is_an_error_at_the_start() {
-        let error = RecordFile::open("/nonexistent/record", "job").unwrap_err().to_string();
-        assert!(error.contains("/nonexistent"), "{error}");
-    }
-
-    #[test]
-    fn a_damaged_record_is_never_taken_for_another_or_for_none() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("record");
-        let whole = text("job", commit(7));
-        for at in 0..whole.len() {
-            for change in [1, 32] {
-                let mut bytes = whole.clone().into_bytes();
-                bytes[at] ^= change;
-                fs::write(&path, &bytes).unwrap();
-                assert!(RecordFile::open(&path, "job").is_err(), "byte {at}");
-            }
-            fs::write(&path, &whole.as_bytes()[..at]).unwrap();
-            assert!(RecordFile::open(&path, "job").is_err(), "cut at {at}");
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn every_name_of_a_job_comes_back(job in any::<String>(), version in any::<u64>(), push in any::<[u8; 16]>()) {
-            let commit = Commit { version, push: PushId(push) };
-            prop_assert_eq!(parse(&text(&job, commit)), Some((job, commit)));
+    fn members_are_told_an_address_or_the_controller_does_not_start() {
+        let any: SocketAddr = "0.0.0.0:7070".parse().unwrap();
+        let one: SocketAddr = "10.0.0.1:7070".parse().unwrap();
+        for (advertise, local, address) in [
+            (None, one, Some("10.0.0.1:7070")),
+            (None, any, None),
+            (None, "[::]:1".parse().unwrap(), None),
+            (Some("node7:0"), any, Some("node7:7070")),
+            (Some("node7:17070"), any, Some("node7:17070")),
+            (Some("[fe80::1]:0"), any, Some("[fe80::1]:7070")),
+            (Some("node7"), any, None),
+            (Some("0.0.0.0:0"), one, None),
+        ] {
+            assert_eq!(advertised(advertise, local).ok().as_deref(), address, "{advertise:?} {local}");
         }
     }
 }

@@ -5,13 +5,10 @@
 //! [`Controller`].
 
 use std::collections::HashMap;
-use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -21,25 +18,20 @@ use xfer_plan::PlanOptions;
 use crate::controller::{Action, ConnectionId, Controller, ControllerConfig, Event, Report};
 use crate::door::{Door, Place};
 use crate::error::RendezvousError;
-use crate::frame;
-use crate::handshake::{self, Secret, random_seed};
+use crate::handshake::{Secret, random_seed};
 use crate::protocol::{
-    Commit, DEADLINE_DEFAULT, FRAME_BYTES_MAX, JOB_DEFAULT, MEMBER_FRAME_BYTES_MAX, OnLoss, ToController,
-    ToMember, World,
+    DEADLINE_DEFAULT, FRAME_BYTES_MAX, JOB_DEFAULT, MEMBER_FRAME_BYTES_MAX, OnLoss, ToController, ToMember,
+    World,
 };
-use crate::record::RecordFile;
-use crate::refusal::Refusal;
-use crate::transport::{self, Transport};
+use crate::record::{Charge, NotRecorded, Opened, Record};
+use crate::transport::Transport;
 use crate::verify::Verify;
 
+mod connection;
 mod log;
 mod watching;
 
-/// A connection proves itself within this time, or goes; sooner where [`Door`] needs its place.
-const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
-
-/// Messages to one member that may wait for its socket. The protocol has one outstanding at a time, plus heartbeats.
-const OUTGOING_MAX: usize = 64;
+use connection::{Connection, Entrance};
 
 /// Events that may wait for the state machine; senders wait when it is full.
 const EVENTS_MAX: usize = 4096;
@@ -60,9 +52,8 @@ pub struct ServerConfig {
     pub insecure: bool,
     /// The job.
     pub controller: ControllerConfig,
-    /// Where to record commits, so that they outlive this process: what is there already is where the job goes on. `None`
-    /// records nothing; a controller that comes back then knows what its members know.
-    pub record: Option<PathBuf>,
+    /// Where to record commits, so that they outlive this process.
+    pub record: Record,
 }
 
 impl ServerConfig {
@@ -90,7 +81,7 @@ impl ServerConfig {
             transport: Transport::tcp(),
             insecure: false,
             controller,
-            record: None,
+            record: Record::Nowhere,
         })
     }
 }
@@ -101,8 +92,8 @@ pub struct Server {
     local: SocketAddr,
     secret: Secret,
     transport: Transport,
-    controller: Controller,
-    record: Option<RecordFile>,
+    controller: ControllerConfig,
+    record: Opened,
 }
 
 /// A controller that runs in the background of this process; dropping it ends the job.
@@ -134,22 +125,18 @@ impl Drop for ServerHandle {
 
 impl Server {
     /// Listens. Nothing is accepted before [`Server::run`].
-    pub async fn bind(mut config: ServerConfig) -> Result<Self, RendezvousError> {
-        let mut record = None;
-        if let Some(path) = config.record {
-            let (file, last) = RecordFile::open(path, &config.controller.job)?;
-            (record, config.controller.resume) = (Some(file), last.or(config.controller.resume));
-        }
-        let bind = |source| RendezvousError::Bind { address: config.listen.clone(), source };
-        let listener = TcpListener::bind(&config.listen).await.map_err(bind)?;
+    pub async fn bind(config: ServerConfig) -> Result<Self, RendezvousError> {
+        let ServerConfig { listen, secret, transport, insecure, controller, record } = config;
+        controller.check().map_err(|reason| RendezvousError::Refused { reason })?;
+        let bind = |source| RendezvousError::Bind { address: listen.clone(), source };
+        let listener = TcpListener::bind(&listen).await.map_err(bind)?;
         let local = listener.local_addr().map_err(bind)?;
-        let open = config.secret.is_none() && !config.transport.authenticates();
-        if open && !config.insecure && !local.ip().is_loopback() {
+        let open = secret.is_none() && !transport.authenticates();
+        if open && !insecure && !local.ip().is_loopback() {
             return Err(RendezvousError::NeedsSecret { address: local });
         }
-        let controller =
-            Controller::new(config.controller).map_err(|reason| RendezvousError::Refused { reason })?;
-        Ok(Self { listener, local, secret: config.secret, transport: config.transport, controller, record })
+        let record = record.open(&controller, local)?;
+        Ok(Self { listener, local, secret, transport, controller, record })
     }
 
     /// Where it listens.
@@ -162,9 +149,28 @@ impl Server {
         ServerHandle { local: self.local, task: tokio::spawn(self.run(observe)) }
     }
 
-    /// Serves the job until its end: `None` in good order, otherwise the reason.
+    /// Serves the job until its end: `None` in good order, otherwise the reason. Where another controller is in charge, it stands
+    /// by until that one is gone; members are told where this one is from then on.
     pub async fn run(self, mut observe: impl FnMut(Report)) -> Option<String> {
-        let Self { listener, secret, transport, mut controller, record: records, .. } = self;
+        let Self { listener, secret, transport, controller: mut config, record, .. } = self;
+        let mut tell = |report: Report| {
+            log::tell(&report);
+            observe(report);
+        };
+        let charge = record.take_charge(&mut tell).await;
+        let (records, last, mut deposed) =
+            match charge.unwrap_or_else(|error| Charge::Over(Some(error.to_string()))) {
+                Charge::Taken(records, last, deposed) => (records, last, deposed),
+                Charge::Over(reason) => {
+                    tell(Report::Ended { reason: reason.clone() });
+                    return reason;
+                }
+            };
+        config.resume = last.or(config.resume);
+        let mut controller = match Controller::new(config) {
+            Ok(controller) => controller,
+            Err(reason) => return Some(reason),
+        };
         let start = Instant::now();
         let join_max = controller.deadline();
         // A member that joins again says again what it has.
@@ -176,7 +182,7 @@ impl Server {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (events_in, mut events) = mpsc::channel(EVENTS_MAX);
         let door = Door::default();
-        let mut outgoing: HashMap<ConnectionId, mpsc::Sender<ToMember>> = HashMap::new();
+        let mut outgoing: HashMap<ConnectionId, (SocketAddr, mpsc::Sender<ToMember>)> = HashMap::new();
         let mut tasks = JoinSet::new();
         let observers = Arc::new(Semaphore::new(watching::OBSERVERS_MAX));
         let mut connections = 0;
@@ -199,7 +205,7 @@ impl Server {
                 }
                 Some(input) = events.recv() => match input {
                     Input::Opened(connection, peer, sender) => {
-                        outgoing.insert(connection, sender);
+                        outgoing.insert(connection, (peer, sender));
                         Event::Connected(connection, peer.to_string())
                     }
                     // The door has logged it.
@@ -207,16 +213,34 @@ impl Server {
                         observe(refused);
                         continue;
                     }
+                    Input::Recorded(Ok(())) => Event::Recorded(Ok(())),
+                    Input::Recorded(Err(NotRecorded::Failed(reason))) => Event::Recorded(Err(reason)),
+                    #[cfg(feature = "etcd")]
+                    Input::Recorded(Err(NotRecorded::Deposed(reason))) => {
+                        ended = Some(reason);
+                        break;
+                    }
                     // What a connection says after it was closed counts for nothing.
                     Input::Event(Event::Received(connection, _)) if !outgoing.contains_key(&connection) => continue,
                     Input::Event(event) => event,
                 },
                 _ = ticks.tick() => Event::Tick,
+                // Members lose this controller as if it had died, and look for the next.
+                reason = deposed.told() => {
+                    ended = Some(reason);
+                    break;
+                }
                 Some(_) = tasks.join_next(), if !tasks.is_empty() => continue,
             };
             if let Event::Disconnected(connection, _) = &event {
                 outgoing.remove(connection);
             }
+            let joining = match &event {
+                Event::Received(connection, ToController::Join(join)) => {
+                    outgoing.get(connection).and_then(|(peer, _)| records.entry(join, *peer))
+                }
+                _ => None,
+            };
             controller.handle(event, start.elapsed(), &mut actions);
             // Carrying out an action can find a connection gone, which is an event in turn.
             let mut next = std::mem::take(&mut actions);
@@ -224,7 +248,7 @@ impl Server {
                 for action in next.drain(..) {
                     match action {
                         Action::Send(connection, message) => {
-                            let sent = outgoing.get(&connection).map(|sender| sender.try_send(message));
+                            let sent = outgoing.get(&connection).map(|(_, sender)| sender.try_send(message));
                             if let Some(Err(mpsc::error::TrySendError::Full(_))) = sent {
                                 outgoing.remove(&connection);
                                 let event =
@@ -233,15 +257,20 @@ impl Server {
                             }
                         }
                         Action::Close(connection) => drop(outgoing.remove(&connection)),
+                        // Heartbeats go on meanwhile.
                         Action::Record(commit) => {
-                            let recorded = record(&records, commit).await;
-                            controller.handle(Event::Recorded(recorded), start.elapsed(), &mut actions);
+                            let (records, events) = (records.clone(), events_in.clone());
+                            tasks.spawn(async move {
+                                let recorded = records.store(commit).await;
+                                let _ = events.send(Input::Recorded(recorded)).await;
+                            });
                         }
                         Action::Report(report) => {
-                            log::tell(&report);
+                            records.note(&report, joining.as_ref());
                             if let Report::Ended { reason } = &report {
                                 ended.clone_from(reason);
                             }
+                            log::tell(&report);
                             observe(report);
                         }
                     }
@@ -249,18 +278,19 @@ impl Server {
                 std::mem::swap(&mut next, &mut actions);
             }
         }
+        if !controller.has_ended() {
+            let reason = ended.clone();
+            log::tell(&Report::Ended { reason: reason.clone() });
+            observe(Report::Ended { reason });
+        }
         // Let the last messages leave.
         drop((outgoing, events, listener));
         let _ = timeout(LINGER_MAX, async { while tasks.join_next().await.is_some() {} }).await;
+        if controller.has_ended() {
+            records.finish(ended.as_deref()).await;
+        }
         ended
     }
-}
-
-/// Puts a decision on disk, off the threads that serve sockets. Without a file there is nothing to be done.
-async fn record(file: &Option<RecordFile>, commit: Commit) -> Result<(), String> {
-    let Some(file) = file.clone() else { return Ok(()) };
-    let stored = tokio::task::spawn_blocking(move || file.store(commit));
-    stored.await.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
 }
 
 /// The next connection, once there is room for one that has not proved itself.
@@ -281,118 +311,6 @@ async fn accept(listener: &TcpListener, door: &Door) -> (TcpStream, SocketAddr, 
 enum Input {
     Opened(ConnectionId, SocketAddr, mpsc::Sender<ToMember>),
     Refused(Report),
+    Recorded(Result<(), NotRecorded>),
     Event(Event),
-}
-
-/// What stands between a connection and the job.
-struct Entrance<'a> {
-    secret: &'a Secret,
-    transport: &'a Transport,
-    door: &'a Door,
-}
-
-struct Connection {
-    id: ConnectionId,
-    peer: SocketAddr,
-    events: mpsc::Sender<Input>,
-    /// Room for connections that only watch.
-    observers: Arc<Semaphore>,
-    /// From its proof to its join.
-    join_max: Duration,
-    /// Once it has joined.
-    frame_bytes_max: u32,
-}
-
-impl Connection {
-    async fn serve(self, stream: TcpStream, entrance: Entrance<'_>, mut place: Place) {
-        let Entrance { secret, transport, door } = entrance;
-        let proved = async {
-            let mut stream = transport.accept(stream, self.peer).await?;
-            handshake::accept(&mut stream, self.peer, secret).await.map_err(transport::explained)?;
-            Ok::<_, RendezvousError>(stream)
-        };
-        let proved = tokio::select! {
-            proved = timeout(HANDSHAKE_MAX, proved) => proved,
-            () = place.turned_away() => {
-                let reason = "it had not proved itself, and others needed its place".to_owned();
-                return self.refused(door, Refusal::Bound, reason).await;
-            }
-        };
-        drop(place);
-        let mut stream = match proved {
-            Ok(Ok(stream)) => stream,
-            Ok(Err(error)) => return self.refused(door, Refusal::of(&error), error.to_string()).await,
-            Err(_) => {
-                let reason = format!("it did not prove itself within {HANDSHAKE_MAX:?}");
-                return self.refused(door, Refusal::Timeout, reason).await;
-            }
-        };
-        // A member opens and registers its memory before it joins, which takes time.
-        let first =
-            timeout(self.join_max, frame::read::<ToController>(&mut stream, self.peer, FRAME_BYTES_MAX));
-        let first = match first.await {
-            Ok(Ok(Some(message))) => message,
-            Ok(Ok(None)) => return tracing::debug!(peer = %self.peer, "closed before it joined"),
-            Ok(Err(error)) => return self.refused(door, Refusal::of(&error), error.to_string()).await,
-            Err(_) => {
-                let reason = format!("it did not join within {:?}", self.join_max);
-                return self.refused(door, Refusal::Timeout, reason).await;
-            }
-        };
-        if first == ToController::Status {
-            return self.watch(&mut stream, door).await;
-        }
-        let (sender, outgoing) = mpsc::channel(OUTGOING_MAX);
-        let (mut read_half, write_half) = tokio::io::split(stream);
-        let _ = self.events.send(Input::Opened(self.id, self.peer, sender)).await;
-        let _ = self.events.send(Input::Event(Event::Received(self.id, first))).await;
-        let read = async {
-            loop {
-                match frame::read(&mut read_half, self.peer, self.frame_bytes_max).await {
-                    Ok(Some(message)) => {
-                        let event = Input::Event(Event::Received(self.id, message));
-                        if self.events.send(event).await.is_err() {
-                            // The job is over; keep reading so that the last message is not lost to a reset.
-                            std::future::pending::<()>().await;
-                        }
-                    }
-                    Ok(None) => break "closed".to_owned(),
-                    Err(error) => break error.to_string(),
-                }
-            }
-        };
-        let reason = tokio::select! {
-            reason = read => reason,
-            reason = send_all(write_half, outgoing, self.peer) => reason,
-        };
-        let _ = self.events.send(Input::Event(Event::Disconnected(self.id, reason))).await;
-        // Closing a socket with unread bytes resets it, and a reset can overtake our last message.
-        let mut sink = [0; 1024];
-        let drain = async { while matches!(read_half.read(&mut sink).await, Ok(1..)) {} };
-        let _ = timeout(LINGER_MAX, drain).await;
-    }
-
-    /// Tells whoever watches that this connection was not let in.
-    async fn refused(&self, door: &Door, refusal: Refusal, reason: String) {
-        door.tell(self.peer, refusal, &reason);
-        let peer = self.peer.to_string();
-        let _ = self.events.send(Input::Refused(Report::Refused { peer, refusal, reason })).await;
-    }
-}
-
-/// Sends what comes until the controller closes the queue or the socket fails.
-async fn send_all(
-    mut to: impl tokio::io::AsyncWrite + Unpin,
-    mut outgoing: mpsc::Receiver<ToMember>,
-    peer: SocketAddr,
-) -> String {
-    while let Some(message) = outgoing.recv().await {
-        if let Err(error) = frame::write(&mut to, &message, peer, FRAME_BYTES_MAX).await {
-            return error.to_string();
-        }
-    }
-    match to.shutdown().await {
-        Ok(()) => "closed by the controller".into(),
-        Err(error) => io::Error::to_string(&error),
-    }
 }

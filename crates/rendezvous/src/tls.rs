@@ -228,7 +228,10 @@ fn check_own(
     }
 }
 
-fn certificates(file: &Path, what: &'static str) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
+pub(crate) fn certificates(
+    file: &Path,
+    what: &'static str,
+) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
     let read = CertificateDer::pem_file_iter(file).and_then(Iterator::collect::<Result<Vec<_>, _>>);
     match read {
         Ok(found) if found.is_empty() => Err(IdentityError::Missing { what, file: file.into() }),
@@ -249,12 +252,12 @@ fn malformed(what: &'static str, file: &Path, error: &dyn std::fmt::Display) -> 
     IdentityError::Malformed { what, file: file.into(), reason: error.to_string() }
 }
 
-fn server_name(name: &str) -> Result<ServerName<'static>, IdentityError> {
+pub(crate) fn server_name(name: &str) -> Result<ServerName<'static>, IdentityError> {
     ServerName::try_from(name.to_owned()).map_err(|_| IdentityError::Name(name.to_owned()))
 }
 
 /// The host of `host:port` or `[v6]:port`.
-fn host_of(address: &str) -> &str {
+pub(crate) fn host_of(address: &str) -> &str {
     let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
     host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
 }

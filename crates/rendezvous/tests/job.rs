@@ -72,8 +72,14 @@ fn join(member: Rank) -> ToController {
 
 async fn connect(server: &ServerHandle, secret: Secret) -> Result<Client, RendezvousError> {
     let controller = server.local_addr().to_string();
-    Client::connect(ClientConfig { controller, secret, transport: Transport::tcp(), deadline: DEADLINE })
-        .await
+    Client::connect(ClientConfig {
+        controller,
+        job: rendezvous::JOB_DEFAULT.into(),
+        secret,
+        transport: Transport::tcp(),
+        deadline: DEADLINE,
+    })
+    .await
 }
 
 /// A member that is ready, with the digest of its plan.
@@ -259,8 +265,13 @@ async fn another_protocol_version_is_named_on_both_sides() {
         stream.write_all(&hello).await.unwrap();
         let _ = stream.read_to_end(&mut Vec::new()).await;
     });
-    let config =
-        ClientConfig { controller, secret: Secret::none(), transport: Transport::tcp(), deadline: DEADLINE };
+    let config = ClientConfig {
+        controller,
+        job: rendezvous::JOB_DEFAULT.into(),
+        secret: Secret::none(),
+        transport: Transport::tcp(),
+        deadline: DEADLINE,
+    };
     let error = Client::connect(config).await.map(drop).unwrap_err();
     assert!(matches!(error, RendezvousError::ProtocolVersion { theirs: 99, .. }), "{error}");
     answer.await.unwrap();
@@ -272,7 +283,13 @@ async fn a_controller_that_is_not_there_is_an_error_at_the_deadline() {
     let controller = listener.local_addr().unwrap().to_string();
     drop(listener);
     let deadline = Duration::from_millis(200);
-    let config = ClientConfig { controller, secret: Secret::none(), transport: Transport::tcp(), deadline };
+    let config = ClientConfig {
+        controller,
+        job: rendezvous::JOB_DEFAULT.into(),
+        secret: Secret::none(),
+        transport: Transport::tcp(),
+        deadline,
+    };
     let error = Client::connect(config).await.map(drop).unwrap_err();
     assert!(matches!(error, RendezvousError::Unreachable { .. }), "{error}");
 }

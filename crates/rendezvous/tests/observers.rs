@@ -28,7 +28,13 @@ async fn serve(secret: &str) -> (ServerHandle, Reports) {
 
 fn client(server: &ServerHandle, secret: &str) -> ClientConfig {
     let controller = server.local_addr().to_string();
-    ClientConfig { controller, secret: Secret::new(secret), transport: Transport::tcp(), deadline: DEADLINE }
+    ClientConfig {
+        controller,
+        job: rendezvous::JOB_DEFAULT.into(),
+        secret: Secret::new(secret),
+        transport: Transport::tcp(),
+        deadline: DEADLINE,
+    }
 }
 
 async fn observer(server: &ServerHandle, secret: &str) -> Result<Observer, RendezvousError> {

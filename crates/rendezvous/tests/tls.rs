@@ -89,7 +89,14 @@ async fn connect(
 ) -> Result<Client, RendezvousError> {
     let controller = format!("localhost:{}", server.local_addr().port());
     let deadline = Duration::from_secs(3);
-    Client::connect(ClientConfig { controller, secret: Secret::new(secret), transport, deadline }).await
+    Client::connect(ClientConfig {
+        controller,
+        job: rendezvous::JOB_DEFAULT.into(),
+        secret: Secret::new(secret),
+        transport,
+        deadline,
+    })
+    .await
 }
 
 fn refusal(result: Result<Client, RendezvousError>) -> String {

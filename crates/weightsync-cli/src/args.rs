@@ -34,6 +34,8 @@ pub(crate) use rank::RankArgs;
                        Environment:\n  LIBFABRIC_SO       the libfabric.so.1 to open, before the system's\n  \
                        WEIGHTSYNC_SECRET  the job's secret, where --secret-file is not given\n  \
                        WEIGHTSYNC_TLS_CA, _CERT, _KEY and _NAME: as --tls-ca and so on\n  \
+                       WEIGHTSYNC_RENDEZVOUS: as controller --rendezvous, push --controller and status ADDR; with\n                     \
+                       WEIGHTSYNC_ETCD_USER and _PASSWORD, and for etcds:// WEIGHTSYNC_ETCD_CA, _CERT and _KEY\n  \
                        LOCAL_RANK, LOCAL_WORLD_SIZE and those of Open MPI and Slurm: see push --local-rank\n  \
                        RANK, WORLD_SIZE, MASTER_ADDR and those of MPI and Slurm: see push --rank and --controller\n  \
                        WEIGHTSYNC_LOG     what to log to standard error, for example info or rendezvous=debug [default: \
@@ -221,6 +223,14 @@ pub(crate) struct ControllerArgs {
     /// Where to listen, HOST:PORT; port 0 takes a free one and says which
     #[arg(long, default_value = "127.0.0.1:7070", value_name = "ADDR")]
     pub(crate) listen: String,
+    /// Record commits in etcd, at etcd://HOST:2379/PREFIX, and let ranks find the controller there: one that finds another in
+    /// charge stands by, and takes over when that one is gone. See docs/several-hosts.md for passwords and TLS
+    #[arg(long, value_name = "URL", conflicts_with = "record", env = access::RENDEZVOUS_VARIABLE, hide_env_values = true)]
+    pub(crate) rendezvous: Option<String>,
+    /// Where ranks reach this controller, HOST:PORT, for --rendezvous; port 0 is the one on which it listens [default: the
+    /// address of --listen, if it is one]
+    #[arg(long, value_name = "ADDR", requires = "rendezvous")]
+    pub(crate) advertise: Option<String>,
     #[command(flatten)]
     pub(crate) job: JobArgs,
     #[command(flatten)]

@@ -314,6 +314,7 @@ fn pretend(cluster: &Cluster, endpoint: &Endpoint) -> thread::JoinHandle<String>
     };
     let config = ClientConfig {
         controller: cluster.address.clone(),
+        job: weightsync::JOB_DEFAULT.into(),
         secret: Secret::none(),
         transport: Transport::tcp(),
         deadline,

@@ -14,7 +14,8 @@ pub const WATERMARK_BYTES_DEFAULT: u64 = 256 << 20;
 /// What a rank needs to know to take part in a job. [`SessionConfig::new`] fills in the rest.
 #[derive(Debug, Clone)]
 pub struct SessionConfig {
-    /// The controller's `host:port`.
+    /// The controller's `host:port`; or, with the feature `etcd`, where in etcd it says where it is: `etcd://host:2379/prefix`.
+    /// [`rendezvous::Record::Etcd`] tells where user, password and certificates come from.
     pub controller: String,
     /// The job's name, the controller's too.
     pub job: String,
@@ -91,6 +92,7 @@ impl SessionConfig {
     pub(crate) fn client(&self) -> ClientConfig {
         ClientConfig {
             controller: self.controller.clone(),
+            job: self.job.clone(),
             secret: self.secret.clone(),
             transport: self.transport.clone(),
             deadline: self.deadline,

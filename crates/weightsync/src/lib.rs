@@ -29,8 +29,9 @@ pub use inference::{Inference, InferenceSession, ParamId, Served};
 pub use rendezvous::controller::{Cause, ControllerConfig, Report, Stage};
 pub use rendezvous::status;
 pub use rendezvous::{
-    ClientConfig, DEADLINE_DEFAULT, DEADLINE_RANGE, JOB_DEFAULT, Observer, OnLoss, PROTOCOL_VERSION, Refusal,
-    RendezvousError, Secret, Server as Controller, ServerConfig, ServerHandle, Transport, Verify, World,
+    ClientConfig, DEADLINE_DEFAULT, DEADLINE_RANGE, JOB_DEFAULT, Observer, OnLoss, PROTOCOL_VERSION, Record,
+    Refusal, RendezvousError, Secret, Server as Controller, ServerConfig, ServerHandle, Transport, Verify,
+    World,
 };
 #[cfg(feature = "tls")]
 pub use rendezvous::{Identity, IdentityError};

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use weightsync::{
-    Controller, DType, Error, Fabric, Inference, InferenceSession, OnLoss, ParamId, ParamMap, Rank, Report,
-    Served, ServerConfig, ServerHandle, SessionConfig, TensorId, TensorSpec, Trainer, TrainerSession, World,
+    Controller, DType, Error, Fabric, Inference, InferenceSession, OnLoss, ParamId, ParamMap, Rank, Record,
+    Report, Served, ServerConfig, ServerHandle, SessionConfig, TensorId, TensorSpec, Trainer, TrainerSession,
+    World,
 };
 use xfer_plan::{ReceiverRank, TensorBox};
 
@@ -29,7 +30,7 @@ impl Job {
         let mut config = ServerConfig::loopback(WORLD).unwrap();
         config.controller.deadline = DEADLINE;
         config.controller.on_loss = on_loss;
-        config.record = record;
+        config.record = record.map_or(Record::Nowhere, Record::File);
         let server = Controller::bind(config.clone()).await.unwrap();
         config.listen = server.local_addr().to_string();
         let (count, joined) = watch::channel(0);

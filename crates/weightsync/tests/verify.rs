@@ -40,7 +40,13 @@ impl Gate {
     async fn join(config: SessionConfig) -> Gate {
         let SessionConfig { controller, job, world, rank, secret, deadline, .. } = config;
         let member = Rank::Trainer(TrainerRank(rank));
-        let client = ClientConfig { controller, secret, transport: Transport::tcp(), deadline };
+        let client = ClientConfig {
+            controller,
+            job: weightsync::JOB_DEFAULT.into(),
+            secret,
+            transport: Transport::tcp(),
+            deadline,
+        };
         let client = Client::connect(client).await.unwrap();
         let rails = vec![RailDecl { bytes_per_second: 1000 }];
         let manifest =

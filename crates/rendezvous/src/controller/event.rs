@@ -39,6 +39,16 @@ pub enum Action {
 /// What an observer of the job sees.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Report {
+    /// Another controller is in charge of the job: this one takes over when that one is gone.
+    StandingBy {
+        /// Where that one listens.
+        holder: String,
+    },
+    /// This controller is in charge of the job, where others could have been.
+    InCharge {
+        /// The version that an earlier one recorded last.
+        version: Option<u64>,
+    },
     /// A member joined.
     Joined(Rank),
     /// A member left in good order.

@@ -8,6 +8,8 @@ use crate::controller::Report;
 /// Logs a report.
 pub(super) fn tell(report: &Report) {
     match report {
+        Report::StandingBy { holder } => tracing::info!(holder, "standing by"),
+        Report::InCharge { version } => tracing::info!(version, "in charge"),
         Report::Joined(rank) => tracing::debug!(%rank, "joined"),
         Report::Left(rank) => tracing::debug!(%rank, "left"),
         Report::Lost { rank, reason } => tracing::warn!(%rank, reason, "lost a rank"),

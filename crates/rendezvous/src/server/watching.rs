@@ -10,7 +10,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
-use super::{Connection, Input};
+use super::Input;
+use super::connection::Connection;
 use crate::controller::Event;
 use crate::door::Door;
 use crate::frame;

@@ -11,6 +11,9 @@ use weightsync::{Identity, Secret, Transport};
 /// The secret's environment variable.
 pub(crate) const SECRET_VARIABLE: &str = "WEIGHTSYNC_SECRET";
 
+/// Where in etcd the controller says where it is.
+pub(super) const RENDEZVOUS_VARIABLE: &str = "WEIGHTSYNC_RENDEZVOUS";
+
 const CA_VARIABLE: &str = "WEIGHTSYNC_TLS_CA";
 const CERT_VARIABLE: &str = "WEIGHTSYNC_TLS_CERT";
 const KEY_VARIABLE: &str = "WEIGHTSYNC_TLS_KEY";

@@ -8,6 +8,7 @@ use weightsync::ClientConfig;
 use weightsync::metrics::{Metrics, MetricsEndpoint};
 
 use super::AccessArgs;
+use super::access::RENDEZVOUS_VARIABLE;
 
 /// How to log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -50,9 +51,12 @@ fn address(text: &str) -> Result<String, String> {
 
 #[derive(Args)]
 pub(crate) struct StatusArgs {
-    /// The controller's HOST:PORT
-    #[arg(value_name = "ADDR")]
+    /// The controller's HOST:PORT, or where in etcd it says where it is: etcd://HOST:2379/PREFIX
+    #[arg(value_name = "ADDR", env = RENDEZVOUS_VARIABLE, hide_env_values = true)]
     pub(crate) controller: String,
+    /// The job's name, by which etcd knows it
+    #[arg(long, default_value = weightsync::JOB_DEFAULT)]
+    job: String,
     #[command(flatten)]
     access: AccessArgs,
     /// What the controller's certificate is for, where that is not the host of ADDR
@@ -70,10 +74,15 @@ pub(crate) struct StatusArgs {
 }
 
 impl StatusArgs {
+    /// What was asked for, as it may be shown: an address of etcd with a password is refused, and not repeated.
+    pub(crate) fn asked(&self) -> &str {
+        self.controller.rsplit_once('@').map_or(&self.controller, |(_, rest)| rest)
+    }
+
     pub(crate) fn client(&self) -> anyhow::Result<ClientConfig> {
-        let (secret, controller) = (self.access.secret()?, self.controller.clone());
+        let (secret, controller, job) = (self.access.secret()?, self.controller.clone(), self.job.clone());
         let transport = self.access.transport(self.tls_name.as_deref())?;
-        Ok(ClientConfig { controller, secret, transport, deadline: self.timeout })
+        Ok(ClientConfig { controller, job, secret, transport, deadline: self.timeout })
     }
 }
 

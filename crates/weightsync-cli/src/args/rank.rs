@@ -8,16 +8,16 @@ use clap::Args;
 use topology::CpuSet;
 use weightsync::SessionConfig;
 
-use super::access::NAME_VARIABLE;
+use super::access::{NAME_VARIABLE, RENDEZVOUS_VARIABLE};
 use super::local_rank::{self, LocalRank};
 use super::{JobArgs, MetricsArgs, RailArgs};
 
 /// Which rank of a job, where it runs and what it loads.
 #[derive(Args, Clone)]
 pub(crate) struct RankArgs {
-    /// The controller's HOST:PORT [default: port 7070 of MASTER_ADDR, of SLURM_LAUNCH_NODE_IPADDR or of the first in
-    /// SLURM_STEP_NODELIST, if one is set]
-    #[arg(long, value_name = "ADDR")]
+    /// The controller's HOST:PORT, or where in etcd it says where it is: etcd://HOST:2379/PREFIX [default: port 7070 of
+    /// MASTER_ADDR, of SLURM_LAUNCH_NODE_IPADDR or of the first in SLURM_STEP_NODELIST, if one is set]
+    #[arg(long, visible_alias = "rendezvous", value_name = "ADDR", env = RENDEZVOUS_VARIABLE, hide_env_values = true)]
     pub(crate) controller: String,
     /// This rank, counted from 0 on its side [default: from RANK, OMPI_COMM_WORLD_RANK, PMI_RANK or SLURM_PROCID, the nearest
     /// launcher first; and the number of ranks on this side from WORLD_SIZE and so on]

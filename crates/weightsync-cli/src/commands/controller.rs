@@ -3,7 +3,7 @@
 use anyhow::bail;
 use serde_json::json;
 use weightsync::metrics::Metrics;
-use weightsync::{Controller, Report, ServerConfig};
+use weightsync::{Controller, Record, Report, ServerConfig};
 
 use crate::args::ControllerArgs;
 use crate::say::say;
@@ -12,12 +12,18 @@ use crate::table::{bytes_text, seconds_text};
 pub(crate) async fn run(args: ControllerArgs) -> anyhow::Result<()> {
     let world = args.job.world();
     let secret = args.job.access.secret()?;
+    // A variable that is set to nothing is not set.
+    let record = match (args.record, args.rendezvous.filter(|url| !url.is_empty())) {
+        (_, Some(url)) => Record::Etcd { url, advertise: args.advertise },
+        (Some(path), None) => Record::File(path),
+        (None, None) => Record::Nowhere,
+    };
     let mut server = ServerConfig {
         listen: args.listen,
         secret,
         transport: args.job.access.transport(None)?,
         insecure: args.insecure,
-        record: args.record,
+        record,
         ..ServerConfig::loopback(world)?
     };
     server.controller.job = args.job.job;
@@ -56,6 +62,8 @@ fn print(report: &Report, json: bool) {
 /// One object per event, with the same facts as the text.
 pub(crate) fn as_json(report: &Report) -> serde_json::Value {
     match report {
+        Report::StandingBy { holder } => json!({ "event": "standing_by", "holder": holder }),
+        Report::InCharge { version } => json!({ "event": "in_charge", "version": version }),
         Report::Joined(member) => json!({ "event": "joined", "rank": member.to_string() }),
         Report::Left(member) => json!({ "event": "left", "rank": member.to_string() }),
         Report::Lost { rank, reason } => {
@@ -98,6 +106,13 @@ pub(crate) fn as_json(report: &Report) -> serde_json::Value {
 
 fn as_text(report: &Report) -> Option<String> {
     Some(match report {
+        Report::StandingBy { holder } => {
+            format!("standing by: the controller at {holder} is in charge")
+        }
+        Report::InCharge { version: None } => "in charge: nothing was committed before".into(),
+        Report::InCharge { version: Some(version) } => {
+            format!("in charge: version {version} was committed last")
+        }
         Report::Joined(member) => format!("{member} joined"),
         Report::Left(member) => format!("{member} left"),
         Report::Regrouping { reason } => format!("everybody joins again: {reason}"),

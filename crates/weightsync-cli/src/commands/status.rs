@@ -22,7 +22,7 @@ const REDRAW: Duration = Duration::from_millis(500);
 const WIDTH_DEFAULT: usize = 80;
 
 pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
-    let who = || format!("controller {}", args.controller);
+    let who = || format!("controller {}", args.asked());
     let mut observer = Observer::connect(args.client()?).await.with_context(who)?;
     let term = Term::stdout();
     let live = term.is_term() && !args.once && !args.json;
@@ -33,7 +33,7 @@ pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
             say!("the job is over");
             return Ok(());
         };
-        let facts = Facts::new(&args.controller, status);
+        let facts = Facts::new(args.asked(), status);
         if args.json {
             say!("{}", serde_json::to_string(&facts)?);
             return Ok(());

@@ -76,6 +76,10 @@ impl ControllerMetrics {
     pub fn observe(&mut self, report: &Report) {
         let Self { families, joined } = self;
         match report {
+            // What an earlier one has committed.
+            Report::InCharge { version } => {
+                families.version.set(i64::try_from(version.unwrap_or(0)).unwrap_or(i64::MAX));
+            }
             Report::Joined(rank) => {
                 joined.insert(*rank);
                 self.count_members(*rank);
@@ -104,7 +108,7 @@ impl ControllerMetrics {
             Report::Aborted { cause, .. } => {
                 families.aborts.get_or_create(&OfReason { reason: cause.name() }).inc();
             }
-            Report::Started | Report::Pushing { .. } | Report::Ended { .. } => {}
+            Report::StandingBy { .. } | Report::Started | Report::Pushing { .. } | Report::Ended { .. } => {}
         }
     }
 

@@ -526,7 +526,10 @@ impl<'w> World<'w> {
             }
             Report::Ended { reason } => self.job_ended = Some(reason),
             Report::Aborted { .. } => self.tally.seen.aborts += 1,
-            Report::Joined(_)
+            // A simulated job has one.
+            Report::StandingBy { .. }
+            | Report::InCharge { .. }
+            | Report::Joined(_)
             | Report::Left(_)
             | Report::Lost { .. }
             | Report::Regrouping { .. }

@@ -57,6 +57,8 @@ pub(crate) struct Summed {
 pub(crate) struct Summing {
     summed: oneshot::Receiver<Option<Summed>>,
     alone: Arc<AtomicBool>,
+    /// Nobody wants it any more.
+    stopped: Arc<AtomicBool>,
 }
 
 impl Outgoing {
@@ -71,7 +73,8 @@ impl Outgoing {
         let (ops, names, progress, verify) = (ops.clone(), names.clone(), progress.clone(), *verify);
         let (reply, summed) = oneshot::channel::<Option<Summed>>();
         let alone = Arc::new(AtomicBool::new(false));
-        let rails_are_done = alone.clone();
+        let stopped = Arc::new(AtomicBool::new(false));
+        let (rails_are_done, is_stopped) = (alone.clone(), stopped.clone());
         tokio::task::spawn_blocking(move || {
             let covered = covered(verify, push, &names);
             let next = || {
@@ -79,14 +82,14 @@ impl Outgoing {
                     // A sign of life, too small to be seen among the bytes.
                     progress.fetch_add(1, Ordering::Relaxed);
                 }
-                !reply.is_closed()
+                !is_stopped.load(Ordering::Relaxed) && !reply.is_closed()
             };
             let summed = sum(&ops, &regions, &covered, next);
             // Before anybody takes the weights for free.
             drop(regions);
             drop(reply.send(summed));
         });
-        Summing { summed, alone }
+        Summing { summed, alone, stopped }
     }
 }
 
@@ -144,13 +147,11 @@ fn hash_sent(op: &Op, regions: &[Lease]) -> Option<u128> {
 
 impl Summing {
     /// Waits for the end, on a thread that may: the rails have delivered everything, or nothing further counts. `None` where
-    /// it does not, or where nothing could be hashed.
-    pub(crate) fn end(mut self, delivered: bool) -> Option<Summed> {
+    /// it does not, or where nothing could be hashed. In any case the weights are free then.
+    pub(crate) fn end(self, delivered: bool) -> Option<Summed> {
         let began = Instant::now();
         self.alone.store(true, Ordering::Relaxed);
-        if !delivered {
-            self.summed.close();
-        }
+        self.stopped.store(!delivered, Ordering::Relaxed);
         let mut summed = self.summed.blocking_recv().ok().flatten()?;
         summed.report.exposed_seconds = began.elapsed().as_secs_f64();
         Some(summed)

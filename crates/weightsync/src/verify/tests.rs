@@ -235,6 +235,33 @@ fn what_was_not_sent_or_not_read_is_not_verified() {
     assert!(stopped.is_err());
 }
 
+/// However far it was: whoever pushes again needs them.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_weights_are_free_when_hashing_has_ended() {
+    const BYTES: u64 = 32 << 20;
+    let job = Job {
+        trainers: 1,
+        receivers: 1,
+        matrices: vec![(1, BYTES, true)],
+        chunk_bytes: BYTES,
+        gather_row_bytes_max: 0,
+    };
+    let manifest = job.manifest();
+    let parts = plan(&manifest).unwrap().parts(&manifest).unwrap();
+    let names = Names::from([(ParamId(0), "w0".to_owned())]);
+    let outgoing = Outgoing::new(Verify::Full, &parts.trainers[0].ops, &names, Arc::default()).unwrap();
+    let mut weights = LeaseMut::zeroed(BYTES as usize).unwrap();
+    for delivered in [false, true] {
+        let lease = weights.freeze();
+        let summing = outgoing.start(PushId([1; 16]), vec![lease.clone()]);
+        // It may be stopped before it has begun, or in the middle.
+        tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+        let summed = tokio::task::spawn_blocking(move || summing.end(delivered)).await.unwrap();
+        assert!(summed.is_some() || !delivered);
+        weights = lease.thaw().unwrap();
+    }
+}
+
 #[test]
 fn a_list_that_is_not_what_arrives_is_refused() {
     let pushed = push(&small(), 5);

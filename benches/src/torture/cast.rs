@@ -183,6 +183,11 @@ impl Cast {
         pids.filter(|pid| !known(pid) && ours(pid)).collect()
     }
 
+    /// Whether its ranks reach each other over links of a lab.
+    pub(super) fn has_links(&self) -> bool {
+        self.lab.is_some()
+    }
+
     /// Sets the NIC of a link up or down.
     pub(super) fn set_link(&self, on_trainers: bool, link: u16, up: bool) -> anyhow::Result<()> {
         match &self.lab {

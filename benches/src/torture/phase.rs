@@ -288,7 +288,11 @@ impl Phase<'_> {
         let said = serde_json::from_str(&text).with_context(|| format!("{who} said '{text}'"))?;
         match (who, said) {
             (_, Said::Wrong { what }) => bail!("{who}: {what}"),
-            (_, Said::GaveUp { reason }) => {
+            // A NIC that is down cannot be opened anew. Nothing else ends a session that was once part of the job.
+            (_, Said::GaveUp { connected: true, reason }) if !self.cast.has_links() => {
+                bail!("{who} gave up: {reason}");
+            }
+            (_, Said::GaveUp { reason, .. }) => {
                 *self.tally.figures.gave_up.entry(format!("{}: {reason}", who.role())).or_default() += 1;
             }
             (Who::Inference(rank), Said::Served { version, bytes, looks }) => {

@@ -87,8 +87,8 @@ fn wrong(what: String) -> ! {
     std::process::exit(WRONG)
 }
 
-fn gave_up(error: &dyn std::fmt::Display) -> ! {
-    say(&Said::GaveUp { reason: error.to_string() });
+fn gave_up(connected: bool, error: &Error) -> ! {
+    say(&Said::GaveUp { connected, reason: error.to_string() });
     std::process::exit(1)
 }
 
@@ -126,7 +126,7 @@ pub(crate) fn trainer(part: &str) -> anyhow::Result<()> {
         let mut trainer = Trainer::new(part.session()?);
         let owned = weights::owned(part.rank);
         let ids = trainer.allocate(owned.into_iter().map(weights::spec).collect::<Result<_, _>>()?)?;
-        let mut session = trainer.connect().await.unwrap_or_else(|error| gave_up(&error));
+        let mut session = trainer.connect().await.unwrap_or_else(|error| gave_up(false, &error));
         say(&Said::Connected);
         let mut filled = 0;
         while session.committed() < last.load(Ordering::Relaxed) {
@@ -151,7 +151,7 @@ async fn push(session: &mut TrainerSession, version: u64) {
         Ok(report) => say(&Said::Pushed { version: report.version }),
         Err(Error::Unconfirmed { .. }) => say(&Said::Pushed { version }),
         Err(error) if error.may_be_tried_again() => say(&Said::Failed { version, reason: error.to_string() }),
-        Err(error) => gave_up(&error),
+        Err(error) => gave_up(true, &error),
     }
 }
 
@@ -167,7 +167,7 @@ pub(crate) fn inference(part: &str) -> anyhow::Result<()> {
             let (shape, map) = weights::param(tensor, part.rank)?;
             ids.push(inference.register(weights::name(tensor), DType::U8, &shape, map)?);
         }
-        let mut session = inference.connect().await.unwrap_or_else(|error| gave_up(&error));
+        let mut session = inference.connect().await.unwrap_or_else(|error| gave_up(false, &error));
         say(&Said::Connected);
         let place = |param: &xfer_plan::DestinationParam| Place {
             address: session.arena_ptr() as u64 + param.offset,
@@ -195,7 +195,7 @@ pub(crate) fn inference(part: &str) -> anyhow::Result<()> {
                 Err(Error::Finished { .. }) => break,
                 Err(Error::NotYet { .. } | Error::Aborted { .. }) => {}
                 Err(Error::Rendezvous(RendezvousError::Unreachable { .. })) => {}
-                Err(error) => gave_up(&error),
+                Err(error) => gave_up(true, &error),
             }
         }
         eye.close();
@@ -231,11 +231,8 @@ fn compare(
     was_committed(version, &part.record)?;
     *expected = Expected::new(version, part.rank);
     for (tensor, id) in tensors().zip(ids) {
-        let bytes = session
-            .params()
-            .get(tensor as usize)
-            .and_then(|param| param.bytes())
-            .context("no parameter")?;
+        let bytes =
+            session.params().get(tensor as usize).and_then(|param| param.bytes()).context("no parameter")?;
         let mut found = vec![0; bytes as usize];
         session.read(*id, 0, &mut found)?;
         expected.compare(tensor, &found).map_err(anyhow::Error::msg).context("what the session gives out")?;

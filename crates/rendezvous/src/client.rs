@@ -27,6 +27,9 @@ const QUEUE_MAX: usize = 64;
 /// Pause between attempts to reach a controller that is not up yet.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
 
+/// For who always hangs up.
+const CHECK: &str = "check the address and port, and that both sides or neither have TLS";
+
 /// How long a goodbye may take.
 const LINGER_MAX: Duration = Duration::from_secs(2);
 
@@ -184,8 +187,8 @@ impl Link {
         loop {
             let reason = match timeout_at(until, self.attempt(&mut reached)).await {
                 Ok(Err(RendezvousError::Unreachable { reason, .. })) => reason,
-                Ok(Err(RendezvousError::Io { source, .. })) if hung_up(&source) => {
-                    format!("it hung up during the handshake ({source}); its log may say why")
+                Ok(Err(RendezvousError::Io { source, .. })) if handshake::is_hang_up(&source) => {
+                    format!("it hung up during the handshake ({source}); its log may say why; {CHECK}")
                 }
                 Ok(done) => return done,
                 Err(_) => match reached {
@@ -224,11 +227,6 @@ impl Link {
         let ClientConfig { controller, deadline, .. } = &self.config;
         RendezvousError::Unreachable { address: controller.clone(), waited: *deadline, reason }
     }
-}
-
-fn hung_up(error: &io::Error) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
-    matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
 }
 
 fn lost(peer: SocketAddr, reason: &str) -> RendezvousError {

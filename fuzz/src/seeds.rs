@@ -14,7 +14,9 @@ mod hostile;
 #[path = "../../crates/xfer-plan/tests/scenario/mod.rs"]
 mod scenario;
 
-use rendezvous::{Checksum, Fence, Join, MemberManifest, PushId, ToController, ToMember, World};
+use rendezvous::{
+    Bank, Checksum, Commit, Fence, Holds, Join, MemberManifest, PushId, ToController, ToMember, World,
+};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use scenario::Choices;
@@ -49,35 +51,55 @@ fn main() -> io::Result<()> {
 fn messages(folder: &Path) -> io::Result<()> {
     let manifest = scenario::manifest(&mut Choices::new((0..200).collect()));
     let world = World { trainers: 1, inference: 1 };
-    let join = |member, manifest| {
+    let join = |member, manifest, holds| {
         let (job, deadline, endpoint) = ("default".to_owned(), Duration::from_secs(1), vec![1, 2, 3]);
-        ToController::Join(Box::new(Join { job, member, world, deadline, manifest, endpoint }))
+        ToController::Join(Box::new(Join {
+            job,
+            member,
+            world,
+            deadline,
+            manifest,
+            endpoint,
+            holds,
+            stages: false,
+        }))
     };
     let trainer = manifest.trainers.first().cloned().ok_or_else(|| io::Error::other("no trainer"))?;
     let receiver = manifest.receivers.first().cloned().ok_or_else(|| io::Error::other("no receiver"))?;
     let push = PushId([7; 16]);
     let fences = vec![Fence { at: ReceiverRank(0), rail: 1 }];
     let said = [
-        join(Rank::Trainer(TrainerRank(0)), MemberManifest::Trainer(trainer)),
-        join(Rank::Receiver(ReceiverRank(0)), MemberManifest::Inference(receiver)),
+        join(Rank::Trainer(TrainerRank(0)), MemberManifest::Trainer(trainer), Holds::Nothing),
+        join(Rank::Receiver(ReceiverRank(0)), MemberManifest::Inference(receiver.clone()), Holds::Nothing),
         ToController::Begin { version: 1 },
         ToController::Prepared { push },
         ToController::Written { push, bytes: 1, writes: 1, fences: fences.clone(), sums: Vec::new() },
         ToController::Failed { push, reason: "no".into(), fences },
         ToController::Heartbeat { progress: 5 },
         ToController::Leave { reason: Some("bye".into()) },
+        join(
+            Rank::Receiver(ReceiverRank(0)),
+            MemberManifest::Inference(receiver),
+            Holds::Undecided { attempt: Commit { version: 1, push }, serves: None },
+        ),
     ];
     let heard = [
         ToMember::Start,
-        ToMember::Prepare { push, version: 1, fence: vec![0] },
+        ToMember::Prepare { push, version: 1, fence: vec![0], bank: Bank::default() },
         ToMember::Verify { push, sums: vec![(ParamId(0), Checksum([3; 16]))] },
         ToMember::Done { push, version: 1, unconfirmed: vec![Rank::Receiver(ReceiverRank(0))] },
         ToMember::Abort { version: 1, reason: "no".into() },
+        ToMember::Regroup { reason: "inference 1 is back".into() },
     ];
+    // What the targets take before the frames: a policy, and control bytes.
+    let controls = |number: usize| [&[number as u8, 8][..], &[0, 0, 4, 130, 128, 1, 0, 40]].concat();
     for (seed, number) in (0..).zip(0..said.len()) {
-        write(&folder.join("controller"), seed, &frames(&said[..=number])?)?;
+        let bytes = [controls(number), frames(&said[..=number])?].concat();
+        write(&folder.join("controller"), seed, &bytes)?;
     }
-    write(&folder.join("member"), 0, &frames(&heard)?)?;
+    for kind in 0..4 {
+        write(&folder.join("member"), kind.into(), &[vec![kind, 3], frames(&heard)?].concat())?;
+    }
     // The first words of either side.
     let mut hello = b"wghtsync".to_vec();
     hello.extend(rendezvous::PROTOCOL_VERSION.to_le_bytes());

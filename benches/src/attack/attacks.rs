@@ -299,7 +299,7 @@ fn lie(number: u64) -> anyhow::Result<Join> {
     let rails = vec![RailDecl { bytes_per_second: u64::MAX }];
     let manifest = MemberManifest::Trainer(TrainerManifest { host: "h".into(), regions, rails, pieces });
     let deadline = Duration::from_secs(20);
-    Ok(Join { job, member, world, deadline, manifest, endpoint, holds: Holds::Nothing })
+    Ok(Join { job, member, world, deadline, manifest, endpoint, holds: Holds::Nothing, stages: false })
 }
 
 /// As many open files as this process may ask for.

@@ -299,6 +299,7 @@ mod tests {
             manifest,
             endpoint: Vec::new(),
             holds: Holds::Nothing,
+            stages: false,
         }))
     }
 

@@ -113,6 +113,8 @@ pub struct Join {
     pub endpoint: Vec<u8>,
     /// What its bytes are, which a rank that comes back knows and the controller may not.
     pub holds: Holds,
+    /// It serves the version before while the next one arrives; for observers.
+    pub stages: bool,
 }
 
 /// What the bytes of a rank are when it joins.

@@ -65,6 +65,7 @@ fn join(member: Rank) -> ToController {
         manifest,
         endpoint: member.to_string().into_bytes(),
         holds: Holds::Nothing,
+        stages: false,
     }))
 }
 

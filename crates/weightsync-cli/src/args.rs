@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use weightsync::{Fabric, OnLoss, PlanOptions, SessionConfig, Verify, World};
+use weightsync::{CommitMode, Fabric, OnLoss, PlanOptions, SessionConfig, Verify, World};
 
 use crate::commands::plan::args::PlanCommand;
 use crate::commands::simulate::args::SimulateArgs;
@@ -106,6 +106,9 @@ pub(crate) struct DemoArgs {
     pub(crate) plan: PlanArgs,
     #[command(flatten)]
     pub(crate) checksums: ChecksumArgs,
+    /// What a version does to the weights that are served meanwhile: in-place, staged or staged-copy (see `serve`)
+    #[arg(long, default_value_t = CommitMode::InPlace, value_name = "MODE")]
+    pub(crate) commit: CommitMode,
     #[command(flatten)]
     pub(crate) launch: LaunchArgs,
     #[command(flatten)]
@@ -267,6 +270,10 @@ pub(crate) struct PushArgs {
 pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub(crate) rank: RankArgs,
+    /// What a version does to the weights that are served meanwhile: in-place (written over them), staged (written beside them, and
+    /// takes their place) or staged-copy (written beside them, and copied over them)
+    #[arg(long, default_value_t = CommitMode::InPlace, value_name = "MODE")]
+    pub(crate) commit: CommitMode,
     /// Compare every byte of every version with a reference computed from the checkpoint, once it is committed
     #[arg(long)]
     pub(crate) verify: bool,

@@ -300,7 +300,8 @@ fn pretend(cluster: &Cluster, endpoint: &Endpoint) -> thread::JoinHandle<String>
     let (job, manifest) = ("default".to_owned(), MemberManifest::Inference(manifest));
     let deadline = Duration::from_secs(DEADLINE_SECONDS.parse().unwrap());
     let endpoint = postcard::to_stdvec(endpoint).unwrap();
-    let join = Join { job, member, world, deadline, manifest, endpoint, holds: Holds::Nothing };
+    let join =
+        Join { job, member, world, deadline, manifest, endpoint, holds: Holds::Nothing, stages: false };
     let config = ClientConfig {
         controller: cluster.address.clone(),
         secret: Secret::none(),

@@ -1,38 +1,167 @@
-//! The memory that holds an inference rank's weights.
+//! The memory that holds an inference rank's weights: one arena that versions are written into, or two.
+//!
+//! With two, what is served is never what is written to. Which is which changes at every commit, or stays, and the bytes are
+//! copied over.
+
+use std::fmt;
+use std::str::FromStr;
 
 use efa_core::{LeaseMut, Target};
 use xfer_exec::local::SharedFile;
 
 use crate::error::Error;
 
-/// Handles on one memory. All of it present: a file that peers on this host may map, or where none will, memory of this process alone.
+/// What a version does to the weights that an inference rank serves meanwhile.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum CommitMode {
+    /// It is written over them: they are of no version from the beginning of a push to its commit, and after a push that
+    /// failed. One arena.
+    #[default]
+    InPlace,
+    /// It is written beside them, and takes their place at the commit: the address of the weights changes. Two arenas.
+    Staged,
+    /// It is written beside them, and copied over them at the commit: their address stays. Two arenas.
+    StagedCopy,
+}
+
+impl CommitMode {
+    /// Every mode and its name.
+    pub const ALL: [(Self, &'static str); 3] =
+        [(Self::InPlace, "in-place"), (Self::Staged, "staged"), (Self::StagedCopy, "staged-copy")];
+
+    /// Whether what is served stays whole during a push.
+    pub(crate) fn stages(self) -> bool {
+        self != Self::InPlace
+    }
+}
+
+impl fmt::Display for CommitMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = Self::ALL.iter().find(|(mode, _)| mode == self).map_or("?", |(_, name)| name);
+        f.write_str(name)
+    }
+}
+
+impl FromStr for CommitMode {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.iter().find(|(_, known)| *known == name).map(|(mode, _)| *mode);
+        found.ok_or_else(|| {
+            format!("unknown commit mode '{name}'; choose one of in-place, staged, staged-copy")
+        })
+    }
+}
+
+/// Handles on one memory. All of it present: a file that peers on this host may map, or where none will, memory of this
+/// process alone.
 #[derive(Clone)]
-pub(crate) struct Arena {
-    pub(crate) target: Target,
-    pub(crate) file: Option<SharedFile>,
+struct Arena {
+    target: Target,
+    file: Option<SharedFile>,
 }
 
 impl Arena {
-    /// `bytes` zero bytes. Blocks: the kernel takes its time to find and clear so much memory.
-    pub(crate) fn new(bytes: u64, shared: bool) -> Result<Self, Error> {
-        let no_memory = |reason: String| Error::Memory { what: "the weights", reason };
+    fn new(bytes: u64, shared: bool) -> Result<Self, Error> {
         if shared {
-            let made = SharedFile::create(bytes).map_err(|error| no_memory(error.to_string()))?;
-            return Ok(Self { target: made.0, file: Some(made.1) });
+            let (target, file) = SharedFile::create(bytes).map_err(|error| no_memory(error.to_string()))?;
+            return Ok(Self { target, file: Some(file) });
         }
         let too_long = |_| no_memory(format!("{bytes} bytes do not fit this machine's addresses"));
         let len = usize::try_from(bytes).map_err(too_long)?;
         let lease = LeaseMut::committed(len).map_err(|error| no_memory(error.to_string()))?;
         Ok(Self { target: lease.expose(), file: None })
     }
+}
 
-    /// Puts memory where it is that nobody else has mapped: a process that was stopped in the middle of a copy would go on with
-    /// it when it wakes. What is there is lost.
-    pub(crate) fn renew(&mut self) -> Result<(), Error> {
-        let no_memory = |reason: String| Error::Memory { what: "the weights", reason };
-        match &mut self.file {
-            Some(file) => file.renew(&self.target).map_err(|error| no_memory(error.to_string())),
-            None => Ok(()),
+fn no_memory(reason: String) -> Error {
+    Error::Memory { what: "the weights", reason }
+}
+
+/// Handles on the arenas of a rank.
+#[derive(Clone)]
+pub(crate) struct Arenas {
+    mode: CommitMode,
+    all: Vec<Arena>,
+    /// Which is served.
+    served: usize,
+    /// Which were told to the trainers, and in this order.
+    exposed: Vec<usize>,
+    /// Which was last written to by a push that has not been committed: who was stopped in the middle of a copy into it may go
+    /// on with that.
+    soiled: Option<usize>,
+}
+
+impl Arenas {
+    /// Of `bytes` zero bytes each. Blocks: the kernel takes its time to find and clear so much memory.
+    pub(crate) fn new(mode: CommitMode, bytes: u64, shared: bool) -> Result<Self, Error> {
+        let count = if mode.stages() { 2 } else { 1 };
+        let all = (0..count).map(|_| Arena::new(bytes, shared)).collect::<Result<_, _>>()?;
+        Ok(Self { mode, all, served: 0, exposed: Vec::new(), soiled: None })
+    }
+
+    /// What is served.
+    pub(crate) fn served(&self) -> &Target {
+        &self.all[self.served].target
+    }
+
+    /// Whether somebody may still write to an arena that has to be told anew.
+    pub(crate) fn is_soiled(&self) -> bool {
+        self.soiled.is_some_and(|at| self.all[at].file.is_some())
+    }
+
+    /// Whether the arenas that are told to trainers are two.
+    pub(crate) fn has_banks(&self) -> bool {
+        self.mode == CommitMode::Staged
+    }
+
+    /// Puts memory in the place of a soiled arena that nobody else has mapped. What was there is lost. Blocks as
+    /// [`Arenas::new`] does.
+    pub(crate) fn renew(mut self) -> Result<Self, Error> {
+        if let Some(Arena { target, file: Some(file) }) = self.soiled.map(|at| &mut self.all[at]) {
+            file.renew(target).map_err(|error| no_memory(error.to_string()))?;
         }
+        self.soiled = None;
+        Ok(self)
+    }
+
+    /// Which arenas trainers are told of, from now on; with the files by which peers on this host reach them.
+    pub(crate) fn expose(&mut self) -> (Vec<Target>, Option<Vec<SharedFile>>) {
+        let other = self.all.len() - 1 - self.served;
+        self.exposed = match self.mode {
+            CommitMode::InPlace => vec![self.served],
+            CommitMode::Staged => vec![other, self.served],
+            CommitMode::StagedCopy => vec![other],
+        };
+        let exposed = || self.exposed.iter().map(|at| &self.all[*at]);
+        (
+            exposed().map(|arena| arena.target.clone()).collect(),
+            exposed().map(|arena| arena.file.clone()).collect(),
+        )
+    }
+
+    /// A push to this bank begins. Ranks that expose one arena take no notice of banks.
+    pub(crate) fn begin(&mut self, bank: usize) {
+        self.soiled = self.exposed.get(bank).or(self.exposed.first()).copied();
+    }
+
+    /// What the present push is written to.
+    pub(crate) fn written(&self) -> &Target {
+        &self.all[self.soiled.unwrap_or(self.served)].target
+    }
+
+    /// The present push is committed, and what is served is what it wrote. Blocks for a copy, in the mode that has one.
+    pub(crate) fn commit(mut self) -> Self {
+        if let Some(written) = self.soiled.take() {
+            match self.mode {
+                CommitMode::InPlace | CommitMode::Staged => self.served = written,
+                CommitMode::StagedCopy => {
+                    // They are as long as each other.
+                    let copied = self.all[written].target.copy_to(&self.all[self.served].target);
+                    debug_assert!(copied.is_ok());
+                }
+            }
+        }
+        self
     }
 }

@@ -86,8 +86,12 @@ impl Connecting {
         let peers = decode_peers(&planned.peers)?;
         let busy_poll = fabric::a_core_each(&self.endpoint.host, &peers);
         let (mut by_fabric, mut by_memory) = (BTreeMap::new(), BTreeMap::new());
-        for (member, peer) in planned.peers.iter().map(|peer| peer.member).zip(peers) {
-            let Rank::Receiver(to) = member else { continue };
+        let mut banks = Vec::new();
+        for (Peer { member, turned, .. }, peer) in planned.peers.iter().zip(peers) {
+            let Rank::Receiver(to) = *member else { continue };
+            if peer.stages {
+                banks.push((to, *turned));
+            }
             match self.choose(to, peer, until)? {
                 Way::Local(attached, bytes) => drop(by_memory.insert(to, (attached, bytes))),
                 Way::Fabric(rails) => drop(by_fabric.insert(to, rails)),
@@ -109,7 +113,10 @@ impl Connecting {
         let limits = RankLimits { region_bytes, slot_bytes, transforms: false };
         // Without transforms, what is sent is what stands at the source.
         let outgoing = Outgoing::new(planned.verify, &plan.ops, &names, progress.clone());
-        let program = Program::new(plan, names, &limits, routes)?;
+        let mut program = Program::new(plan, names, &limits, routes)?;
+        for (to, turned) in banks {
+            program = program.with_banks(to, turned)?;
+        }
         let stall = deadline / STALL_DIVISOR;
         let driver = DriverConfig { program, rails, staging, slot_bytes, deadline, stall };
         let thread = ThreadConfig { name: rank.to_string(), busy_poll, cpus: config.cpus, progress };

@@ -24,6 +24,8 @@ pub(crate) struct Endpoint {
     pub(crate) rails: Vec<RailEndpoint>,
     /// Its shared memory.
     pub(crate) local: Option<LocalEndpoint>,
+    /// Its regions are two arenas, the one that it does not serve first: versions are written to them in turns.
+    pub(crate) stages: bool,
 }
 
 #[derive(Clone, Serialize, Deserialize)]

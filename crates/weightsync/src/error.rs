@@ -113,6 +113,14 @@ pub enum Error {
         "this session has ended, by a push that was given up half way or by an error before; connect a new one"
     )]
     Broken,
+    /// The engine could not follow a commit.
+    #[error("version {version} is committed, but the engine cannot serve it: {reason}")]
+    Hook {
+        /// The version.
+        version: u64,
+        /// What the hook said.
+        reason: String,
+    },
     /// A read outside a parameter.
     #[error("{bytes} bytes at {offset} are outside {name}, which has {len}")]
     Range {

@@ -1,15 +1,16 @@
 //! The inference side: declare the parameters that this rank serves and how each is made of source tensors, connect,
 //! then take version after version.
 //!
-//! The weights are written in place by the trainers, so they are of no version between a push's beginning and its
-//! commit. A session says so ([`Served::Torn`]) and gives out no bytes meanwhile.
+//! What a version does to the weights that are served is chosen ([`CommitMode`]). Written in place they are of no version between
+//! a push's beginning and its commit; a session says so ([`Served::Torn`]) and gives out no bytes meanwhile.
 
 pub use rendezvous::member::Served;
 use xfer_plan::{DType, DestinationParam, ParamMap, RegionIndex};
 
-use crate::arena::Arena;
+use crate::arena::{Arenas, CommitMode};
 use crate::config::SessionConfig;
 use crate::error::Error;
+use crate::hooks::Hooks;
 
 mod joining;
 mod session;
@@ -25,12 +26,27 @@ pub struct Inference {
     config: SessionConfig,
     params: Vec<DestinationParam>,
     bytes: u64,
+    mode: CommitMode,
+    hooks: Hooks,
 }
 
 impl Inference {
     /// An inference rank that serves nothing yet.
     pub fn new(config: SessionConfig) -> Self {
-        Self { config, params: Vec::new(), bytes: 0 }
+        let (mode, hooks) = (CommitMode::default(), Hooks::default());
+        Self { config, params: Vec::new(), bytes: 0, mode, hooks }
+    }
+
+    /// Chooses what a version does to the weights that are served meanwhile.
+    pub fn commit_mode(&mut self, mode: CommitMode) -> &mut Self {
+        self.mode = mode;
+        self
+    }
+
+    /// What the engine does around versions.
+    pub fn hooks(&mut self, hooks: Hooks) -> &mut Self {
+        self.hooks = hooks;
+        self
     }
 
     /// Declares a parameter of this rank: its local shape, and the source tensors that it is made of. Parameters lie
@@ -71,12 +87,12 @@ impl Inference {
     ///
     /// Whatever keeps this rank, or any other, from being ready within the deadline, by name.
     pub async fn connect(self) -> Result<InferenceSession, Error> {
-        let Self { config, params, bytes } = self;
+        let Self { config, params, bytes, mode, hooks } = self;
         let shared = config.fabric.allows_local();
         // Before anybody waits for this rank.
-        let arena = tokio::task::spawn_blocking(move || Arena::new(bytes, shared)).await;
-        let arena = arena.map_err(|error| std::io::Error::other(error.to_string()))??;
-        let mut session = InferenceSession::new(config, params, arena);
+        let arenas = tokio::task::spawn_blocking(move || Arenas::new(mode, bytes, shared)).await;
+        let arenas = arenas.map_err(|error| std::io::Error::other(error.to_string()))??;
+        let mut session = InferenceSession::new(config, params, (mode, arenas), hooks);
         session.ready().await?;
         Ok(session)
     }

@@ -10,6 +10,7 @@ mod fabric;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
+mod hooks;
 mod inference;
 mod line;
 pub mod metrics;
@@ -18,10 +19,12 @@ mod trainer;
 mod verify;
 mod watch;
 
+pub use arena::CommitMode;
 pub use config::{SessionConfig, WATERMARK_BYTES_DEFAULT};
 pub use efa_core::LeaseMut;
 pub use error::Error;
 pub use fabric::{Fabric, FabricError};
+pub use hooks::{AfterAbort, AfterCommit, BeforeChange, Hooks};
 pub use inference::{Inference, InferenceSession, ParamId, Served};
 pub use rendezvous::controller::{Cause, ControllerConfig, Report, Stage};
 pub use rendezvous::status;

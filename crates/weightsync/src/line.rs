@@ -105,6 +105,11 @@ impl Line {
         }
     }
 
+    /// Says why this rank's part in the job is over.
+    pub(crate) async fn end(&mut self, reason: String) {
+        self.leave(Some(reason)).await;
+    }
+
     /// Says why this rank cannot go on, and hangs up.
     pub(crate) async fn give_up(&mut self, reason: String) {
         self.is_over = self.on_loss == OnLoss::Fail;

@@ -79,9 +79,11 @@ impl Watch {
         }
     }
 
-    /// The bytes of an inference rank may change at any time.
-    pub(crate) fn torn(&mut self, version: u64, push: PushId) {
-        self.metrics.is_torn();
+    /// A version is written to an inference rank. `in_place`: to what it serves.
+    pub(crate) fn prepared(&mut self, version: u64, push: PushId, in_place: bool) {
+        if in_place {
+            self.metrics.is_torn();
+        }
         self.began(version, Some(push), "write");
     }
 

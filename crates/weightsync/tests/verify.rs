@@ -54,6 +54,7 @@ impl Gate {
             manifest,
             endpoint: Vec::new(),
             holds: Holds::Nothing,
+            stages: false,
         });
         let mut gate = Gate { client, member };
         gate.client.send(said).unwrap();

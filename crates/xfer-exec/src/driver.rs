@@ -194,6 +194,11 @@ impl<M: Store> Driver<M> {
         self.memory.magnitudes(regions)
     }
 
+    /// See [`Engine::set_bank`](crate::Engine::set_bank).
+    pub fn set_bank(&mut self, second: bool) {
+        self.runner.set_bank(second);
+    }
+
     /// Begins a push of `regions`. Then call [`Driver::step`] until it is over.
     pub fn begin(&mut self, regions: Vec<BufferOf<M>>) {
         self.begin_told(regions, &[]);

@@ -119,6 +119,8 @@ enum Phase {
 pub struct Engine {
     program: Program,
     config: EngineConfig,
+    /// Of receivers that have two.
+    second_bank: bool,
     phase: Phase,
     rails: Vec<Rail>,
     peers: Vec<Peer>,
@@ -159,6 +161,7 @@ impl Engine {
         };
         let rails: Vec<Rail> = config.rails.iter().map(rail).collect();
         let mut engine = Self {
+            second_bank: false,
             phase: Phase::Idle,
             peers: Vec::with_capacity(peers),
             paths: Vec::with_capacity(peers * rails.len()),
@@ -178,6 +181,13 @@ impl Engine {
         };
         engine.lay_out();
         engine
+    }
+
+    /// Which bank of regions the next push writes to at receivers that have two.
+    pub fn set_bank(&mut self, second: bool) {
+        if let Phase::Idle = self.phase {
+            self.second_bank = second;
+        }
     }
 
     /// Deals the program's operations to receivers and rails.

@@ -137,6 +137,16 @@ pub enum ProgramError {
         /// Its length, if it exists.
         region_bytes: Option<u64>,
     },
+    /// A receiver with two banks of regions that differ.
+    #[error(
+        "{to} exposes two arenas that differ, with regions of {region_bytes:?} bytes; does it run the same version?"
+    )]
+    Banks {
+        /// The receiver.
+        to: ReceiverRank,
+        /// Bytes of each of its regions.
+        region_bytes: Vec<u64>,
+    },
     /// More rows in a slot than a [`WriteId`] can name.
     #[error(
         "the plan transforms {rows} rows of {param} at once, which land apart: at most {ROWS_MAX} are possible; shorten the chunks"
@@ -175,6 +185,8 @@ pub struct Program {
     tags: Vec<u32>,
     names: BTreeMap<ParamId, String>,
     routes: Vec<Option<Route>>,
+    /// By receiver, of those that have two banks of regions: whether these have changed places. Empty where none has.
+    banks: Vec<Option<bool>>,
     relay: Option<Relay>,
     bytes: u64,
     writes: u64,
@@ -231,6 +243,7 @@ impl Program {
             tags: plan.tags,
             names,
             routes: by_rank,
+            banks: Vec::new(),
             relay: None,
             bytes: 0,
             writes: 0,
@@ -275,6 +288,37 @@ impl Program {
         }
         program.relay = Some(Relay { first, awaited });
         Ok(program)
+    }
+
+    /// Says that a receiver has two banks of regions, the second behind the first: a push is told which to write to, or where they
+    /// have `turned`, which not to ([`Engine::set_bank`](crate::Engine::set_bank)).
+    ///
+    /// # Errors
+    ///
+    /// [`ProgramError::Banks`] where the two are not as long as each other.
+    pub fn with_banks(mut self, to: ReceiverRank, turned: bool) -> Result<Self, ProgramError> {
+        let region_bytes = self.route(to).map_or(&[][..], |route| &route.region_bytes);
+        let (first, second) = region_bytes.split_at(region_bytes.len() / 2);
+        if first != second {
+            return Err(ProgramError::Banks { to, region_bytes: region_bytes.to_vec() });
+        }
+        self.banks.resize(self.routes.len(), None);
+        if let Some(banks) = self.banks.get_mut(to.index()) {
+            *banks = Some(turned);
+        }
+        Ok(self)
+    }
+
+    /// Where an operation writes, in a push to the second bank or not.
+    pub(crate) fn region(&self, op: &Op, second: bool) -> RegionIndex {
+        let region = op.destination.region;
+        match self.banks.get(op.to.index()) {
+            Some(Some(turned)) if *turned != second => {
+                let regions = self.route(op.to).map_or(0, |route| route.region_bytes.len() / 2);
+                RegionIndex(region.0 + regions as u32)
+            }
+            _ => region,
+        }
     }
 
     /// Adds what this rank has to know of the tensors that it quantises: without it, a push of a plan that quantises fails.

@@ -114,6 +114,11 @@ impl<M: Memory> Runner<M> {
         self.rails.iter_mut().filter_map(|state| state.rail.take())
     }
 
+    /// See [`Engine::set_bank`].
+    pub fn set_bank(&mut self, second: bool) {
+        self.engine.set_bank(second);
+    }
+
     /// Begins a push. Then call [`Runner::step`] until it is over.
     pub fn start(&mut self, now: Duration) {
         self.engine.handle(Event::Start, now, &mut self.actions);

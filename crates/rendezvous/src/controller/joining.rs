@@ -57,18 +57,17 @@ impl Controller {
         now: Duration,
         actions: &mut Actions,
     ) {
-        let Join { member, manifest, endpoint, holds, .. } = join;
+        let Join { member, manifest, endpoint, holds, stages, .. } = join;
         // A rank that has a version knows that it was committed, also where the controller's record was lost.
         if let Some(commit) = holds.served().filter(|commit| commit.version > self.committed()) {
             self.committed = Some(commit);
         }
-        match (holds.served(), self.committed) {
-            (Some(commit), _) => self.history.holds(member, Served::Version(commit.version)),
-            (None, Some(commit)) if holds == Holds::Nothing => {
-                self.history.holds(member, Served::Behind(commit.version));
-            }
-            _ => {}
-        }
+        let served = match (holds.served(), self.committed) {
+            (Some(commit), _) => Some(Served::Version(commit.version)),
+            (None, Some(commit)) if holds == Holds::Nothing => Some(Served::Behind(commit.version)),
+            _ => None,
+        };
+        self.history.seated(member, stages, served);
         let manifest = Some(manifest);
         let (heard_at, progress_at) = (now, now);
         let seat = Seat {
@@ -192,7 +191,7 @@ impl Controller {
     }
 
     fn admits(&self, join: &Join) -> Result<(), String> {
-        let Join { job, member, world, deadline, manifest, endpoint, holds: _ } = join;
+        let Join { job, member, world, deadline, manifest, endpoint, holds: _, stages: _ } = join;
         if *job != self.config.job {
             return Err(format!("{member} wants another job than '{}'", self.config.job));
         }
@@ -272,7 +271,8 @@ impl Controller {
         };
         let mut send = |member: Rank, part, peers: BTreeSet<Rank>| {
             let peers = peers.into_iter().filter_map(peer).collect();
-            if let Some(seat) = self.seats.get(&member) {
+            // Who is absent may be there, and still has to join.
+            if let Some(seat) = self.seats.get(&member).filter(|_| self.assembly.contains(&member)) {
                 let (digest, verify, behind) = (self.digest, self.config.verify, behind.clone());
                 let planned = Planned {
                     digest,
@@ -353,7 +353,8 @@ impl Controller {
         let trainers = manifest.trainers.into_iter().map(MemberManifest::Trainer);
         let receivers = manifest.receivers.into_iter().map(MemberManifest::Inference);
         for (member, manifest) in self.config.world.members().zip(trainers.chain(receivers)) {
-            if let Some(seat) = self.seats.get_mut(&member) {
+            // Who is absent may be there, and still has to join.
+            if let Some(seat) = self.seats.get_mut(&member).filter(|_| !self.absent.contains(&member)) {
                 seat.manifest = Some(manifest);
             }
         }

@@ -40,6 +40,8 @@ pub(super) struct History {
 struct Known {
     address: String,
     served: Option<Served>,
+    /// What it serves stays whole while a version arrives.
+    stages: bool,
     pace: Pace,
     rails: Vec<RailStatus>,
 }
@@ -78,10 +80,11 @@ impl History {
         self.ranks.insert(member, Known { address, ..Known::default() });
     }
 
-    /// A member has said what its bytes are.
-    pub(super) fn holds(&mut self, member: Rank, served: Served) {
+    /// A member has said what its bytes are, where it knows.
+    pub(super) fn seated(&mut self, member: Rank, stages: bool, served: Option<Served>) {
         if let (Rank::Receiver(_), Some(known)) = (member, self.ranks.get_mut(&member)) {
-            known.served = Some(served);
+            known.stages = stages;
+            known.served = served.or(known.served);
         }
     }
 
@@ -118,7 +121,7 @@ impl History {
     pub(super) fn advanced(&mut self, member: Rank, stage: Stage, version: u64) {
         let Some(known) = self.ranks.get_mut(&member) else { return };
         match stage {
-            Stage::Preparing => known.served = Some(Served::Torn(version)),
+            Stage::Preparing if !known.stages => known.served = Some(Served::Torn(version)),
             Stage::Committing => known.served = Some(Served::Version(version)),
             _ => {}
         }

@@ -9,6 +9,7 @@ use xfer_plan::{
 use super::*;
 use crate::protocol::{ENDPOINT_BYTES_MAX, Holds, Join};
 
+mod regroup;
 mod status;
 mod verify;
 
@@ -62,6 +63,7 @@ fn join(member: Rank) -> Join {
         manifest,
         endpoint: vec![1, 2, 3],
         holds: Holds::Nothing,
+        stages: false,
     }
 }
 
@@ -80,21 +82,24 @@ struct Bench {
     recorded: Result<(), String>,
 }
 
+fn config(verify: Verify) -> ControllerConfig {
+    ControllerConfig {
+        job: "job".into(),
+        world: world(),
+        deadline: DEADLINE,
+        options: PlanOptions::default(),
+        relays: false,
+        verify,
+        on_loss: OnLoss::Fail,
+        resume: None,
+        seed: [7; 32],
+    }
+}
+
 impl Bench {
     fn new(verify: Verify) -> Self {
-        let config = ControllerConfig {
-            job: "job".into(),
-            world: world(),
-            deadline: DEADLINE,
-            options: PlanOptions::default(),
-            relays: false,
-            verify,
-            on_loss: OnLoss::Fail,
-            resume: None,
-            seed: [7; 32],
-        };
         Self {
-            controller: Controller::new(config).unwrap(),
+            controller: Controller::new(config(verify)).unwrap(),
             now: Duration::ZERO,
             log: Vec::new(),
             recorded: Ok(()),

@@ -147,6 +147,7 @@ impl InferenceMember {
     pub fn rejoin(&mut self, mut join: Join) -> ToController {
         self.state = State::Joining(Admission::Joining);
         self.relaying = None;
+        join.stages = self.stages;
         let serves = self.holds.filter(|_| self.served.is_whole());
         join.holds = match (self.attempt, serves) {
             (Some(Attempt { push, version }), serves) => {

@@ -8,7 +8,7 @@ use xfer_plan::{
 
 use super::*;
 use crate::Verify;
-use crate::protocol::{Bank, Holds, Join, MemberManifest, OnLoss, PlannedPart, World};
+use crate::protocol::{Bank, Commit, Holds, Join, MemberManifest, OnLoss, PlannedPart, World};
 
 const P: PushId = PushId([1; 16]);
 const Q: PushId = PushId([2; 16]);
@@ -25,12 +25,26 @@ fn join(member: Rank) -> Join {
     };
     let world = World { trainers: 1, inference: 1 };
     let deadline = std::time::Duration::from_secs(30);
-    Join { job: "job".into(), member, world, deadline, manifest, endpoint: Vec::new(), holds: Holds::Nothing }
+    Join {
+        job: "job".into(),
+        member,
+        world,
+        deadline,
+        manifest,
+        endpoint: Vec::new(),
+        holds: Holds::Nothing,
+        stages: false,
+    }
 }
 
 fn planned(part: PlannedPart) -> ToMember {
+    planned_at(part, None)
+}
+
+/// In a job where this is committed.
+fn planned_at(part: PlannedPart, committed: Option<Commit>) -> ToMember {
     let (digest, peers, verify) = (Digest([3; 32]), Vec::new(), Verify::Full);
-    let (committed, behind, on_loss) = (None, Vec::new(), OnLoss::Fail);
+    let (behind, on_loss) = (Vec::new(), OnLoss::Fail);
     let (bound_seconds, bytes_total) = (0.0, 0);
     ToMember::Planned(Box::new(Planned {
         digest,
@@ -46,7 +60,20 @@ fn planned(part: PlannedPart) -> ToMember {
 }
 
 fn for_trainer() -> ToMember {
-    planned(PlannedPart::Trainer { plan: RankPlan::default(), names: Default::default() })
+    for_trainer_at(None)
+}
+
+fn for_trainer_at(committed: Option<Commit>) -> ToMember {
+    planned_at(PlannedPart::Trainer { plan: RankPlan::default(), names: Default::default() }, committed)
+}
+
+fn for_inference_at(committed: Option<Commit>) -> ToMember {
+    let (part, relay, names) = (ReceiverPart::default(), RelayPlan::default(), Default::default());
+    planned_at(PlannedPart::Inference { part, relay, names, inbound: Vec::new() }, committed)
+}
+
+fn regroup() -> ToMember {
+    ToMember::Regroup { reason: "inference 1 is back".into() }
 }
 
 fn for_inference(relays: bool) -> ToMember {
@@ -179,6 +206,123 @@ fn what_is_passed_on_ends_before_the_next_attempt() {
     let failed = ToController::Failed { push: P, reason: "stopped".into(), fences: fences.clone() };
     assert_eq!(member.relayed(Err("stopped".into()), fences, Vec::new()), Some(failed));
     assert!(member.handle(prepare(Q, 1)).is_ok());
+}
+
+/// Up to the moment that it has written version 1.
+fn written() -> TrainerMember {
+    let mut member = trainer();
+    member.begin(1);
+    member.handle(ToMember::Write { push: P, version: 1, bank: Bank::default() }).unwrap();
+    member.written(Ok((0, 0)), Vec::new(), Vec::new());
+    member
+}
+
+#[test]
+fn a_trainer_that_was_given_up_learns_how_its_attempt_ended() {
+    let commit = |version, push| Some(Commit { version, push });
+    // The same version in another attempt is that version; a newer one says nothing of it.
+    let ends = [(commit(1, P), Some(1)), (commit(1, Q), Some(1)), (commit(2, Q), None), (None, None)];
+    for (committed, missed) in ends {
+        let mut member = written();
+        assert!(matches!(member.handle(regroup()), Ok(Some(TrainerStep::Regroup { .. }))));
+        assert!(member.is_undecided() && member.is_out());
+        member.rejoin(join(Rank::Trainer(TrainerRank(0))));
+        // Nobody else joins in time: that is not the end of the attempt.
+        member.handle(abort(0)).unwrap();
+        assert!(member.is_undecided());
+        member.rejoin(join(Rank::Trainer(TrainerRank(0))));
+        member.handle(for_trainer_at(committed)).unwrap();
+        assert!(!member.is_undecided());
+        assert_eq!((member.take_missed_commit(), member.take_missed_commit()), (missed, None));
+    }
+}
+
+#[test]
+fn a_trainer_that_was_given_up_while_it_wrote_stops_first() {
+    for told_before in [false, true] {
+        let mut member = trainer();
+        member.begin(1);
+        member.handle(ToMember::Write { push: P, version: 1, bank: Bank::default() }).unwrap();
+        if told_before {
+            assert!(matches!(member.handle(abort(1)), Ok(Some(TrainerStep::Stop { .. }))));
+            assert!(matches!(member.handle(regroup()), Ok(None)));
+        } else {
+            assert!(matches!(member.handle(regroup()), Ok(Some(TrainerStep::Stop { .. }))));
+        }
+        assert!(!member.is_out());
+        let failed = ToController::Failed { push: P, reason: "stopped".into(), fences: Vec::new() };
+        assert_eq!(member.written(Err("stopped".into()), Vec::new(), Vec::new()), Some(failed));
+        assert!(member.is_out() && !member.is_undecided());
+    }
+}
+
+/// What an inference rank says that it has when it joins again.
+fn holds(member: &mut InferenceMember) -> Holds {
+    match member.rejoin(join(Rank::Receiver(ReceiverRank(0)))) {
+        ToController::Join(join) => join.holds,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// One that serves version 1 and is prepared for version 2.
+fn prepared_again(stages: bool) -> InferenceMember {
+    let mut member = InferenceMember::new(stages);
+    assert_eq!(holds(&mut member), Holds::Nothing);
+    member.handle(for_inference_at(None)).unwrap();
+    member.ready();
+    member.handle(ToMember::Start).unwrap();
+    for (push, version) in [(P, 1), (Q, 2)] {
+        member.handle(prepare(push, version)).unwrap();
+        member.prepared(Ok(()));
+        if version == 1 {
+            member.handle(ToMember::Commit { push, version }).unwrap();
+            member.committed();
+        }
+    }
+    member
+}
+
+#[test]
+fn a_rank_that_has_not_heard_the_end_of_an_attempt_serves_what_it_can_until_it_joins_again() {
+    let (first, second) = (Commit { version: 1, push: P }, Commit { version: 2, push: Q });
+    for stages in [false, true] {
+        let (served, serves) =
+            if stages { (Served::Version(1), Some(first)) } else { (Served::Torn(2), None) };
+        // It was the commit; it came to nothing; or others did the same again without this rank.
+        let again = Commit { version: 2, push: P };
+        let ends = [(second, Served::Version(2)), (first, served), (again, served)];
+        for (committed, after) in ends {
+            let mut member = prepared_again(stages);
+            assert_eq!(member.served(), served);
+            assert_eq!(holds(&mut member), Holds::Undecided { attempt: second, serves });
+            // The connection is lost again before it learns anything.
+            assert_eq!(holds(&mut member), Holds::Undecided { attempt: second, serves });
+            member.handle(for_inference_at(Some(committed))).unwrap();
+            assert_eq!((member.served(), member.committed_version()), (after, committed.version));
+            let missed = committed == second;
+            assert_eq!(member.take_missed_commit(), missed.then_some(2));
+            member.ready();
+            member.handle(ToMember::Start).unwrap();
+            let step = member.handle(prepare(PushId([3; 16]), 3)).unwrap();
+            let Some(InferenceStep::Prepare { bank, own, .. }) = step else { panic!("{step:?}") };
+            assert_eq!((bank.index(), own.index()), (0, usize::from(missed)), "its arenas changed places");
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_comes_to_a_job_serves_nothing_before_it_has_what_others_have() {
+    let committed = Commit { version: 5, push: P };
+    for stages in [false, true] {
+        let mut member = InferenceMember::new(stages);
+        holds(&mut member);
+        member.handle(for_inference_at(Some(committed))).unwrap();
+        assert_eq!(member.served(), Served::Behind(5));
+        assert_eq!(holds(&mut member), Holds::Nothing);
+        assert!(matches!(member.handle(regroup()), Ok(Some(InferenceStep::Regroup { .. }))));
+        // All trainers leave before there is another plan.
+        assert!(matches!(member.handle(ToMember::Finished), Ok(Some(InferenceStep::Finished))));
+    }
 }
 
 #[test]

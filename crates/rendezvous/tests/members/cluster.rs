@@ -41,7 +41,7 @@ pub(crate) enum Next {
     Tick,
     /// This rank is started again.
     Return(Rank),
-    /// This rank is not stopped any more.
+    /// This rank is not stopped any more, or not busy.
     Wake(Rank),
     /// There is a controller again.
     Start,
@@ -63,6 +63,10 @@ pub(crate) enum Next {
     GiveUp(Rank),
     /// This rank is stopped.
     Silence(Rank),
+    /// This rank does not get to what it is told, and says that it is alive.
+    Busy(Rank),
+    /// As much time passes as any stage has.
+    Pass,
     /// The controller dies; whether what it said last arrives.
     Crash(bool),
     /// The decision cannot be recorded; whether it is on disk nevertheless.
@@ -73,7 +77,13 @@ impl Next {
     pub(crate) fn is_fault(self) -> bool {
         matches!(
             self,
-            Self::LandLate(_) | Self::ChangeRail(_) | Self::Fail(_) | Self::Stick(_) | Self::Flip(_)
+            Self::LandLate(_)
+                | Self::ChangeRail(_)
+                | Self::Fail(_)
+                | Self::Stick(_)
+                | Self::Flip(_)
+                | Self::Busy(_)
+                | Self::Pass
         ) || self.is_loss()
     }
 
@@ -90,7 +100,7 @@ impl Next {
     }
 
     pub(crate) fn is_recovery(self) -> bool {
-        matches!(self, Self::Return(_) | Self::Wake(_) | Self::Start)
+        matches!(self, Self::Return(_) | Self::Wake(_))
     }
 }
 
@@ -100,6 +110,8 @@ pub(crate) struct Member {
     pub(crate) process: Option<Process>,
     /// It is stopped.
     pub(crate) silent: bool,
+    /// It does nothing, but for its signs of life.
+    pub(crate) busy: bool,
 }
 
 pub(crate) struct Cluster {
@@ -128,8 +140,9 @@ pub(crate) struct Cluster {
 
 impl Cluster {
     pub(crate) fn new(setup: Setup) -> Self {
-        let start =
-            |rank| (rank, Member { process: Some(Process::new(rank, setup.stages(rank))), silent: false });
+        let start = |rank| {
+            (rank, Member { process: Some(Process::new(rank, setup.stages(rank))), ..Member::default() })
+        };
         let mut cluster = Self {
             members: WORLD.members().map(start).collect(),
             setup,
@@ -182,11 +195,16 @@ impl Cluster {
             match &member.process {
                 None if self.returns(rank) => next.push(Next::Return(rank)),
                 None => {}
-                Some(_) if member.silent && self.returns(rank) => next.push(Next::Wake(rank)),
-                Some(process) if !member.silent && !process.refused => {
-                    self.possible_for(rank, process, &mut next);
+                Some(_) if member.silent => next.extend(self.returns(rank).then_some(Next::Wake(rank))),
+                Some(process) if process.refused => {}
+                Some(process) => {
+                    if member.busy {
+                        next.push(Next::Wake(rank));
+                    } else {
+                        self.possible_for(rank, process, &mut next);
+                    }
+                    self.possible_to(rank, process, &mut next);
                 }
-                Some(_) => {}
             }
         }
         let (stored, asked) = match self.recording {
@@ -203,6 +221,7 @@ impl Cluster {
             (up && regroups, Next::Crash(false)),
             (!up && regroups, Next::Start),
             (true, Next::Tick),
+            (regroups, Next::Pass),
         ];
         next.extend(all.into_iter().filter(|(possible, _)| *possible).map(|(_, next)| next));
         next
@@ -210,28 +229,35 @@ impl Cluster {
 
     fn possible_for(&self, rank: Rank, process: &Process, next: &mut Vec<Next>) {
         let link = process.link.map(|id| &self.links[&id]);
-        let regroups = self.regroups();
         let joins = match link {
             None => self.controller.is_some(),
             Some(_) => process.protocol.is_out(),
         };
         let idle = matches!(&process.protocol, Protocol::Trainer(trainer) if trainer.is_idle());
-        let writing = process.is_writing();
         let all = [
             (!process.stopping && link.is_some_and(Link::is_to_read), Next::Tell(rank)),
             (!process.stopping && joins, Next::Join(rank)),
             (idle && (process.known < TARGET || process.behind), Next::Begin(rank)),
             (process.has_written(), Next::Report(rank)),
+        ];
+        next.extend(all.into_iter().filter(|(possible, _)| *possible).map(|(_, next)| next));
+    }
+
+    /// Faults.
+    fn possible_to(&self, rank: Rank, process: &Process, next: &mut Vec<Next>) {
+        let (linked, writing, regroups) = (process.link.is_some(), process.is_writing(), self.regroups());
+        let all = [
             (writing && !process.is_counted(), Next::ChangeRail(rank)),
             (writing, Next::Fail(rank)),
             (!is_trainer(rank) && !process.sticks, Next::Stick(rank)),
             (process.flip_would_be_found(), Next::Flip(rank)),
-            (regroups && link.is_some(), Next::Cut(rank, true)),
-            (regroups && link.is_some(), Next::Cut(rank, false)),
+            (regroups && linked, Next::Cut(rank, true)),
+            (regroups && linked, Next::Cut(rank, false)),
             (true, Next::Die(rank, true)),
             (true, Next::Die(rank, false)),
-            (regroups && link.is_some(), Next::GiveUp(rank)),
+            (regroups && linked, Next::GiveUp(rank)),
             (true, Next::Silence(rank)),
+            (regroups, Next::Busy(rank)),
         ];
         next.extend(all.into_iter().filter(|(possible, _)| *possible).map(|(_, next)| next));
     }
@@ -270,12 +296,14 @@ impl Cluster {
                 self.control(Event::Recorded(Ok(())));
             }
             Next::Tick => self.tick(),
+            Next::Pass => (0..=DEADLINE.as_secs()).for_each(|_| self.tick()),
             Next::Return(rank) => {
                 let process = Process::new(rank, self.setup.stages(rank));
-                self.members.insert(rank, Member { process: Some(process), silent: false });
+                self.members.insert(rank, Member { process: Some(process), ..Member::default() });
             }
             Next::Wake(rank) => {
-                self.members.get_mut(&rank).unwrap().silent = false;
+                let member = self.members.get_mut(&rank).unwrap();
+                (member.silent, member.busy) = (false, false);
                 self.post(rank);
             }
             Next::Start => self.start(),
@@ -293,6 +321,7 @@ impl Cluster {
                 process.flipped = true;
                 process.memory.flip();
             }
+            Next::Busy(rank) => self.members.get_mut(&rank).unwrap().busy = true,
             Next::Silence(rank) => {
                 self.members.get_mut(&rank).unwrap().silent = true;
                 self.lost.push(rank);

@@ -129,5 +129,6 @@ pub(crate) fn join(member: Rank, replicated: bool, endpoint: &Endpoint) -> Join 
         manifest,
         endpoint: endpoint.encode(),
         holds: Holds::Nothing,
+        stages: false,
     }
 }

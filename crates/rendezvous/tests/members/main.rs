@@ -23,28 +23,38 @@ use crate::job::{TARGET, is_trainer};
 /// Steps after the last fault within which every run must end.
 const STEPS_MAX: usize = 20_000;
 
-/// A step in this many is a fault, and one a recovery, where one is possible.
-const FAULT_EVERY: u32 = 12;
+/// How often faults happen in a run.
+struct Pace {
+    /// A step in this many is a fault, where one is possible.
+    fault: u32,
+    /// And one in this many a loss: of a rank, or of the controller.
+    loss: u32,
+    losses_max: usize,
+    /// One in this many brings somebody back.
+    recovery: u32,
+    /// And one in this many passes the time that a stage has, so that others go on without who is lost.
+    pass: u32,
+}
 
-/// At most so many ranks are lost in a run of a job that ends with a loss.
-const LOSSES_MAX: usize = 2;
+const FAILS: Pace = Pace { fault: 12, loss: 96, losses_max: 2, recovery: u32::MAX, pass: u32::MAX };
 
-/// And so many ranks and controllers in a run of a job that does not.
-const REGROUPINGS_MAX: usize = 8;
+const REGROUPS: Pace = Pace { fault: 25, loss: 120, losses_max: 10, recovery: 15, pass: 60 };
 
 /// Picks by `choice` among what can happen, now and then a fault.
 fn pick(cluster: &Cluster, choice: u32) -> Next {
-    let (rare, losses_max) = if cluster.regroups() { (3, REGROUPINGS_MAX) } else { (8, LOSSES_MAX) };
-    let losses = cluster.losses < losses_max && choice.is_multiple_of(rare * FAULT_EVERY);
-    let (faults, recoveries) = (choice.is_multiple_of(FAULT_EVERY), choice % FAULT_EVERY == 1);
+    let Pace { fault, loss, losses_max, recovery, pass } = if cluster.regroups() { REGROUPS } else { FAILS };
+    let losses = choice.is_multiple_of(loss) && cluster.losses < losses_max;
+    let faults = choice.is_multiple_of(fault) && !losses;
+    let (recoveries, passes) = (choice % recovery == 1, choice % pass == 2);
     let fits = |next: &Next| match next {
+        Next::Pass => passes,
         next if next.is_loss() => losses,
-        next if next.is_fault() => faults && !losses,
+        next if next.is_fault() => faults,
         next if next.is_recovery() => recoveries,
-        _ => !faults && !recoveries,
+        _ => !losses && !faults && !recoveries && !passes,
     };
     let fitting: Vec<Next> = cluster.possible().into_iter().filter(fits).collect();
-    let place = (choice / FAULT_EVERY) as usize;
+    let place = (choice / fault) as usize;
     fitting.get(place % fitting.len().max(1)).copied().unwrap_or(Next::Tick)
 }
 
@@ -134,7 +144,7 @@ proptest! {
     /// every run ends with everybody on the last version, or, with a rank that never comes back, all others.
     #[test]
     fn a_job_that_regroups_comes_to_its_target(
-        setup in setups(true), choices in prop::collection::vec(any::<u32>(), 0..600),
+        setup in setups(true), choices in prop::collection::vec(any::<u32>(), 0..2500),
     ) {
         let mut cluster = Cluster::new(setup);
         for choice in choices {

@@ -143,6 +143,11 @@ impl Cluster {
                 if process.protocol.inference().take_missed_commit().is_some() {
                     process.memory.commit();
                 }
+                // Record or no record: what a rank has said that it serves is known from then on.
+                let committed = planned.committed.map_or(0, |commit| commit.version);
+                if let Served::Version(version) = process.protocol.inference().served() {
+                    assert!(version <= committed, "{rank} serves {version} in a job that is at {committed}");
+                }
                 self.planned(rank, *planned);
             }
             Some(InferenceStep::Prepare { push, close, bank, own, .. }) => {

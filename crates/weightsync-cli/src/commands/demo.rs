@@ -243,7 +243,7 @@ impl Demo {
                 ]
                 .map(OsString::from),
             ),
-            _ => line.push("--verify".into()),
+            _ => line.extend(["--verify".into(), "--commit".into(), args.commit.to_string().into()]),
         }
         (launcher, line)
     }

@@ -23,6 +23,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let config = args.rank.config()?;
     let _page = args.rank.metrics.serve(&config.metrics).await?;
     let mut inference = Inference::new(config);
+    inference.commit_mode(args.commit);
     let mut ids = Vec::new();
     for LocalParam { name, dtype, shape, map } in params.iter().cloned() {
         ids.push(inference.register(name, dtype, &shape, map)?);

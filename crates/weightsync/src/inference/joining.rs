@@ -4,7 +4,7 @@
 //! Every step leaves its result with the session, so a call that is dropped in the middle is taken up by the next.
 
 use efa_core::{LeaseMut, RegionError, Target};
-use rendezvous::member::{InferenceStep, Served};
+use rendezvous::member::InferenceStep;
 use rendezvous::{Holds, Join, MemberManifest, Planned, PlannedPart, RendezvousError};
 use xfer_exec::local::{Doorman, LocalError};
 use xfer_exec::ofi::OfiTarget;
@@ -82,12 +82,10 @@ impl InferenceSession {
 
     async fn join(&mut self) -> Result<(), Error> {
         self.close_rails().await?;
-        if let Served::Torn(_) = self.served()
-            && !self.member.is_undecided()
-        {
-            let mut arena = self.arena.clone();
-            let renewed = tokio::task::spawn_blocking(move || arena.renew().map(|()| arena)).await;
-            self.arena = renewed.map_err(|error| std::io::Error::other(error.to_string()))??;
+        if self.arenas.is_soiled() && !self.member.is_undecided() {
+            let arenas = self.arenas.clone();
+            let renewed = tokio::task::spawn_blocking(move || arenas.renew()).await;
+            self.arenas = renewed.map_err(|error| std::io::Error::other(error.to_string()))??;
         }
         let local = self.line.open().await?;
         let opened = fabric::open(&self.config, self.config.bind.unwrap_or(local))?;
@@ -103,15 +101,15 @@ impl InferenceSession {
     fn expose(&mut self, mut opened: Vec<OpenRail>) -> Result<Endpoint, Error> {
         let peer = self.rank().to_string();
         let local_error = |error: LocalError| FabricError::Local { peer, reason: error.to_string() };
-        let file = self.arena.file.clone();
-        let doorman = file.map(|file| Doorman::open(vec![file])).transpose().map_err(local_error)?;
-        let arena = &self.arena.target;
-        let rails = opened.iter_mut().map(|opened| expose(opened, arena)).collect::<Result<_, _>>()?;
-        let bytes = vec![arena.len() as u64];
+        let (arenas, files) = self.arenas.expose();
+        let doorman = files.map(Doorman::open).transpose().map_err(local_error)?;
+        let rails = opened.iter_mut().map(|opened| expose(opened, &arenas)).collect::<Result<_, _>>()?;
+        let bytes = arenas.iter().map(|arena| arena.len() as u64).collect();
         let endpoint = Endpoint {
             host: fabric::host_identity(),
             rails,
             local: doorman.as_ref().map(|doorman| LocalEndpoint::new(doorman.address(), bytes)),
+            stages: self.arenas.has_banks(),
         };
         let rails: Vec<_> = opened.into_iter().map(|opened| opened.rail).collect();
         let count = rails.len();
@@ -127,7 +125,7 @@ impl InferenceSession {
         let config = &self.config;
         let manifest = ReceiverManifest {
             host: endpoint.host.clone(),
-            regions: vec![self.arena.target.len() as u64],
+            regions: vec![self.arenas.served().len() as u64],
             rails,
             params: self.params.clone(),
         };
@@ -139,15 +137,16 @@ impl InferenceSession {
             manifest: MemberManifest::Inference(manifest),
             endpoint: endpoint.encode()?,
             holds: Holds::Nothing,
+            stages: false,
         })
     }
 
     /// Takes this rank's part of the plan.
     async fn take_part(&mut self, planned: Planned) -> Result<(), Error> {
         self.line.on_loss = planned.on_loss;
-        self.learn();
-        if self.was_undecided && !self.served().is_whole() && self.arena.file.is_some() {
-            // It could not say so when it joined: the arena is torn, and has to be renewed before it is told to anybody.
+        self.learn().await?;
+        if self.was_undecided && self.showing.is_none() && self.arenas.is_soiled() {
+            // It did not know when it joined, and has told of an arena that has to be renewed before.
             self.line.hang_up();
             return Ok(());
         }
@@ -159,7 +158,7 @@ impl InferenceSession {
             self.line.give_up(CANNOT_PASS_ON.into()).await;
             return Err(FabricError::Rail(CANNOT_PASS_ON.into()).into());
         }
-        let sizes = (part.bytes, self.arena.target.len() as u64);
+        let sizes = (part.bytes, self.arenas.served().len() as u64);
         self.incoming = match Incoming::new(planned.verify, inbound, names, sizes, self.line.progress()) {
             Ok(incoming) => incoming,
             Err(reason) => {
@@ -171,18 +170,19 @@ impl InferenceSession {
         self.line.say(self.member.ready())
     }
 
-    /// How the push ended whose end this rank had not heard of when it lost the controller.
-    fn learn(&mut self) {
-        let missed = self.member.take_missed_commit();
-        let Some(push) = self.push.take() else { return };
-        self.news = Some(match missed {
-            Some(_) => Ok(self.commits(push)),
-            None => {
-                let error = Error::Aborted { version: push.version, reason: LOST.to_owned() };
-                self.watch.failed(&error);
-                Err(error)
-            }
-        });
+    /// How the push ended whose end this rank had not heard of when it lost the controller. What is to be shown is, before
+    /// anything else that the controller says.
+    async fn learn(&mut self) -> Result<(), Error> {
+        if let Some(version) = self.member.take_missed_commit() {
+            return self.show(version, false).await;
+        }
+        if let Some(push) = self.push.take() {
+            let error = Error::Aborted { version: push.version, reason: LOST.to_owned() };
+            self.hooks.after_abort(push.version, LOST);
+            self.watch.failed(&error);
+            self.lost_sight_of = Some(error);
+        }
+        Ok(())
     }
 
     /// Once this returns, nobody can write to the arena any more but a process of this host that has it mapped.
@@ -215,18 +215,17 @@ impl Exposed {
     }
 }
 
-/// Exposes the arena and a scratch page on the rail, and describes them.
-fn expose(opened: &mut OpenRail, arena: &Target) -> Result<RailEndpoint, Error> {
+/// Exposes arenas and a scratch page on the rail, and describes them.
+fn expose(opened: &mut OpenRail, arenas: &[Target]) -> Result<RailEndpoint, Error> {
     let rail_error = |error: RegionError| FabricError::Rail(error.to_string());
     let scratch = LeaseMut::zeroed(SCRATCH_BYTES)
         .map_err(|error| Error::Memory { what: "the scratch page", reason: error.to_string() })?
         .expose();
     let (_, scratch) = opened.rail.expose(&scratch).map_err(rail_error)?;
     // A rank that needs nothing has nothing to expose.
-    let regions = match arena.is_empty() {
-        true => Vec::new(),
-        false => vec![opened.rail.expose(arena).map_err(rail_error)?.1],
-    };
+    let arenas = arenas.iter().filter(|arena| !arena.is_empty());
+    let regions = arenas.map(|arena| Ok(opened.rail.expose(arena)?.1)).collect::<Result<_, _>>();
+    let regions = regions.map_err(rail_error)?;
     Ok(RailEndpoint {
         provider: opened.provider.to_string(),
         address: opened.rail.address().clone(),

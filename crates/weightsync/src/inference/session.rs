@@ -4,14 +4,15 @@ use std::time::Duration;
 
 use rendezvous::member::{InferenceMember, InferenceStep, Served};
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 use xfer_plan::{DestinationParam, Rank, ReceiverRank};
 
 use super::ParamId;
 use super::joining::Exposed;
-use crate::arena::Arena;
+use crate::arena::{Arenas, CommitMode};
 use crate::config::SessionConfig;
 use crate::error::Error;
-use crate::fabric::FabricError;
+use crate::hooks::Hooks;
 use crate::line::{Line, out_of_turn};
 use crate::report::{Span, Stopwatch, VerifyReport, VersionReport, gb_per_second};
 use crate::verify::{Compared, Incoming};
@@ -30,6 +31,14 @@ pub(super) struct Push {
     verified: Option<VerifyReport>,
 }
 
+/// See [`InferenceSession::showing`].
+pub(super) struct Showing {
+    version: u64,
+    /// The controller waits for a word of it.
+    confirm: bool,
+    copying: Option<JoinHandle<Arenas>>,
+}
+
 /// An inference rank that is part of a job.
 ///
 /// Dropping it closes the rails before the arena is freed.
@@ -39,13 +48,17 @@ pub struct InferenceSession {
     pub(super) member: InferenceMember,
     // Field order is teardown order: nobody can write to the arena any more when it goes.
     pub(super) exposed: Exposed,
-    pub(super) arena: Arena,
+    pub(super) arenas: Arenas,
+    pub(super) hooks: Hooks,
+    mode: CommitMode,
     pub(super) params: Vec<DestinationParam>,
     pub(super) push: Option<Push>,
     /// It did not know when it joined whether its bytes are a committed version.
     pub(super) was_undecided: bool,
-    /// How a push ended that this rank had lost sight of.
-    pub(super) news: Option<Result<VersionReport, Error>>,
+    /// A push ended without a commit that this rank had lost sight of.
+    pub(super) lost_sight_of: Option<Error>,
+    /// A version that is committed, and not yet what is served; a call that is dropped in the middle leaves it to the next.
+    pub(super) showing: Option<Showing>,
     /// What to hash, where the job verifies.
     pub(super) incoming: Option<Incoming>,
     /// Under way; a call that is dropped in the middle leaves it to the next.
@@ -58,16 +71,24 @@ pub struct InferenceSession {
 }
 
 impl InferenceSession {
-    pub(super) fn new(config: SessionConfig, params: Vec<DestinationParam>, arena: Arena) -> Self {
+    pub(super) fn new(
+        config: SessionConfig,
+        params: Vec<DestinationParam>,
+        (mode, arenas): (CommitMode, Arenas),
+        hooks: Hooks,
+    ) -> Self {
         Self {
             line: Line::new(&config),
-            member: InferenceMember::new(false),
+            member: InferenceMember::new(mode.stages()),
             exposed: Exposed::default(),
-            arena,
+            arenas,
+            hooks,
+            mode,
             params,
             push: None,
             was_undecided: false,
-            news: None,
+            lost_sight_of: None,
+            showing: None,
             incoming: None,
             verifying: None,
             last: None,
@@ -80,7 +101,10 @@ impl InferenceSession {
 
     /// Which version the bytes are.
     pub fn served(&self) -> Served {
-        self.member.served()
+        match &self.showing {
+            Some(showing) => Served::Torn(showing.version),
+            None => self.member.served(),
+        }
     }
 
     /// The parameters in the order of their ids: names, shapes, and offsets in the arena.
@@ -88,8 +112,8 @@ impl InferenceSession {
         &self.params
     }
 
-    /// Waits until `version` or a newer one is committed, taking part in the pushes that lead there. The weights are
-    /// of no version while a push runs, so stop reading them before this call.
+    /// Waits until `version` or a newer one is served, taking part in the pushes that lead there. In place the weights are of no
+    /// version while a push runs, so stop reading them before this call, or in [`Hooks::before_change`].
     ///
     /// `None` waits for as long as the trainers take between versions; pushes themselves have the job's deadline.
     ///
@@ -110,7 +134,10 @@ impl InferenceSession {
         }
         let until = at_most.and_then(|at_most| tokio::time::Instant::now().checked_add(at_most));
         loop {
-            match self.news.take().transpose()? {
+            if let Some(error) = self.lost_sight_of.take() {
+                return Err(error);
+            }
+            match self.shown().await? {
                 Some(report) if report.version >= version => return Ok(report),
                 _ => {}
             }
@@ -138,22 +165,26 @@ impl InferenceSession {
             let Some(step) = step else { continue };
             match step {
                 InferenceStep::Started => {}
-                InferenceStep::Prepare { push, version, close, .. } => {
+                InferenceStep::Prepare { push, version, close, own, .. } => {
                     let closed = self.close_rails_given_up(&close);
+                    let closed = closed.and_then(|()| match self.mode {
+                        CommitMode::InPlace => self.hooks.before_change(version),
+                        CommitMode::Staged | CommitMode::StagedCopy => Ok(()),
+                    });
                     if closed.is_ok() {
+                        self.arenas.begin(own.index());
                         self.receive_bytes(true);
                         let (stage, whole) = (Stopwatch::start("write"), std::time::Instant::now());
                         self.push = Some(Push { version, whole, stage, stages: Vec::new(), verified: None });
-                        self.watch.torn(version, push);
+                        self.watch.prepared(version, push, self.mode == CommitMode::InPlace);
                     }
-                    // From here on a byte may change at any time.
-                    self.line.say(self.member.prepared(closed.clone()))?;
-                    closed.map_err(FabricError::Rail)?;
+                    // From here on a byte of what is written may change at any time.
+                    // Where it cannot be prepared, the push is aborted, which this rank hears with the others.
+                    self.line.say(self.member.prepared(closed))?;
                 }
                 InferenceStep::Fence { close, .. } => {
                     let closed = self.close_rails_given_up(&close);
-                    self.line.say(self.member.fenced(closed.clone()))?;
-                    closed.map_err(FabricError::Rail)?;
+                    self.line.say(self.member.fenced(closed))?;
                 }
                 InferenceStep::Verify { push, version, sums } => {
                     self.receive_bytes(false);
@@ -164,23 +195,19 @@ impl InferenceSession {
                     match &self.incoming {
                         Some(incoming) => {
                             self.verifying =
-                                Some(incoming.start((push, version), sums, self.arena.target.clone()));
+                                Some(incoming.start((push, version), sums, self.arenas.written().clone()));
                         }
                         None => self.compared(Err(NOT_COMPARED.into()))?,
                     }
                 }
-                InferenceStep::Commit { version: committed, .. } => {
+                InferenceStep::Commit { version, .. } => {
                     self.receive_bytes(false);
-                    self.line.say(self.member.committed())?;
-                    let Some(push) = self.push.take() else { continue };
-                    let report = self.commits(push);
-                    if committed >= version {
-                        return Ok(report);
-                    }
+                    self.show(version, true).await?;
                 }
                 InferenceStep::Aborted { version, reason } => {
                     self.receive_bytes(false);
                     self.push = None;
+                    self.hooks.after_abort(version, &reason);
                     let error = Error::Aborted { version, reason };
                     self.watch.failed(&error);
                     return Err(error);
@@ -217,8 +244,57 @@ impl InferenceSession {
         }
     }
 
+    /// Begins to make a committed version what is served, and to `confirm` that when it is.
+    pub(super) async fn show(&mut self, version: u64, confirm: bool) -> Result<(), Error> {
+        let stop = match self.mode {
+            CommitMode::InPlace => Ok(()),
+            CommitMode::Staged | CommitMode::StagedCopy => self.hooks.before_change(version),
+        };
+        let arenas = self.arenas.clone();
+        let copying = match self.mode {
+            CommitMode::StagedCopy if stop.is_ok() => {
+                Some(tokio::task::spawn_blocking(move || arenas.commit()))
+            }
+            CommitMode::InPlace | CommitMode::Staged if stop.is_ok() => {
+                self.arenas = arenas.commit();
+                None
+            }
+            _ => None,
+        };
+        self.showing = Some(Showing { version, confirm, copying });
+        match stop {
+            Ok(()) => Ok(()),
+            Err(reason) => Err(self.hook_failed(version, reason).await),
+        }
+    }
+
+    /// Waits until what is to be served is.
+    async fn shown(&mut self) -> Result<Option<VersionReport>, Error> {
+        let Some(Showing { version, confirm, copying }) = &mut self.showing else { return Ok(None) };
+        let (version, confirm) = (*version, *confirm);
+        if let Some(copying) = copying {
+            self.arenas = copying.await.map_err(|error| std::io::Error::other(error.to_string()))?;
+        }
+        self.showing = None;
+        let confirms = if confirm { self.member.committed() } else { None };
+        if let Err(reason) = self.hooks.after_commit(version, self.arena_ptr()) {
+            return Err(self.hook_failed(version, reason).await);
+        }
+        if confirm {
+            self.line.say(confirms)?;
+        }
+        Ok(self.push.take().map(|push| self.commits(push)))
+    }
+
+    /// The decision was taken, and the engine cannot follow it: this rank is lost to the job.
+    async fn hook_failed(&mut self, version: u64, reason: String) -> Error {
+        let error = Error::Hook { version, reason };
+        self.line.end(error.to_string()).await;
+        error
+    }
+
     /// The bytes are those of this push.
-    pub(super) fn commits(&mut self, push: Push) -> VersionReport {
+    fn commits(&mut self, push: Push) -> VersionReport {
         let report = self.report(push);
         self.watch.served(&report);
         self.last = Some(report.clone());
@@ -260,13 +336,14 @@ impl InferenceSession {
             return Err(outside());
         }
         let at = usize::try_from(param.offset + offset).map_err(|_| outside())?;
-        self.arena.target.read(at, into).map_err(|_| outside())
+        self.arenas.served().read(at, into).map_err(|_| outside())
     }
 
-    /// The arena's base address, for an engine that reads the weights where they are: parameter `i` is at
-    /// `params()[i].offset` from it. It stays the same until the session is dropped.
+    /// The base address of what is served, for an engine that reads the weights where they are: parameter `i` is at
+    /// `params()[i].offset` from it. Under [`CommitMode::Staged`] every commit changes it; otherwise it stays the same until the
+    /// session is dropped.
     pub fn arena_ptr(&self) -> *mut u8 {
-        self.arena.target.as_ptr()
+        self.arenas.served().as_ptr()
     }
 
     /// Leaves the job. While trainers are in it, they have lost this rank: what becomes of the job is its policy.

@@ -82,6 +82,7 @@ impl TrainerSession {
             host: manifest.host.clone(),
             rails: opened.iter().map(RailEndpoint::of_trainer).collect(),
             local: None,
+            stages: false,
         };
         let joins = self.member.rejoin(Join {
             job: config.job.clone(),
@@ -91,6 +92,7 @@ impl TrainerSession {
             manifest: MemberManifest::Trainer(manifest),
             endpoint: endpoint.encode()?,
             holds: Holds::Nothing,
+            stages: false,
         });
         self.rails = Rails::Open(opened, endpoint);
         self.line.send(joins)

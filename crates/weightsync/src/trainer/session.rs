@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use efa_core::{Lease, LeaseMut, MemoryRef};
 use rendezvous::member::{TrainerMember, TrainerStep};
 use rendezvous::status::{RAILS_TOLD_MAX, RailStatus};
-use rendezvous::{Fence, PushId, RendezvousError, ToController};
+use rendezvous::{Bank, Fence, PushId, RendezvousError, ToController};
 use tokio::sync::oneshot;
 use xfer_exec::driver::Outcome;
 use xfer_exec::{Failure, RailUse};
@@ -197,14 +197,14 @@ impl TrainerSession {
         let mut stage = Stopwatch::start("wait for trainers");
         // Heartbeats tell it until the rails begin to count anew.
         self.line.progress().store(0, Ordering::Relaxed);
-        let push = loop {
+        let (push, bank) = loop {
             self.ready().await?;
             if let Some(report) = self.decided.take().filter(|report| report.version == version) {
                 return Ok(report);
             }
             self.line.say(self.member.begin(version))?;
             match self.next("the other trainers and the inference ranks").await? {
-                Some(TrainerStep::Write { push, .. }) => break push,
+                Some(TrainerStep::Write { push, bank, .. }) => break (push, bank),
                 Some(TrainerStep::Aborted { reason, .. }) => return Err(Error::Aborted { version, reason }),
                 Some(_) => return Err(out_of_turn("the start of the push")),
                 // Nothing has been written: the same version again.
@@ -214,7 +214,7 @@ impl TrainerSession {
         stage.next("write", &mut stages);
         self.watch.named(push);
         self.watch.stage("write");
-        let (Written { outcome, summed }, ended) = self.write(push, version).await?;
+        let (Written { outcome, summed }, ended) = self.write(push, bank, version).await?;
         self.tell_rails(&outcome);
         let fences = self.fences(&outcome.rails);
         let (sums, verified) = summed.map(|Summed { sums, report }| (sums, report)).unzip();
@@ -300,7 +300,12 @@ impl TrainerSession {
 
     /// Lends the weights to the rails and waits until they are back, whatever the controller says meanwhile: that comes with
     /// the outcome, where it ended the push.
-    async fn write(&mut self, push: PushId, version: u64) -> Result<(Written, Option<Error>), Error> {
+    async fn write(
+        &mut self,
+        push: PushId,
+        bank: Bank,
+        version: u64,
+    ) -> Result<(Written, Option<Error>), Error> {
         let (reply, wait) = oneshot::channel();
         let Rails::Connected(Connected { sender, outgoing, .. }) = &self.rails else {
             return Err(Error::Broken);
@@ -310,6 +315,7 @@ impl TrainerSession {
         };
         let regions: Vec<Lease> = regions.into_iter().map(LeaseMut::freeze).collect();
         let summing = outgoing.as_ref().map(|outgoing| outgoing.start(push, regions.clone()));
+        sender.set_bank(bank.index() == 1);
         sender.push(regions, move |outcome| {
             // On the thread of the rails, which have nothing left to do.
             let summed = summing.and_then(|summing| summing.end(outcome.result.is_ok()));

@@ -54,6 +54,7 @@ type ReplyMeasured<B> = Box<dyn FnOnce(Measured<B>) + Send>;
 
 enum Command<B> {
     Magnitudes(Vec<B>, ReplyMeasured<B>),
+    Bank(bool),
     Push(Vec<B>, Vec<f32>, Reply<B>),
     Abort(String),
 }
@@ -84,6 +85,12 @@ impl<B: Send + 'static> Sender<B> {
             serve(&mut driver, &thread, &inbox);
         })?;
         Ok(Self { commands, thread: Some(handle) })
+    }
+
+    /// Which bank of regions the next pushes write to at receivers that have two: see
+    /// [`Engine::set_bank`](crate::Engine::set_bank). Between pushes.
+    pub fn set_bank(&self, second: bool) {
+        let _ = self.commands.try_send(Command::Bank(second));
     }
 
     /// Begins a push of `regions`, which are this rank's regions in the order of its manifest. `reply` is called from
@@ -152,6 +159,7 @@ fn serve<M: Store>(driver: &mut Driver<M>, thread: &ThreadConfig, inbox: &Receiv
                 let result = driver.magnitudes(&regions);
                 reply(Measured { result, regions });
             }
+            Command::Bank(second) => driver.set_bank(second),
             Command::Abort(_) => {}
         }
     }
@@ -173,7 +181,7 @@ fn push<M: Store>(
                 match command {
                     Command::Abort(reason) => driver.abort(reason),
                     // A session pushes one version at a time; dropping the reply tells a second caller.
-                    Command::Push(..) | Command::Magnitudes(..) => {}
+                    Command::Push(..) | Command::Magnitudes(..) | Command::Bank(_) => {}
                 }
             }
         }

@@ -179,7 +179,7 @@ impl Engine {
             source,
             rows,
             to: op.to,
-            region: op.destination.region,
+            region: self.program.region(op, self.second_bank),
             offset: op.destination.offset + row * op.destination.stride,
             tag: self.program.tag(id.op),
         })

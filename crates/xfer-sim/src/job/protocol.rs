@@ -149,6 +149,7 @@ impl World<'_> {
             manifest,
             endpoint: Vec::new(),
             holds: Holds::Nothing,
+            stages: false,
         };
         let (half, message) = match rank.rank {
             Rank::Trainer(_) => {

@@ -1,0 +1,636 @@
+//! What a loss does to a job that goes on: who is told what, and who is waited for.
+
+use super::*;
+use crate::protocol::Planned;
+
+const I1: Rank = Rank::Receiver(ReceiverRank(1));
+const T2: Rank = Rank::Trainer(TrainerRank(2));
+
+const PLAN: &str = "a plan";
+const START: &str = "a start";
+const REGROUP: &str = "a call to join again";
+const ABORT: &str = "an abort";
+const REFUSED: &str = "a refusal";
+
+/// A job and what its members were told.
+struct Job {
+    controller: Controller,
+    config: ControllerConfig,
+    /// The rows of the tensor that each trainer owns: from, count.
+    owned: Vec<(u64, u64)>,
+    now: Duration,
+    connections: BTreeMap<Rank, ConnectionId>,
+    opened: u64,
+    told: BTreeMap<ConnectionId, Vec<ToMember>>,
+    closed: BTreeSet<ConnectionId>,
+    reports: Vec<Report>,
+    /// What is to be recorded.
+    recording: Option<Commit>,
+}
+
+impl Job {
+    /// Trainers that own these rows, and two inference ranks; nobody has joined.
+    fn new(on_loss: OnLoss, owned: &[(u64, u64)], resume: Option<Commit>) -> Self {
+        let world = World { trainers: owned.len() as u32, inference: 2 };
+        let config = ControllerConfig { world, on_loss, resume, ..config(Verify::Off) };
+        Self {
+            controller: Controller::new(config.clone()).unwrap(),
+            config,
+            owned: owned.to_vec(),
+            now: Duration::ZERO,
+            connections: BTreeMap::new(),
+            opened: 0,
+            told: BTreeMap::new(),
+            closed: BTreeSet::new(),
+            reports: Vec::new(),
+            recording: None,
+        }
+    }
+
+    fn started_with(on_loss: OnLoss, owned: &[(u64, u64)]) -> Self {
+        let mut job = Self::new(on_loss, owned, None);
+        job.assemble();
+        job
+    }
+
+    /// Two trainers with a row each.
+    fn started(on_loss: OnLoss) -> Self {
+        Self::started_with(on_loss, &[(0, 1), (1, 1)])
+    }
+
+    /// All join, and are ready.
+    fn assemble(&mut self) {
+        let all: Vec<Rank> = self.config.world.members().collect();
+        all.iter().for_each(|member| self.join(*member));
+        self.connect(&all);
+    }
+
+    /// These have a plan and are ready: so that the job starts.
+    fn connect(&mut self, members: &[Rank]) {
+        let digest = self.controller.digest;
+        for member in members {
+            assert_eq!(self.told(*member).last(), Some(&PLAN), "{member}");
+        }
+        members.iter().for_each(|member| self.say(*member, ToController::Ready { digest }));
+        for member in members {
+            assert_eq!(self.told(*member), [START], "{member}");
+        }
+    }
+
+    /// As [`Job::connect`], where the plan has been looked at.
+    fn join_connected(&mut self, members: &[Rank]) {
+        let digest = self.controller.digest;
+        members.iter().for_each(|member| self.say(*member, ToController::Ready { digest }));
+        assert!(matches!(self.controller.phase, Phase::Idle));
+        self.forget();
+    }
+
+    fn event(&mut self, event: Event) {
+        let mut actions = Vec::new();
+        self.controller.handle(event, self.now, &mut actions);
+        for action in actions {
+            match action {
+                Action::Send(_, ToMember::Heartbeat) => {}
+                Action::Send(to, message) => self.told.entry(to).or_default().push(message),
+                Action::Close(connection) => drop(self.closed.insert(connection)),
+                Action::Record(commit) => self.recording = Some(commit),
+                Action::Report(report) => self.reports.push(report),
+            }
+        }
+    }
+
+    fn say(&mut self, member: Rank, message: ToController) {
+        self.event(Event::Received(self.connections[&member], message));
+    }
+
+    /// Joins, over its connection if it has one.
+    fn join(&mut self, member: Rank) {
+        self.join_with(member, Holds::Nothing);
+    }
+
+    fn join_with(&mut self, member: Rank, holds: Holds) {
+        let mut join = Join { world: self.config.world, holds, ..join(member) };
+        if let MemberManifest::Trainer(manifest) = &mut join.manifest
+            && let Rank::Trainer(TrainerRank(rank)) = member
+        {
+            let (from, rows) = self.owned[rank as usize];
+            manifest.regions = vec![8 * rows];
+            manifest.pieces[0].bounds = TensorBox::new(&[from, 0], &[rows, 8]).unwrap();
+        }
+        self.opened += 1;
+        self.connections.entry(member).or_insert(ConnectionId(self.opened));
+        self.say(member, ToController::Join(Box::new(join)));
+    }
+
+    /// Its connection ends; it comes back over another.
+    fn lose(&mut self, member: Rank) {
+        let connection = self.connections.remove(&member).unwrap();
+        self.event(Event::Disconnected(connection, "reset".into()));
+    }
+
+    /// Time passes while those who have a connection say that they are alive.
+    fn pass(&mut self, seconds: u64) {
+        for _ in 0..seconds {
+            self.now += Duration::from_secs(1);
+            let alive: Vec<Rank> = self.connections.keys().copied().collect();
+            alive.iter().for_each(|member| self.say(*member, ToController::Heartbeat { progress: 0 }));
+            self.event(Event::Tick);
+        }
+    }
+
+    /// What it has been told since this was asked last.
+    fn messages(&mut self, member: Rank) -> Vec<ToMember> {
+        let connection = self.connections.get(&member);
+        connection.and_then(|connection| self.told.remove(connection)).unwrap_or_default()
+    }
+
+    fn told(&mut self, member: Rank) -> Vec<&'static str> {
+        self.messages(member).iter().map(ToMember::name).collect()
+    }
+
+    /// The reason in the last thing that it was told.
+    fn reason(&mut self, member: Rank) -> String {
+        match self.messages(member).pop() {
+            Some(
+                ToMember::Abort { reason, .. } | ToMember::Regroup { reason } | ToMember::Refused { reason },
+            ) => reason,
+            other => panic!("{member} was told {other:?}"),
+        }
+    }
+
+    fn plan(&mut self, member: Rank) -> Planned {
+        match self.messages(member).pop() {
+            Some(ToMember::Planned(planned)) => *planned,
+            other => panic!("{member} was told {other:?}"),
+        }
+    }
+
+    fn push_id(&self) -> PushId {
+        match &self.controller.phase {
+            Phase::Pushing(push) => push.id,
+            _ => panic!("no push"),
+        }
+    }
+
+    /// Up to the moment that trainers write.
+    fn write(&mut self, version: u64) -> PushId {
+        let trainers: Vec<Rank> = self.controller.trainers().collect();
+        trainers.iter().for_each(|trainer| self.say(*trainer, ToController::Begin { version }));
+        let (push, receivers) = (self.push_id(), self.controller.receivers().collect::<Vec<_>>());
+        receivers.iter().for_each(|receiver| self.say(*receiver, ToController::Prepared { push }));
+        self.forget();
+        push
+    }
+
+    /// Up to the moment that the decision is to be recorded.
+    fn written(&mut self, version: u64) -> PushId {
+        let push = self.write(version);
+        let quotas: Vec<(Rank, Quota)> =
+            self.controller.quotas.iter().map(|(rank, quota)| (*rank, *quota)).collect();
+        for (rank, Quota { bytes, writes }) in quotas {
+            let (fences, sums) = (Vec::new(), Vec::new());
+            self.say(rank, ToController::Written { push, bytes, writes, fences, sums });
+        }
+        assert_eq!(self.recording, Some(Commit { version, push }));
+        push
+    }
+
+    /// Up to the moment that inference ranks are told of the commit.
+    fn commit(&mut self, version: u64) -> Commit {
+        let push = self.written(version);
+        self.event(Event::Recorded(Ok(())));
+        Commit { version, push }
+    }
+
+    /// From the beginning of a version to its end.
+    fn push(&mut self, version: u64) -> Commit {
+        let commit = self.commit(version);
+        let receivers: Vec<Rank> = self.controller.receivers().collect();
+        receivers
+            .iter()
+            .for_each(|receiver| self.say(*receiver, ToController::Committed { push: commit.push }));
+        assert!(matches!(self.controller.phase, Phase::Idle));
+        self.forget();
+        commit
+    }
+
+    fn forget(&mut self) {
+        self.told.clear();
+        self.reports.clear();
+    }
+}
+
+#[test]
+fn between_versions_everybody_joins_again_and_versions_go_on() {
+    let mut job = Job::started(OnLoss::Wait);
+    let committed = job.push(1);
+    job.lose(I1);
+    for member in [T0, T1, I0] {
+        let reason = job.reason(member);
+        assert!(
+            reason.contains("inference 1 was lost between versions") && reason.contains("reset"),
+            "{reason}"
+        );
+    }
+    job.join(T0);
+    job.join(T1);
+    job.join_with(I0, Holds::Version(committed));
+    assert_eq!((job.told(T0), job.told(I0)), (vec![], vec![]), "it is waited for");
+    job.join_with(I1, Holds::Version(committed));
+    let planned = job.plan(T0);
+    assert_eq!((planned.committed, planned.behind, planned.on_loss), (Some(committed), vec![], OnLoss::Wait));
+    job.join_connected(&[T0, T1, I0, I1]);
+    job.push(2);
+}
+
+#[test]
+fn while_trainers_write_the_attempt_is_aborted_first() {
+    let mut job = Job::started(OnLoss::Wait);
+    let push = job.write(1);
+    job.lose(I1);
+    for member in [T0, T1, I0] {
+        assert_eq!(job.told(member), [ABORT, REGROUP]);
+    }
+    // What they say of it counts for nothing.
+    job.say(T0, WRITTEN(push));
+    job.join(T0);
+    job.say(I0, ToController::Prepared { push });
+    job.join_with(I0, Holds::Torn);
+    job.join(T1);
+    job.join(I1);
+    assert_eq!(job.plan(T0).behind, [], "nothing is committed that they could not have");
+    job.join_connected(&[T0, T1, I0, I1]);
+    job.push(1);
+}
+
+#[test]
+fn what_is_decided_is_recorded_although_all_inference_ranks_are_lost_meanwhile() {
+    let mut job = Job::started(OnLoss::Wait);
+    let push = job.written(1);
+    job.forget();
+    job.lose(I0);
+    job.lose(I1);
+    assert_eq!(job.told(T0), [""; 0], "it is not known yet how this ends");
+    // The first is back before the record is there.
+    job.join_with(I0, Holds::Undecided { attempt: Commit { version: 1, push }, serves: None });
+    assert_eq!(job.told(I0), [""; 0]);
+    job.event(Event::Recorded(Ok(())));
+    for trainer in [T0, T1] {
+        let told = job.messages(trainer);
+        let [ToMember::Done { version: 1, unconfirmed, .. }, ToMember::Regroup { .. }] = &told[..] else {
+            panic!("{told:?}")
+        };
+        assert_eq!(unconfirmed, &[I0, I1]);
+        job.join(trainer);
+    }
+    job.join(I1);
+    let planned = job.plan(I0);
+    assert_eq!(planned.committed, Some(Commit { version: 1, push }));
+    assert_eq!(
+        planned.behind,
+        [ReceiverRank(1)],
+        "it has lost what it had, the other only missed the commit"
+    );
+}
+
+#[test]
+fn during_the_commit_the_others_confirm_it_before_all_join_again() {
+    for lost in [I1, T1] {
+        let mut job = Job::started(OnLoss::Wait);
+        let Commit { push, .. } = job.commit(1);
+        job.forget();
+        job.lose(lost);
+        assert_eq!((job.told(T0), job.told(I0)), (vec![], vec![]));
+        job.say(I0, ToController::Committed { push });
+        if lost != I1 {
+            job.say(I1, ToController::Committed { push });
+        }
+        let told = job.messages(T0);
+        let [ToMember::Done { unconfirmed, .. }, ToMember::Regroup { reason }] = &told[..] else {
+            panic!("{told:?}")
+        };
+        assert_eq!(unconfirmed, if lost == I1 { &[I1][..] } else { &[] });
+        assert!(
+            reason.contains(&format!("{lost} was lost during version 1 (stage: committing)")),
+            "{reason}"
+        );
+        assert_eq!(job.told(I0), [REGROUP]);
+    }
+}
+
+#[test]
+fn a_decision_that_cannot_be_recorded_is_told_to_nobody() {
+    let mut job = Job::started(OnLoss::Continue);
+    job.written(1);
+    job.forget();
+    job.event(Event::Recorded(Err("no space".into())));
+    for member in [T0, T1, I0, I1] {
+        assert_eq!(job.reason(member), "the commit of version 1 could not be recorded: no space");
+    }
+    assert!(job.controller.has_ended() && job.controller.committed() == 0);
+}
+
+#[test]
+fn a_rank_that_is_only_silent_may_join_over_a_new_connection() {
+    let mut job = Job::started(OnLoss::Wait);
+    let silent = job.connections.remove(&I1).unwrap();
+    job.pass(16);
+    let told = job.told.remove(&silent).unwrap();
+    assert!(
+        matches!(&told[..], [ToMember::Regroup { reason }] if reason.contains("nothing was heard")),
+        "{told:?}"
+    );
+    assert!(job.closed.contains(&silent));
+    for member in [T0, T1, I0, I1] {
+        job.join(member);
+    }
+    job.connect(&[I1, T0, T1, I0]);
+    // One that says itself that it cannot go on is not waited for over a new connection.
+    job.say(I1, ToController::Leave { reason: Some("no memory".into()) });
+    assert!(job.reason(I1).contains("it gave up: no memory"));
+}
+
+#[test]
+fn without_an_inference_rank_the_others_go_on_until_it_is_back() {
+    let mut job = Job::started(OnLoss::Continue);
+    let first = job.push(1);
+    job.lose(I1);
+    job.join(T0);
+    job.join(T1);
+    job.join_with(I0, Holds::Version(first));
+    job.connect(&[T0, T1, I0]);
+    let without = |report: &Report| matches!(report, Report::Planned { without, .. } if *without == [I1]);
+    assert!(job.reports.iter().any(without), "{:?}", job.reports);
+    let second = job.push(2);
+    // It comes while a version is pushed: after that it takes part.
+    let push = job.write(3);
+    job.join_with(I1, Holds::Version(first));
+    assert_eq!((job.told(I1), job.told(T0)), (vec![], vec![]));
+    let failed = ToController::Failed { push, reason: "no".into(), fences: Vec::new() };
+    job.say(T0, failed);
+    let told = job.messages(T0);
+    let [ToMember::Abort { .. }, ToMember::Regroup { reason }] = &told[..] else { panic!("{told:?}") };
+    assert_eq!(reason, "inference 1 is back");
+    assert_eq!(job.told(I1), [""; 0], "it has just joined");
+    job.join(T0);
+    job.join(T1);
+    job.join_with(I0, Holds::Undecided { attempt: Commit { version: 3, push }, serves: Some(second) });
+    let planned = job.plan(T0);
+    assert_eq!((planned.committed, planned.behind), (Some(second), vec![ReceiverRank(1)]));
+    assert!(planned.peers.iter().all(|peer| !peer.turned));
+}
+
+#[test]
+fn without_a_trainer_others_push_what_it_had() {
+    let mut job = Job::started_with(OnLoss::Continue, &[(0, 2), (0, 2)]);
+    job.push(1);
+    job.lose(T1);
+    job.join(T0);
+    job.join(I0);
+    job.join(I1);
+    job.connect(&[T0, I0, I1]);
+    let push = job.write(2);
+    // A rail at a rank that is not there is nothing to wait for.
+    let Quota { bytes, writes } = job.controller.quotas[&T0];
+    let fences = vec![Fence { at: ReceiverRank(7), rail: 0 }];
+    job.say(T0, ToController::Written { push, bytes, writes, fences, sums: Vec::new() });
+    assert_eq!(job.recording, Some(Commit { version: 2, push }));
+}
+
+#[test]
+fn without_a_trainer_whose_pieces_nobody_has_no_version_comes_until_it_is_back() {
+    let mut job = Job::started(OnLoss::Continue);
+    job.lose(T1);
+    job.forget();
+    for member in [T0, I0, I1] {
+        job.join(member);
+    }
+    job.pass(31);
+    let reason = job.reason(T0);
+    assert!(reason.contains("waited 30s for trainer 1 to join again (without: no plan"), "{reason}");
+    // Inference ranks stay; nobody trains soon, so nobody is waited for.
+    job.pass(100);
+    assert_eq!((job.told(T0), job.told(I0)), (vec![], vec![]));
+    job.join(T1);
+    assert_eq!(job.told(T1), [""; 0]);
+    job.join(T0);
+    job.connect(&[T0, T1, I0, I1]);
+    job.push(1);
+}
+
+#[test]
+fn who_is_there_but_did_not_join_in_time_still_can() {
+    let mut job = Job::started(OnLoss::Continue);
+    job.lose(I1);
+    for member in [T0, I0, I1] {
+        job.join(member);
+    }
+    // Trainer 1 computes; without it there is no plan.
+    job.pass(31);
+    assert!(job.reason(T0).contains("waited 30s for trainer 1 to join again (without: no plan"));
+    job.forget();
+    job.join(T1);
+    job.join(T0);
+    job.connect(&[T0, T1, I0, I1]);
+}
+
+#[test]
+fn of_two_trainers_that_are_lost_only_the_one_with_pieces_of_its_own_is_needed() {
+    let mut job = Job::started_with(OnLoss::Continue, &[(0, 1), (1, 1), (0, 2)]);
+    job.lose(T1);
+    job.lose(T2);
+    job.forget();
+    for member in [T0, I0, I1] {
+        job.join(member);
+    }
+    job.pass(31);
+    assert!(job.reason(T0).contains("trainer 1, trainer 2 to join again"));
+    job.join(T0);
+    job.join(T1);
+    job.pass(31);
+    job.connect(&[T0, T1, I0, I1]);
+}
+
+#[test]
+fn who_does_not_join_again_within_the_deadline_is_named_or_left_out() {
+    let mut job = Job::started(OnLoss::Wait);
+    job.lose(I1);
+    job.forget();
+    for member in [T0, T1, I0] {
+        job.join(member);
+    }
+    job.pass(31);
+    for trainer in [T0, T1] {
+        let reason = job.reason(trainer);
+        assert!(reason.contains("waited 30s for inference 1 to join again"), "{reason}");
+    }
+    assert!(!job.controller.has_ended());
+
+    // This one is there, and busy.
+    let mut job = Job::started(OnLoss::Continue);
+    job.lose(I1);
+    assert_eq!(job.told(I0), [REGROUP]);
+    job.join(T0);
+    job.join(T1);
+    job.join(I1);
+    job.pass(31);
+    job.connect(&[T0, T1, I1]);
+    // Another loss: it has been told already, and may be about to join with rails that it has opened since.
+    job.lose(T1);
+    assert_eq!(job.told(I0), [""; 0]);
+    assert_eq!(job.told(T0), [REGROUP]);
+    job.join(I0);
+    for member in [T0, T1, I1] {
+        job.join(member);
+    }
+    job.connect(&[T0, T1, I0, I1]);
+}
+
+#[test]
+fn nothing_is_pushed_to_nobody() {
+    let mut job = Job::started(OnLoss::Continue);
+    job.lose(I1);
+    job.forget();
+    // The other inference rank is there, and does not join again.
+    job.join(T0);
+    job.join(T1);
+    job.pass(31);
+    assert!(job.reason(T0).contains("inference 0"), "a plan for trainers alone");
+}
+
+#[test]
+fn the_next_controller_goes_on_from_the_record() {
+    let last = Commit { version: 7, push: PushId([1; 16]) };
+    let other = Commit { version: 8, push: PushId([2; 16]) };
+    let mut job = Job::new(OnLoss::Continue, &[(0, 2), (0, 2)], Some(last));
+    assert_eq!(job.controller.committed(), 7);
+    job.join(T0);
+    job.join_with(I0, Holds::Undecided { attempt: last, serves: None });
+    job.join_with(I1, Holds::Undecided { attempt: other, serves: Some(last) });
+    // Of the ranks that it has never seen one is missing.
+    job.pass(31);
+    let planned = job.plan(T0);
+    assert_eq!((planned.committed, planned.behind), (Some(last), vec![]));
+    let turned: Vec<_> = planned.peers.iter().filter(|peer| peer.turned).map(|peer| peer.member).collect();
+    assert_eq!(turned, [I0], "it had missed the commit, the other's attempt came to nothing");
+    job.join_connected(&[T0, I0, I1]);
+    job.say(T0, ToController::Begin { version: 7 });
+    assert!(job.reason(T0).contains("not newer"), "all have it");
+    job.push(8);
+}
+
+#[test]
+fn without_a_record_the_members_know() {
+    let (old, last) = ([3, 4]).map(|version| Commit { version, push: PushId([version as u8; 16]) }).into();
+    for order in [[I0, I1], [I1, I0]] {
+        let mut job = Job::new(OnLoss::Wait, &[(0, 1), (1, 1)], None);
+        for member in order {
+            let holds = match member {
+                I0 => Holds::Undecided { attempt: last, serves: Some(old) },
+                _ => Holds::Version(last),
+            };
+            job.join_with(member, holds);
+        }
+        job.join(T0);
+        job.join(T1);
+        let planned = job.plan(T0);
+        assert_eq!((planned.committed, planned.behind), (Some(last), vec![]));
+        assert!(planned.peers.iter().all(|peer| peer.turned == (peer.member == I0)), "{:?}", planned.peers);
+    }
+}
+
+#[test]
+fn the_committed_version_is_pushed_again_for_those_who_have_not_got_it() {
+    let last = Commit { version: 7, push: PushId([1; 16]) };
+    let mut job = Job::new(OnLoss::Wait, &[(0, 1), (1, 1)], Some(last));
+    job.join_with(I0, Holds::Version(last));
+    for member in [T0, T1, I1] {
+        job.join(member);
+    }
+    assert_eq!(job.plan(T0).behind, [ReceiverRank(1)]);
+    job.join_connected(&[T0, T1, I0, I1]);
+    let again = job.push(7);
+    assert_ne!(again, last);
+    job.say(T0, ToController::Begin { version: 7 });
+    assert!(job.reason(T0).contains("not newer"));
+}
+
+#[test]
+fn a_rank_with_a_newer_version_than_the_job_comes_too_late_to_be_believed() {
+    let mut job = Job::started(OnLoss::Continue);
+    job.lose(I1);
+    for member in [T0, T1, I0] {
+        job.join(member);
+    }
+    job.connect(&[T0, T1, I0]);
+    job.write(1);
+    job.join_with(I1, Holds::Version(Commit { version: 9, push: PushId([9; 16]) }));
+    assert_eq!(job.reason(I1), "inference 1 has version 9, but this job has committed 0 only");
+    assert_eq!(job.controller.committed(), 0);
+}
+
+#[test]
+fn a_rank_that_comes_back_as_another_is_refused_and_waited_for() {
+    let mut job = Job::started(OnLoss::Wait);
+    job.lose(T1);
+    for member in [T0, I0, I1] {
+        job.join(member);
+    }
+    job.owned[1] = (0, 1);
+    job.join(T1);
+    assert!(job.reason(T1).contains("no plan"));
+    job.connections.remove(&T1);
+    job.owned[1] = (1, 1);
+    job.join(T1);
+    job.connect(&[T0, T1, I0, I1]);
+}
+
+#[test]
+fn trainers_may_leave_while_others_join_again() {
+    let mut job = Job::started(OnLoss::Wait);
+    job.lose(I1);
+    job.forget();
+    // They have not heard of it yet.
+    job.say(T0, ToController::Leave { reason: None });
+    assert!(!job.controller.has_ended());
+    job.say(T1, ToController::Leave { reason: None });
+    assert_eq!(job.told(I0), ["a finish"]);
+    assert!(matches!(job.reports.last(), Some(Report::Ended { reason: None })), "{:?}", job.reports);
+
+    // Who comes back while they leave is told so too, and changes nothing.
+    let mut job = Job::started_with(OnLoss::Continue, &[(0, 2), (0, 2), (0, 2)]);
+    for lost in [I1, T2] {
+        job.lose(lost);
+    }
+    for member in [T0, T1, I0] {
+        job.join(member);
+    }
+    job.connect(&[T0, T1, I0]);
+    job.say(T0, ToController::Leave { reason: None });
+    job.join(I1);
+    job.join(T2);
+    assert_eq!((job.told(T1), job.told(I0)), (vec![], vec![]));
+    job.say(T1, ToController::Leave { reason: None });
+    assert_eq!(
+        (job.told(I0), job.told(I1), job.told(T2)),
+        (vec!["a finish"], vec!["a finish"], vec![REFUSED])
+    );
+    assert!(job.controller.has_ended());
+}
+
+#[test]
+fn a_job_that_fails_on_loss_regroups_for_nobody() {
+    let mut job = Job::started(OnLoss::Fail);
+    job.push(1);
+    job.opened += 1;
+    let late = ConnectionId(job.opened);
+    let refused = job.connections.insert(I1, late).unwrap();
+    job.join(I1);
+    assert!(job.reason(I1).contains("inference 1 has joined already"));
+    job.connections.insert(I1, refused);
+    job.lose(I1);
+    for member in [T0, T1, I0] {
+        assert_eq!(job.told(member), [REFUSED]);
+    }
+    assert!(job.controller.has_ended());
+}

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::Parser;
 use serde::Serialize;
-use weightsync::OnLoss;
+use weightsync::{CommitMode, OnLoss};
 use weightsync_lab::{Lab, LabOptions};
 
 use crate::machine::Machine;
@@ -164,18 +164,22 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     Ok(if results.wrong.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// What is tortured in its turn: policies alternate, then whether checksums are compared, then where the job runs.
+/// What is tortured in its turn: policies alternate, inference ranks take commit modes in turn, and some jobs compare
+/// checksums or run in a lab.
 struct Job {
     on_loss: OnLoss,
     verify: bool,
     in_lab: bool,
+    modes: [CommitMode; 3],
     seed: u64,
 }
 
 impl Job {
     fn new(number: u64, lab: bool, seed: u64) -> Self {
         let on_loss = if number.is_multiple_of(2) { OnLoss::Continue } else { OnLoss::Wait };
-        Self { on_loss, in_lab: lab && number % 3 == 2, verify: number % 8 >= 4, seed }
+        let mut modes = CommitMode::ALL.map(|(mode, _)| mode);
+        modes.rotate_left((number / 2 % 3) as usize);
+        Self { on_loss, in_lab: lab && number % 3 == 2, verify: number % 8 >= 5, modes, seed }
     }
 
     fn run(
@@ -194,6 +198,7 @@ impl Job {
             on_loss: self.on_loss,
             verify: self.verify,
             deadline: DEADLINE,
+            modes: self.modes,
             fabrics: if self.in_lab { vec!["tcp".into()] } else { options.fabric.clone() },
         };
         Ok(run_phase(setting, lab, self.seed, length, tally, show))

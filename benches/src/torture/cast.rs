@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
-use weightsync::{OnLoss, Secret};
+use weightsync::{CommitMode, OnLoss, Secret};
 use weightsync_lab::{Lab, Side};
 
 use super::fault::Who;
@@ -49,6 +49,8 @@ pub(super) struct Setting {
     pub(super) deadline: Duration,
     /// Those of the inference ranks, in turn.
     pub(super) fabrics: Vec<String>,
+    /// Theirs, one each.
+    pub(super) modes: [CommitMode; WORLD.inference as usize],
 }
 
 struct Actor {
@@ -228,7 +230,7 @@ impl Cast {
     }
 
     fn rank(&self, who: Who, role: &str, rank: u32) -> anyhow::Result<Command> {
-        let Setting { deadline, fabrics, .. } = &self.setting;
+        let Setting { deadline, fabrics, modes, .. } = &self.setting;
         let of_inference = fabrics.get(rank as usize % fabrics.len().max(1)).context("no fabric")?;
         let fabric = match (who, fabrics.as_slice()) {
             (Who::Trainer(_), [_, _, ..]) => "auto",
@@ -240,6 +242,7 @@ impl Cast {
             rank,
             deadline: *deadline,
             fabric: fabric.to_owned(),
+            mode: modes.get(rank as usize).copied().unwrap_or_default().to_string(),
             nics: nics.unwrap_or_default(),
             record: self.record(),
             // One that often looks after other things meanwhile.

@@ -1,20 +1,21 @@
-//! Looks at what an inference rank serves, again and again while the session takes part in pushes.
+//! Looks at what an inference rank serves, again and again while its session takes part in pushes.
 //!
-//! It reads the arena as an engine does that has its address, and only believes a look during which the rank served one version
-//! from beginning to end: what is served is taken from the session's metrics, before and after. It must never touch the session.
+//! It reads the arena as an engine does that was told its address ([`Hooks`]), and only believes a look during which one version
+//! was served from beginning to end. It must never touch the session, and holds up nobody.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use weightsync::metrics::Metrics;
+use weightsync::Hooks;
 
 use super::weights::{Expected, tensors};
+use crate::job::locked;
 
 /// Between two looks at least, and by how many times of what a look takes: so that looking leaves cores to the job.
 const PAUSE_MIN: Duration = Duration::from_millis(4);
@@ -29,13 +30,53 @@ pub(super) struct Seen {
     pub(super) looks: AtomicU64,
 }
 
-/// The memory of one parameter in this process.
+/// A parameter in the arena.
+#[derive(Clone, Copy)]
 pub(super) struct Place {
-    pub(super) address: u64,
+    pub(super) offset: u64,
     pub(super) bytes: usize,
 }
 
-/// See the module. Ends with the session's arena, at the latest.
+/// What an engine may read.
+#[derive(Debug, Default, Clone, Copy, PartialEq)]
+struct Served {
+    /// The version, and the arena's address.
+    now: Option<(u64, u64)>,
+    /// How often that has changed.
+    changes: u64,
+}
+
+/// What hooks were told last.
+#[derive(Default, Clone)]
+pub(super) struct Told(Arc<Mutex<Served>>);
+
+impl Told {
+    pub(super) fn hooks(&self) -> Hooks {
+        let (before, after) = (self.clone(), self.clone());
+        Hooks {
+            before_change: Some(Box::new(move |_| {
+                before.is(None);
+                Ok(())
+            })),
+            after_commit: Some(Box::new(move |version, weights| {
+                after.is(Some((version, weights as u64)));
+                Ok(())
+            })),
+            after_abort: None,
+        }
+    }
+
+    fn is(&self, now: Option<(u64, u64)>) {
+        let mut served = locked(&self.0);
+        *served = Served { now, changes: served.changes + 1 };
+    }
+
+    fn served(&self) -> Served {
+        *locked(&self.0)
+    }
+}
+
+/// See the module. Is closed before the session goes.
 pub(super) struct Eye {
     stop: Arc<AtomicBool>,
     looking: JoinHandle<()>,
@@ -46,7 +87,7 @@ impl Eye {
     pub(super) fn open(
         inference: u32,
         places: Vec<Place>,
-        metrics: Metrics,
+        told: Told,
         record: PathBuf,
         seen: Arc<Seen>,
         wrong: impl FnOnce(String) + Send + 'static,
@@ -54,9 +95,8 @@ impl Eye {
         let stop = Arc::new(AtomicBool::new(false));
         let ends = stop.clone();
         let looking = std::thread::spawn(move || {
-            let moment =
-                || Moment::of(&metrics.text(), inference).context("the metrics do not say what is served");
-            if let Err(reason) = look_until(&ends, inference, &places, moment, &record, &seen) {
+            let served = || told.served();
+            if let Err(reason) = look_until(&ends, inference, &places, served, &record, &seen) {
                 wrong(format!("{reason:#}"));
             }
         });
@@ -74,31 +114,27 @@ fn look_until(
     stop: &AtomicBool,
     inference: u32,
     places: &[Place],
-    moment: impl Fn() -> anyhow::Result<Moment>,
+    served: impl Fn() -> Served,
     record: &Path,
     seen: &Seen,
 ) -> anyhow::Result<()> {
+    // An address is all that an engine has; this way nothing here can be wrong but an answer.
     let memory = File::open("/proc/self/mem").context("its own memory")?;
     let mut found: Vec<Vec<u8>> = places.iter().map(|place| vec![0; place.bytes]).collect();
     let mut expected = Expected::new(0, inference);
     while !stop.load(Ordering::Relaxed) {
-        let began = Instant::now();
-        let before = moment()?;
-        let version = before.version;
-        if before.is_served() {
+        let (began, before) = (Instant::now(), served());
+        if let Some((version, address)) = before.now {
             if version != expected.version() {
                 was_committed(version, record)?;
                 expected = Expected::new(version, inference);
             }
             for (place, found) in places.iter().zip(&mut found) {
-                memory.read_exact_at(found, place.address).context("its own memory")?;
+                memory.read_exact_at(found, address + place.offset).context("its own memory")?;
             }
-            if moment()? == before {
+            if served() == before {
                 for (tensor, found) in tensors().zip(&found) {
-                    expected
-                        .compare(tensor, found)
-                        .map_err(anyhow::Error::msg)
-                        .context("a look at the arena")?;
+                    expected.compare(tensor, found).map_err(anyhow::Error::msg).context("in the arena")?;
                     seen.bytes.fetch_add(found.len() as u64, Ordering::Relaxed);
                 }
                 seen.looks.fetch_add(1, Ordering::Relaxed);
@@ -107,35 +143,6 @@ fn look_until(
         std::thread::sleep(PAUSE_MIN.max(began.elapsed() * PAUSE_TIMES));
     }
     Ok(())
-}
-
-/// What an inference rank serves, as its metrics say.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Moment {
-    version: u64,
-    torn: bool,
-    /// Attempts that have ended: the same version may have been torn in between.
-    attempts: u64,
-}
-
-impl Moment {
-    fn of(page: &str, inference: u32) -> Option<Self> {
-        let rank = format!("rank=\"{inference}\"");
-        let values = |name: &str| {
-            let of_name = |line: &&str| line.starts_with(name) && line.contains(&rank);
-            let value = |line: &str| line.rsplit_once(' ')?.1.parse::<u64>().ok();
-            page.lines().filter(of_name).map(value).collect::<Option<Vec<u64>>>()
-        };
-        Some(Self {
-            version: *values("weightsync_version{")?.first()?,
-            torn: *values("weightsync_torn{")?.first()? != 0,
-            attempts: values("weightsync_pushes_total{")?.iter().sum(),
-        })
-    }
-
-    fn is_served(&self) -> bool {
-        self.version > 0 && !self.torn
-    }
 }
 
 /// Fails unless the controller has recorded the commit of this version, or of a newer one.
@@ -166,25 +173,6 @@ mod tests {
     use super::*;
     use crate::torture::weights::{fill, spec};
 
-    const PAGE: &str = r#"
-weightsync_pushes_total{side="inference",rank="0",result="committed"} VERSION
-weightsync_pushes_total{side="inference",rank="0",result="failed"} 3
-weightsync_pushes_total{side="inference",rank="1",result="failed"} 9
-weightsync_version{side="inference",rank="0"} VERSION
-weightsync_torn{side="inference",rank="0"} TORN
-"#;
-
-    #[test]
-    fn what_is_served_is_read_from_the_metrics() {
-        let page = |version: &str, torn: &str| PAGE.replace("VERSION", version).replace("TORN", torn);
-        let moment = Moment::of(&page("17", "0"), 0).unwrap();
-        assert_eq!((moment.version, moment.torn, moment.attempts, moment.is_served()), (17, false, 20, true));
-        assert!(!Moment::of(&page("17", "1"), 0).unwrap().is_served());
-        assert!(!Moment::of(&page("0", "0"), 0).unwrap().is_served());
-        assert_eq!(Moment::of(&page("17", "0"), 2), None);
-        assert_eq!(Moment::of(&page("x", "0"), 0), None);
-    }
-
     #[test]
     fn a_version_is_committed_when_the_record_says_so() {
         let folder = tempfile::tempdir().unwrap();
@@ -199,55 +187,66 @@ weightsync_torn{side="inference",rank="0"} TORN
         assert!(was_committed(1, &record).is_err());
     }
 
-    /// An arena, looked at while the rank says these things in turn, the last of them for good; how many looks were compared.
-    fn look(arena: &[Vec<u8>], says: &[Moment]) -> anyhow::Result<u64> {
+    #[test]
+    fn hooks_say_what_may_be_read() {
+        let told = Told::default();
+        let Hooks { before_change: Some(mut before), after_commit: Some(mut after), .. } = told.hooks()
+        else {
+            panic!()
+        };
+        let mut byte = 0;
+        after(7, &mut byte).unwrap();
+        let first = told.served();
+        assert_eq!(first.now, Some((7, (&raw const byte) as u64)));
+        before(8).unwrap();
+        assert_eq!(told.served().now, None);
+        after(7, &mut byte).unwrap();
+        assert!(told.served().now == first.now && told.served() != first);
+    }
+
+    /// Looks at an arena while the rank serves this at first, and then that; how many looks were compared.
+    fn look(arena: &[u8], first: Served, then: Served) -> anyhow::Result<u64> {
         let folder = tempfile::tempdir()?;
         let record = folder.path().join("commit");
         std::fs::write(&record, "weightsync commit record 1\nversion 9\n")?;
-        let place = |bytes: &Vec<u8>| Place { address: bytes.as_ptr() as u64, bytes: bytes.len() };
-        let places: Vec<Place> = arena.iter().map(place).collect();
+        let bytes = arena.len() / tensors().len();
+        let places: Vec<Place> =
+            (0..tensors().len()).map(|at| Place { offset: (at * bytes) as u64, bytes }).collect();
         let (stop, seen, asked) = (AtomicBool::new(false), Seen::default(), Cell::new(0));
-        let moment = || {
-            let number = asked.replace(asked.get() + 1);
-            stop.store(number + 1 >= says.len(), Ordering::Relaxed);
-            Ok(says[number.min(says.len() - 1)])
+        let served = || {
+            stop.store(asked.get() > 0, Ordering::Relaxed);
+            if asked.replace(asked.get() + 1) == 0 { first } else { then }
         };
-        look_until(&stop, 0, &places, moment, &record, &seen)?;
-        let (looks, bytes) = (seen.looks.into_inner(), seen.bytes.into_inner());
-        assert_eq!(bytes, looks * arena.iter().map(|bytes| bytes.len() as u64).sum::<u64>());
+        look_until(&stop, 0, &places, served, &record, &seen)?;
+        let (looks, compared) = (seen.looks.into_inner(), seen.bytes.into_inner());
+        assert_eq!(compared, looks * arena.len() as u64);
         Ok(looks)
     }
 
     #[test]
     fn one_wrong_byte_is_seen_in_what_is_served_from_beginning_to_end() {
-        let served = |version| Moment { version, torn: false, attempts: 5 };
-        let (torn, later) = (Moment { torn: true, ..served(9) }, Moment { attempts: 7, ..served(9) });
-        let right: Vec<Vec<u8>> = tensors()
-            .map(|tensor| {
-                let mut bytes = vec![0; spec(tensor).unwrap().bytes().unwrap() as usize];
-                fill(9, tensor, &mut bytes);
-                bytes
-            })
-            .collect();
+        let bytes = spec(0).unwrap().bytes().unwrap() as usize;
+        let mut right = vec![0; bytes * tensors().len()];
+        right.chunks_mut(bytes).zip(tensors()).for_each(|(into, tensor)| fill(9, tensor, into));
         let mut wrong = right.clone();
-        wrong[1][4711] ^= 1;
+        wrong[bytes + 4711] ^= 1;
+        let served =
+            |arena: &[u8], version| Served { now: Some((version, arena.as_ptr() as u64)), changes: 5 };
+        let always = |arena: &[u8], version| look(arena, served(arena, version), served(arena, version));
 
-        assert_eq!(look(&right, &[served(9), served(9), served(9), served(9)]).unwrap(), 2);
-        let error = format!("{:#}", look(&wrong, &[served(9), served(9)]).unwrap_err());
+        assert_eq!(always(&right, 9).unwrap(), 1);
+        let error = format!("{:#}", always(&wrong, 9).unwrap_err());
         assert!(error.contains("w.1[1, 615]"), "{error}");
-        let error = format!("{:#}", look(&right, &[served(8), served(8)]).unwrap_err());
+        let error = format!("{:#}", always(&right, 8).unwrap_err());
         assert!(error.contains("the row is of version 9"), "{error}");
-        let error = look(&right, &[served(10), served(10)]).unwrap_err().to_string();
+        let error = always(&right, 10).unwrap_err().to_string();
         assert!(error.contains("the record says that 9"), "{error}");
         // Nothing is said of what was not served for the whole look.
-        for says in [
-            [torn, torn],
-            [served(0), served(0)],
-            [served(9), torn],
-            [served(9), later],
-            [served(9), served(10)],
-        ] {
-            assert_eq!(look(&wrong, &says).unwrap(), 0);
+        let now = served(&wrong, 9);
+        for other in [Served { now: None, ..now }, Served { changes: 7, ..now }, served(&wrong, 10)] {
+            assert_eq!(look(&wrong, now, other).unwrap(), 0);
         }
+        let none = Served { now: None, ..now };
+        assert_eq!(look(&wrong, none, none).unwrap(), 0);
     }
 }

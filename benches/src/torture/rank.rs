@@ -10,11 +10,11 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 use weightsync::{
-    DType, Error, Inference, InferenceSession, ParamId, RendezvousError, Secret, Served, SessionConfig,
-    Trainer, TrainerSession,
+    CommitMode, DType, Error, Inference, InferenceSession, ParamId, RendezvousError, Secret, Served,
+    SessionConfig, Trainer, TrainerSession,
 };
 
-use super::eye::{Eye, Place, Seen, was_committed};
+use super::eye::{Eye, Place, Seen, Told, was_committed};
 use super::weights::{self, Expected, WORLD, tensors};
 
 /// Exit status of a rank that saw what must not be.
@@ -33,6 +33,8 @@ pub(super) struct Part {
     pub(super) rank: u32,
     pub(super) deadline: Duration,
     pub(super) fabric: String,
+    /// What a version does to the weights that an inference rank serves meanwhile.
+    pub(super) mode: String,
     /// Empty for the one that reaches the controller.
     pub(super) nics: Vec<String>,
     /// Where the controller records commits.
@@ -65,8 +67,9 @@ pub(super) enum Said {
     Wrong {
         what: String,
     },
-    /// The process ends because its session cannot go on.
+    /// The process ends because its session cannot go on, or never came to be.
     GaveUp {
+        connected: bool,
         reason: String,
     },
     /// The process ends in good order.
@@ -160,8 +163,10 @@ pub(crate) fn inference(part: &str) -> anyhow::Result<()> {
     let (part, runtime) = start(part)?;
     runtime.block_on(async {
         let config = part.session()?;
-        let (metrics, seen) = (config.metrics.clone(), Arc::<Seen>::default());
+        let (mode, told, seen) =
+            (part.mode.parse().map_err(anyhow::Error::msg)?, Told::default(), Arc::<Seen>::default());
         let mut inference = Inference::new(config);
+        inference.commit_mode(mode).hooks(told.hooks());
         let mut ids = Vec::new();
         for tensor in tensors() {
             let (shape, map) = weights::param(tensor, part.rank)?;
@@ -170,18 +175,18 @@ pub(crate) fn inference(part: &str) -> anyhow::Result<()> {
         let mut session = inference.connect().await.unwrap_or_else(|error| gave_up(false, &error));
         say(&Said::Connected);
         let place = |param: &xfer_plan::DestinationParam| Place {
-            address: session.arena_ptr() as u64 + param.offset,
+            offset: param.offset,
             bytes: param.bytes().unwrap_or(0) as usize,
         };
         let places = session.params().iter().map(place).collect();
         let eye =
-            Eye::open(part.rank, places, metrics, part.record.clone(), seen.clone(), |what| wrong(what));
+            Eye::open(part.rank, places, told, part.record.clone(), Arc::clone(&seen), |what| wrong(what));
         let seen = || (seen.bytes.load(Ordering::Relaxed), seen.looks.load(Ordering::Relaxed));
 
         let mut expected = Expected::new(0, part.rank);
         loop {
             let waited = session.wait_version(expected.version() + 1, part.patience).await;
-            if let Err(error) = compare(&session, &ids, &mut expected, &part) {
+            if let Err(error) = compare(&session, &ids, &mut expected, (&part, mode)) {
                 wrong(format!("{error:#}"));
             }
             match waited {
@@ -211,10 +216,13 @@ fn compare(
     session: &InferenceSession,
     ids: &[ParamId],
     expected: &mut Expected,
-    part: &Part,
+    (part, mode): (&Part, CommitMode),
 ) -> anyhow::Result<()> {
     let served = session.served();
     let Served::Version(version) = served else {
+        if mode != CommitMode::InPlace && expected.version() > 0 {
+            bail!("commit mode {mode}, and yet no version is served but {served}");
+        }
         let read = session.read(*ids.first().context("no parameter")?, 0, &mut [0]);
         return if read.is_err() {
             Ok(())

@@ -191,7 +191,11 @@ impl Job {
         show: &mut dyn FnMut(&Tally, u64),
     ) -> anyhow::Result<Result<(), Failure>> {
         let lab_options = LabOptions { links: LINKS, rate_bits: RATE_BITS, ..LabOptions::default() };
-        let lab = self.in_lab.then(|| Lab::up("torture", &lab_options)).transpose().context("the lab")?;
+        let lab = self
+            .in_lab
+            .then(|| Lab::up(&format!("torture-{}", std::process::id()), &lab_options))
+            .transpose()
+            .context("the lab")?;
         let setting = Setting {
             weightsync: options.weightsync.clone(),
             folder: folder.path().to_owned(),
@@ -235,7 +239,7 @@ fn print(results: &Results) {
     row("looks at a version that is served", figures.looks.to_string());
     row("GB compared by them", format!("{:.1}", figures.bytes_checked as f64 / 1e9));
     for (what, count) in &figures.gave_up {
-        row(&format!("processes that gave up: {what}"), count.to_string());
+        row(&format!("gave up, and was started again: {what}"), count.to_string());
     }
     print!("\n{}\n", table.markdown());
     match &results.wrong {

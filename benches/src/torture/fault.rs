@@ -57,10 +57,10 @@ impl Blow {
     /// What is counted together.
     pub(super) fn kind(self) -> String {
         match self {
-            Self::Kill(who) => format!("kill -9 of a {}", who.role()),
-            Self::Stop(who) => format!("SIGSTOP of a {}", who.role()),
-            Self::LinkDown { .. } => "link set down".into(),
-            Self::NoAddress { .. } => "address of a NIC deleted".into(),
+            Self::Kill(who) => format!("kill -9: {}", who.role()),
+            Self::Stop(who) => format!("SIGSTOP: {}", who.role()),
+            Self::LinkDown { .. } => "NIC: set down".into(),
+            Self::NoAddress { .. } => "NIC: address deleted".into(),
         }
     }
 
@@ -106,8 +106,13 @@ impl Schedule {
         match self.random.below(100) {
             0..70 => self.millis(5, 400),
             70..85 => self.millis(400, 1000),
-            _ => self.deadline / 2 + self.deadline.mul_f64(self.random.below(1000) as f64 / 1000.0),
+            _ => self.long(),
         }
+    }
+
+    /// Longer than the silence that the controller puts up with.
+    fn long(&mut self) -> Duration {
+        self.deadline / 2 + self.deadline.mul_f64(self.random.below(1000) as f64 / 1000.0)
     }
 
     fn blow(&mut self) -> Blow {
@@ -137,13 +142,20 @@ impl Iterator for Schedule {
             60..90 => self.millis(900, 1800),
             _ => self.millis(1800, 3500),
         };
-        let into_push = self.random.percent(60).then(|| Duration::from_micros(self.random.below(12_000)));
+        let into_push = self.random.percent(60).then(|| Duration::from_micros(self.random.below(8_000)));
         let blows = match self.random.below(100) {
             0..85 => 1,
             85..95 => 2,
             _ => 3,
         };
-        let blows = (0..blows).map(|_| (self.blow(), self.length())).collect();
+        let blow = |_| {
+            let blow = self.blow();
+            // Whoever is stopped in the middle of a copy goes on with it when it wakes: others should be further by then.
+            let is_aimed = into_push.is_some() && matches!(blow, Blow::Stop(Who::Trainer(_)));
+            let is_long = is_aimed && self.random.percent(50);
+            (blow, if is_long { self.long() } else { self.length() })
+        };
+        let blows = (0..blows).map(blow).collect();
         Some(Fault { after, into_push, blows })
     }
 }

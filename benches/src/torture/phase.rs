@@ -292,8 +292,9 @@ impl Phase<'_> {
             (_, Said::GaveUp { connected: true, reason }) if !self.cast.has_links() => {
                 bail!("{who} gave up: {reason}");
             }
-            (_, Said::GaveUp { reason, .. }) => {
-                *self.tally.figures.gave_up.entry(format!("{}: {reason}", who.role())).or_default() += 1;
+            (_, Said::GaveUp { connected, .. }) => {
+                let since = if connected { "for want of a NIC" } else { "before it was part of the job" };
+                *self.tally.figures.gave_up.entry(format!("{}, {since}", who.role())).or_default() += 1;
             }
             (Who::Inference(rank), Said::Served { version, bytes, looks }) => {
                 if let Some(seen) = self.seen.get_mut(rank as usize) {

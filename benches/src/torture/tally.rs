@@ -32,7 +32,7 @@ pub(super) struct Figures {
     pub(super) committed: u64,
     pub(super) aborted: u64,
     pub(super) regroups: u64,
-    /// Processes that ended because their session could not go on, by what they said.
+    /// Processes that ended because their session could not go on, or never came to be; and were started again.
     pub(super) gave_up: BTreeMap<String, u64>,
     /// Looks at a version that was served from beginning to end of the look.
     pub(super) looks: u64,

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use rendezvous::member::{InferenceMember, InferenceStep, Served, TrainerMember};
-use rendezvous::{Holds, Join, MemberManifest, World};
+use rendezvous::{Holds, Join, MemberManifest, SessionId, World};
 use xfer_plan::{Rank, ReceiverManifest, ReceiverRank, TrainerManifest, TrainerRank};
 
 fn join(member: Rank) -> Join {
@@ -29,6 +29,7 @@ fn join(member: Rank) -> Join {
         endpoint: Vec::new(),
         holds: Holds::Nothing,
         stages: false,
+        session: SessionId::default(),
     }
 }
 

@@ -15,7 +15,8 @@ mod hostile;
 mod scenario;
 
 use rendezvous::{
-    Bank, Checksum, Commit, Fence, Holds, Join, MemberManifest, PushId, ToController, ToMember, World,
+    Bank, Checksum, Commit, Fence, Holds, Join, MemberManifest, PushId, SessionId, ToController, ToMember,
+    World,
 };
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -62,6 +63,7 @@ fn messages(folder: &Path) -> io::Result<()> {
             endpoint,
             holds,
             stages: false,
+            session: SessionId::default(),
         }))
     };
     let trainer = manifest.trainers.first().cloned().ok_or_else(|| io::Error::other("no trainer"))?;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use rendezvous::{
-    Client, ClientConfig, Holds, Join, MemberManifest, PROTOCOL_VERSION, RendezvousError, Secret,
+    Client, ClientConfig, Holds, Join, MemberManifest, PROTOCOL_VERSION, RendezvousError, Secret, SessionId,
     ToController, ToMember, Transport, World,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -299,7 +299,17 @@ fn lie(number: u64) -> anyhow::Result<Join> {
     let rails = vec![RailDecl { bytes_per_second: u64::MAX }];
     let manifest = MemberManifest::Trainer(TrainerManifest { host: "h".into(), regions, rails, pieces });
     let deadline = Duration::from_secs(20);
-    Ok(Join { job, member, world, deadline, manifest, endpoint, holds: Holds::Nothing, stages: false })
+    Ok(Join {
+        job,
+        member,
+        world,
+        deadline,
+        manifest,
+        endpoint,
+        holds: Holds::Nothing,
+        stages: false,
+        session: SessionId::default(),
+    })
 }
 
 /// As many open files as this process may ask for.

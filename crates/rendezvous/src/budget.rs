@@ -234,7 +234,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::protocol::{FRAME_BYTES_MAX, Holds, Join, MemberManifest, ToController, World};
+    use crate::protocol::{FRAME_BYTES_MAX, Holds, Join, MemberManifest, SessionId, ToController, World};
 
     #[derive(Debug, Clone, PartialEq, serde::Serialize, Deserialize)]
     enum Everything {
@@ -300,6 +300,7 @@ mod tests {
             endpoint: Vec::new(),
             holds: Holds::Nothing,
             stages: false,
+            session: SessionId::default(),
         }))
     }
 

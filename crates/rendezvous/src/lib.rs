@@ -45,7 +45,7 @@ pub use observer::Observer;
 pub use protocol::{
     ABORT_REASON_BYTES_MAX, Bank, Commit, DEADLINE_DEFAULT, DEADLINE_RANGE, ENDPOINT_BYTES_MAX, Fence, Holds,
     JOB_DEFAULT, Join, MemberManifest, OnLoss, PROTOCOL_VERSION, Peer, Planned, PlannedPart, PushId,
-    ToController, ToMember, World,
+    SessionId, ToController, ToMember, World,
 };
 #[cfg(feature = "net")]
 pub use record::RecordFile;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use rendezvous::controller::Report;
 use rendezvous::{
     Client, ClientConfig, Holds, Join, MemberManifest, PROTOCOL_VERSION, Refusal, RendezvousError, Secret,
-    Server, ServerConfig, ServerHandle, ToController, ToMember, Transport, World,
+    Server, ServerConfig, ServerHandle, SessionId, ToController, ToMember, Transport, World,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -66,6 +66,7 @@ fn join(member: Rank) -> ToController {
         endpoint: member.to_string().into_bytes(),
         holds: Holds::Nothing,
         stages: false,
+        session: SessionId::default(),
     }))
 }
 

@@ -12,7 +12,8 @@ use common::job::{Cluster, DEADLINE_SECONDS, Job, Output, Process};
 use common::{checkpoint_of, tiny};
 use efa_core::{Hints, LeaseMut, Library, Rail, RailAddress, RailConfig, RemoteRegion};
 use rendezvous::{
-    Client, ClientConfig, Holds, Join, MemberManifest, Secret, ToController, ToMember, Transport, World,
+    Client, ClientConfig, Holds, Join, MemberManifest, Secret, SessionId, ToController, ToMember, Transport,
+    World,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use safetensors::Dtype;
@@ -300,8 +301,17 @@ fn pretend(cluster: &Cluster, endpoint: &Endpoint) -> thread::JoinHandle<String>
     let (job, manifest) = ("default".to_owned(), MemberManifest::Inference(manifest));
     let deadline = Duration::from_secs(DEADLINE_SECONDS.parse().unwrap());
     let endpoint = postcard::to_stdvec(endpoint).unwrap();
-    let join =
-        Join { job, member, world, deadline, manifest, endpoint, holds: Holds::Nothing, stages: false };
+    let join = Join {
+        job,
+        member,
+        world,
+        deadline,
+        manifest,
+        endpoint,
+        holds: Holds::Nothing,
+        stages: false,
+        session: SessionId::default(),
+    };
     let config = ClientConfig {
         controller: cluster.address.clone(),
         secret: Secret::none(),

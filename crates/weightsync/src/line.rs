@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use rendezvous::{Client, ClientConfig, OnLoss, RendezvousError, ToController, ToMember};
+use rendezvous::{Client, ClientConfig, OnLoss, RendezvousError, SessionId, ToController, ToMember};
 
 use crate::config::SessionConfig;
 use crate::error::Error;
@@ -16,6 +16,7 @@ use crate::error::Error;
 /// See the module.
 pub(crate) struct Line {
     config: ClientConfig,
+    session: SessionId,
     client: Option<Client>,
     /// What the controller takes for progress.
     progress: Arc<AtomicU64>,
@@ -27,9 +28,19 @@ pub(crate) struct Line {
 
 impl Line {
     /// Not connected yet.
-    pub(crate) fn new(config: &SessionConfig) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// When the kernel gives no random bytes.
+    pub(crate) fn new(config: &SessionConfig) -> Result<Self, Error> {
         let (client, progress, on_loss) = (None, Arc::default(), OnLoss::Fail);
-        Self { config: config.client(), client, progress, on_loss, is_over: false }
+        let session = SessionId::random()?;
+        Ok(Self { config: config.client(), session, client, progress, on_loss, is_over: false })
+    }
+
+    /// The same over every connection.
+    pub(crate) fn session(&self) -> SessionId {
+        self.session
     }
 
     pub(crate) fn progress(&self) -> Arc<AtomicU64> {

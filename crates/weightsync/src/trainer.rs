@@ -150,7 +150,7 @@ impl Trainer {
     ///
     /// Whatever keeps this rank, or any other, from being ready within the deadline, by name.
     pub async fn connect(self) -> Result<TrainerSession, Error> {
-        let mut session = TrainerSession::new(self);
+        let mut session = TrainerSession::new(self)?;
         session.ready().await?;
         Ok(session)
     }

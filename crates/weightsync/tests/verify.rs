@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use rendezvous::member::{TrainerMember, TrainerStep};
-use rendezvous::{Client, ClientConfig, Holds, Join, MemberManifest, ToController};
+use rendezvous::{Client, ClientConfig, Holds, Join, MemberManifest, SessionId, ToController};
 use tokio::sync::{Mutex, MutexGuard};
 use weightsync::{
     Controller, DType, Fabric, Inference, InferenceSession, ParamId, ParamMap, PlanOptions, Rank, Served,
@@ -55,6 +55,7 @@ impl Gate {
             endpoint: Vec::new(),
             holds: Holds::Nothing,
             stages: false,
+            session: SessionId::default(),
         });
         let mut gate = Gate { client, member };
         gate.client.send(said).unwrap();

@@ -23,6 +23,11 @@ use crate::status::PlanStatus;
 impl Controller {
     /// Over a new connection.
     pub(super) fn join(&mut self, from: ConnectionId, join: Join, now: Duration, actions: &mut Actions) {
+        // A cut that this end has not noticed yet: the old connection is good for nothing.
+        let is_back = |seat: &Seat| seat.session == join.session && self.config.on_loss != OnLoss::Fail;
+        if self.seats.get(&join.member).is_some_and(is_back) {
+            self.lose(join.member, "it came back over another connection", now, actions);
+        }
         let admitted = self.admits(&join).and_then(|()| self.has_room_for(join.member));
         if let Err(reason) = admitted.and_then(|()| self.agrees(&join)) {
             let peer = join.member.to_string();
@@ -57,7 +62,7 @@ impl Controller {
         now: Duration,
         actions: &mut Actions,
     ) {
-        let Join { member, manifest, endpoint, holds, stages, .. } = join;
+        let Join { member, manifest, endpoint, holds, stages, session, .. } = join;
         // A rank that has a version knows that it was committed, also where the controller's record was lost.
         if let Some(commit) = holds.served().filter(|commit| commit.version > self.committed()) {
             self.committed = Some(commit);
@@ -72,6 +77,7 @@ impl Controller {
         let (heard_at, progress_at) = (now, now);
         let seat = Seat {
             connection,
+            session,
             manifest,
             endpoint,
             is_new,
@@ -191,7 +197,7 @@ impl Controller {
     }
 
     fn admits(&self, join: &Join) -> Result<(), String> {
-        let Join { job, member, world, deadline, manifest, endpoint, holds: _, stages: _ } = join;
+        let Join { job, member, world, deadline, manifest, endpoint, holds: _, stages: _, session: _ } = join;
         if *job != self.config.job {
             return Err(format!("{member} wants another job than '{}'", self.config.job));
         }

@@ -1,14 +1,14 @@
-//! The controller against a world of scripted and of random members, without sockets and in made-up time.
+//! The controller against a world of scripted members, without sockets and in made-up time.
 
-use proptest::prelude::*;
 use xfer_plan::{
     DType, DestinationParam, ParamMap, RailDecl, ReceiverManifest, RegionIndex, SourcePiece, TensorBox,
     TrainerManifest, TrainerRank,
 };
 
 use super::*;
-use crate::protocol::{ENDPOINT_BYTES_MAX, Holds, Join};
+use crate::protocol::{ENDPOINT_BYTES_MAX, Holds, Join, SessionId};
 
+mod random;
 mod regroup;
 mod status;
 mod verify;
@@ -64,6 +64,7 @@ fn join(member: Rank) -> Join {
         endpoint: vec![1, 2, 3],
         holds: Holds::Nothing,
         stages: false,
+        session: SessionId::default(),
     }
 }
 
@@ -98,8 +99,12 @@ fn config(verify: Verify) -> ControllerConfig {
 
 impl Bench {
     fn new(verify: Verify) -> Self {
+        Self::of(config(verify))
+    }
+
+    fn of(config: ControllerConfig) -> Self {
         Self {
-            controller: Controller::new(config(verify)).unwrap(),
+            controller: Controller::new(config).unwrap(),
             now: Duration::ZERO,
             log: Vec::new(),
             recorded: Ok(()),
@@ -111,7 +116,12 @@ impl Bench {
     }
 
     fn verifying(verify: Verify) -> Self {
-        let mut bench = Self::new(verify);
+        Self::new(verify).start()
+    }
+
+    /// All join, and are ready.
+    fn start(self) -> Self {
+        let mut bench = self;
         for member in world().members() {
             bench.say(member, ToController::Join(Box::new(join(member))));
         }
@@ -454,75 +464,6 @@ fn when_all_trainers_have_left_the_inference_ranks_are_told() {
     bench.say(T1, ToController::Leave { reason: None });
     assert_eq!(bench.told(I0), [ToMember::Finished]);
     assert!(bench.controller.has_ended());
-}
-
-#[derive(Debug, Clone)]
-enum Step {
-    Say(u8, u8),
-    Lose(u8),
-    Pass(u8),
-}
-
-fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let step = prop_oneof![
-        20 => (0u8..3, 0u8..11).prop_map(|(who, what)| Step::Say(who, what)),
-        1 => (0u8..3).prop_map(Step::Lose),
-        2 => (0u8..20).prop_map(Step::Pass),
-    ];
-    prop::collection::vec(step, 0..80)
-}
-
-proptest! {
-    /// Members that say anything at any time: no panic, no commit without both reports of the same attempt, versions
-    /// only rise, and every ended job was reported as ended.
-    #[test]
-    fn no_order_of_messages_breaks_the_rules(steps in steps(), from_start in any::<bool>()) {
-        let mut bench = if from_start { Bench::new(Verify::Off) } else { Bench::started() };
-        let members = [T0, T1, I0];
-        let mut written: BTreeSet<(Rank, PushId)> = BTreeSet::new();
-        let mut committed = 0;
-        for step in steps {
-            let push = match &bench.controller.phase {
-                Phase::Pushing(push) => push.id,
-                _ => PushId([9; 16]),
-            };
-            match step {
-                Step::Say(who, what) => {
-                    let member = members[usize::from(who)];
-                    let digest = bench.controller.digest;
-                    let version = committed + u64::from(what % 2);
-                    let message = match what {
-                        0 | 1 => ToController::Begin { version },
-                        2 => ToController::Prepared { push },
-                        3 => WRITTEN(push),
-                        4 => ToController::Committed { push },
-                        5 => ToController::Failed { push, reason: "r".repeat(10_000), fences: Vec::new() },
-                        6 => ToController::Join(Box::new(join(member))),
-                        7 => ToController::Ready { digest },
-                        8 => FENCED(push),
-                        9 => ToController::Fenced { push },
-                        _ => ToController::Leave { reason: None },
-                    };
-                    if message == WRITTEN(push) || message == FENCED(push) {
-                        written.insert((member, push));
-                    }
-                    bench.say(member, message);
-                }
-                Step::Lose(who) => bench.event(Event::Disconnected(connection(members[usize::from(who)]), "x".into())),
-                Step::Pass(seconds) => bench.pass(u64::from(seconds), &members),
-            }
-            bench.check_status();
-            let now_committed = bench.controller.committed();
-            if now_committed != committed {
-                prop_assert!(now_committed > committed);
-                prop_assert!(written.contains(&(T0, push)) && written.contains(&(T1, push)));
-                prop_assert!(bench.controller.fences.is_empty(), "committed with writes still on their way");
-                committed = now_committed;
-            }
-        }
-        let ended = bench.log.iter().filter(|action| matches!(action, Action::Report(Report::Ended { .. }))).count();
-        prop_assert_eq!(ended, usize::from(bench.controller.has_ended()));
-    }
 }
 
 #[test]

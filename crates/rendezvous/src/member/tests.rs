@@ -8,7 +8,7 @@ use xfer_plan::{
 
 use super::*;
 use crate::Verify;
-use crate::protocol::{Bank, Commit, Holds, Join, MemberManifest, OnLoss, PlannedPart, World};
+use crate::protocol::{Bank, Commit, Holds, Join, MemberManifest, OnLoss, PlannedPart, SessionId, World};
 
 const P: PushId = PushId([1; 16]);
 const Q: PushId = PushId([2; 16]);
@@ -34,6 +34,7 @@ fn join(member: Rank) -> Join {
         endpoint: Vec::new(),
         holds: Holds::Nothing,
         stages: false,
+        session: SessionId::default(),
     }
 }
 

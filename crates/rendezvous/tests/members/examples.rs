@@ -4,8 +4,9 @@ use rendezvous::Verify;
 use rendezvous::member::Served;
 use xfer_plan::{Rank, ReceiverRank, Relay, TrainerRank};
 
-use crate::cluster::{Cluster, Next};
+use crate::cluster::Cluster;
 use crate::job::{Setup, TARGET};
+use crate::next::Next;
 use crate::{go_on, to_the_end};
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use rendezvous::{Holds, Join, MemberManifest, OnLoss, Verify, World};
+use rendezvous::{Holds, Join, MemberManifest, OnLoss, SessionId, Verify, World};
 use xfer_plan::{
     DType, DestinationParam, ParamMap, RailDecl, Rank, ReceiverManifest, ReceiverRank, RegionIndex, Relay,
     SourcePiece, TensorBox, TrainerManifest, TrainerRank,
@@ -130,5 +130,6 @@ pub(crate) fn join(member: Rank, replicated: bool, endpoint: &Endpoint) -> Join 
         endpoint: endpoint.encode(),
         holds: Holds::Nothing,
         stages: false,
+        session: SessionId::default(),
     }
 }

@@ -8,11 +8,13 @@ mod ledger;
 mod link;
 mod memory;
 mod network;
+mod next;
 mod process;
 mod steps;
 
-use cluster::{Cluster, Next};
+use cluster::Cluster;
 use job::{Setup, WORLD};
+use next::Next;
 use proptest::prelude::*;
 use rendezvous::member::Served;
 use rendezvous::{OnLoss, Verify};

@@ -39,7 +39,17 @@ impl Cluster {
         self.say(rank, |protocol| {
             Some(match protocol {
                 Protocol::Trainer(protocol) => protocol.rejoin(join),
-                Protocol::Inference(protocol) => protocol.rejoin(join),
+                Protocol::Inference(protocol) => {
+                    let served = protocol.served();
+                    let message = protocol.rejoin(join);
+                    if let ToController::Join(join) = &message {
+                        // It says that it has what it serves, and nothing else.
+                        let holds = join.holds.served().map_or(0, |commit| commit.version);
+                        let serves = if let Served::Version(version) = served { version } else { 0 };
+                        assert_eq!(holds, serves, "{rank} is {served} and says that it has {:?}", join.holds);
+                    }
+                    message
+                }
             })
         });
     }

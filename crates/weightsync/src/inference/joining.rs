@@ -138,6 +138,7 @@ impl InferenceSession {
             endpoint: endpoint.encode()?,
             holds: Holds::Nothing,
             stages: false,
+            session: self.line.session(),
         })
     }
 

@@ -76,9 +76,9 @@ impl InferenceSession {
         params: Vec<DestinationParam>,
         (mode, arenas): (CommitMode, Arenas),
         hooks: Hooks,
-    ) -> Self {
-        Self {
-            line: Line::new(&config),
+    ) -> Result<Self, Error> {
+        Ok(Self {
+            line: Line::new(&config)?,
             member: InferenceMember::new(mode.stages()),
             exposed: Exposed::default(),
             arenas,
@@ -96,7 +96,7 @@ impl InferenceSession {
             bytes_per_push: 0,
             busy_poll: false,
             config,
-        }
+        })
     }
 
     /// Which version the bytes are.

@@ -93,6 +93,7 @@ impl TrainerSession {
             endpoint: endpoint.encode()?,
             holds: Holds::Nothing,
             stages: false,
+            session: self.line.session(),
         });
         self.rails = Rails::Open(opened, endpoint);
         self.line.send(joins)

@@ -92,10 +92,10 @@ const GIVEN_UP: &str = "its push was given up half way";
 const LOST: &str = "this rank lost the controller, or was given up by it";
 
 impl TrainerSession {
-    pub(super) fn new(trainer: Trainer) -> Self {
+    pub(super) fn new(trainer: Trainer) -> Result<Self, Error> {
         let Trainer { config, regions, tensors, pieces } = trainer;
-        Self {
-            line: Line::new(&config),
+        Ok(Self {
+            line: Line::new(&config)?,
             member: TrainerMember::new(),
             rails: Rails::Closed,
             memories: regions.iter().map(|region| region.memory().clone()).collect(),
@@ -111,7 +111,7 @@ impl TrainerSession {
             watch: Watch::new(&config.metrics, Rank::Trainer(TrainerRank(config.rank))),
             pushing: false,
             config,
-        }
+        })
     }
 
     /// Which rail leads to each inference rank that this trainer writes to. None while it has to join again, as the next push

@@ -9,7 +9,8 @@ use std::collections::BTreeSet;
 use rendezvous::controller::{Action, ConnectionId, Event as ControllerEvent, heartbeat_interval};
 use rendezvous::member::{InferenceMember, InferenceStep, Served, TrainerMember, TrainerStep};
 use rendezvous::{
-    Holds, JOB_DEFAULT, Join, MemberManifest, Planned, PlannedPart, ToController, ToMember, World as JobWorld,
+    Holds, JOB_DEFAULT, Join, MemberManifest, Planned, PlannedPart, SessionId, ToController, ToMember,
+    World as JobWorld,
 };
 use xfer_exec::program::RankLimits;
 use xfer_exec::{Program, ProgramError, Runner};
@@ -150,6 +151,7 @@ impl World<'_> {
             endpoint: Vec::new(),
             holds: Holds::Nothing,
             stages: false,
+            session: SessionId::default(),
         };
         let (half, message) = match rank.rank {
             Rank::Trainer(_) => {

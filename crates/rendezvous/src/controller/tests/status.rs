@@ -86,6 +86,37 @@ fn a_job_is_told_from_its_first_rank_to_its_end() {
     bench.check_status();
 }
 
+/// A rank that stages is not torn by a push, and one that comes to a job with a version has not got that.
+#[test]
+fn what_a_rank_serves_is_told_as_it_is() {
+    let mut bench = Bench::new(Verify::Off);
+    let commit = Commit { version: 5, push: PushId([5; 16]) };
+    bench.controller = Controller::new(ControllerConfig {
+        resume: Some(commit),
+        on_loss: OnLoss::Wait,
+        ..bench.controller.config.clone()
+    })
+    .unwrap();
+    bench.say(I0, ToController::Join(Box::new(Join { stages: true, ..join(I0) })));
+    assert_eq!(bench.status().ranks[0].served, Some(crate::member::Served::Behind(5)));
+    for member in [T0, T1] {
+        bench.say(member, ToController::Join(Box::new(join(member))));
+    }
+    let digest = bench.controller.digest;
+    world().members().for_each(|member| bench.say(member, ToController::Ready { digest }));
+    let push = bench.begin_to_writing(6);
+    let served = |bench: &mut Bench| bench.status().ranks[2].served;
+    assert_eq!(served(&mut bench), Some(crate::member::Served::Behind(5)));
+    bench.say(T0, WRITTEN(push));
+    bench.say(T1, WRITTEN(push));
+    bench.say(I0, ToController::Committed { push });
+    assert_eq!(served(&mut bench), Some(crate::member::Served::Version(6)));
+    let push = bench.begin_to_writing(7);
+    assert_eq!(served(&mut bench), Some(crate::member::Served::Version(6)));
+    bench.say(T0, ToController::Failed { push, reason: "no".into(), fences: Vec::new() });
+    assert_eq!(served(&mut bench), Some(crate::member::Served::Version(6)));
+}
+
 #[test]
 fn what_members_say_of_their_rails_is_bounded() {
     let mut bench = Bench::started();

@@ -6,8 +6,7 @@
 //! defines it, every comparison was made, every process ended well and nothing stayed behind. It never compares times.
 
 mod flat;
-mod left;
-mod progress;
+pub(crate) mod left;
 mod watch;
 
 use std::path::PathBuf;

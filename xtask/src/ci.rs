@@ -6,7 +6,7 @@ use std::time::Instant;
 use crate::libfabric::{self, Profile, Provider};
 use crate::step::Log;
 use crate::test::{self, Settings};
-use crate::{Failure, apt, firewalls, step, workspace};
+use crate::{Failure, apt, firewalls, step, torture, workspace};
 
 /// The variable by which tests learn what they may not skip for want of.
 const REQUIRE: &str = "WEIGHTSYNC_REQUIRE";
@@ -36,10 +36,12 @@ pub(crate) fn run(_: &[String]) -> Result<(), Failure> {
     if library.provider != Provider::Tcp {
         return Err("step `libfabric` failed: the tests need 1.18 or newer, with native tcp".to_owned());
     }
+    let has_lab = has_lab()?;
+    torture::in_ci(&library.path)?;
     let mut settings = Settings::default();
     settings.set(libfabric::VARIABLE, library.path);
     let mut required = vec!["libfabric"];
-    required.extend(has_lab()?.then_some("lab"));
+    required.extend(has_lab.then_some("lab"));
     required.extend(has_etcd()?.then_some("etcd"));
     settings.set(REQUIRE, required.join(" "));
     settings.set_real_checkpoint()?;

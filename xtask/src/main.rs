@@ -21,6 +21,7 @@ mod sim;
 mod soak;
 mod step;
 mod test;
+mod torture;
 mod workspace;
 
 use std::process::ExitCode;
@@ -56,8 +57,8 @@ const COMMANDS: &[Command] = &[
     Command {
         name: "ci",
         arguments: "",
-        about: "What continuous integration runs: formatting, firewalls, clippy, documentation, every test. Stops at
-            the first failure. Here a missing libfabric is one.",
+        about: "What continuous integration runs: formatting, firewalls, clippy, documentation, a minute of torture, every test.
+            Stops at the first failure. Here a missing libfabric is one.",
         run: ci::run,
     },
     Command {
@@ -90,6 +91,15 @@ const COMMANDS: &[Command] = &[
             check that memory, file descriptors and threads of each are flat, and that what is served is right. About 10 min;
             ends with 1 if anything grows or is left behind.",
         run: soak::run,
+    },
+    Command {
+        name: "torture",
+        arguments: "[--minutes N] [--seed N] [--job-seconds N] [--fabric local|tcp,...] [--json]",
+        about: "Kill, stop and cut off the processes of one small job after another, about once a second for 10 min, controllers and
+            the links of a lab included, and check at every moment that every inference rank serves exactly one committed
+            version, and that everybody comes back. Ends with 1 and keeps all logs if not; the seed that it prints repeats
+            the faults.",
+        run: torture::run,
     },
     Command {
         name: "hw",

@@ -10,8 +10,8 @@ use weightsync::{Fabric, World};
 
 use super::Options;
 use super::flat::Sample;
-use super::progress::Progress;
 use crate::job::{Hear, Job, Setting};
+use crate::progress::Progress;
 use crate::usage::Usage;
 
 /// Two of each: every trainer writes to every inference rank, and each waits for others.
@@ -93,7 +93,7 @@ pub(super) fn watch(options: &Options, fabric: Fabric) -> anyhow::Result<Watched
     let series = |(name, pid): (&str, u32)| Series { name: name.to_owned(), pid, samples: Vec::new() };
     let mut processes: Vec<Series> = job.processes().map(series).collect();
     let mut times = Vec::new();
-    let mut progress = Progress::new(&name, options.pushes);
+    let mut progress = Progress::new();
     loop {
         match ticks.recv_timeout(SILENCE_MAX) {
             Ok(()) => {}
@@ -105,7 +105,11 @@ pub(super) fn watch(options: &Options, fabric: Fabric) -> anyhow::Result<Watched
             }
         }
         let (pushes, elapsed) = (commits.load(Ordering::Relaxed), progress.elapsed());
-        progress.show(pushes);
+        progress.show(|elapsed| {
+            let (all, seconds) = (options.pushes, elapsed.as_secs_f64());
+            let left = all.saturating_sub(pushes) as f64 * seconds / pushes.max(1) as f64;
+            format!("{name}: {pushes} of {all} pushes in {seconds:.0} s, {left:.0} s left")
+        });
         let warm = pushes as f64 >= WARM_UP_PART * options.pushes as f64 && elapsed >= WARM_UP_MIN;
         if !warm || pushes + END_PUSHES > options.pushes {
             continue;

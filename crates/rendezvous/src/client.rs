@@ -25,6 +25,9 @@ use crate::transport::{self, Stream, Transport};
 /// Messages that may wait on either side; the protocol has one outstanding at a time.
 const QUEUE_MAX: usize = 64;
 
+/// For who always hangs up.
+const CHECK: &str = "check the address and port, and that both sides or neither have TLS";
+
 /// How long a goodbye may take.
 const LINGER_MAX: Duration = Duration::from_secs(2);
 
@@ -189,8 +192,8 @@ impl Link {
             let attempt_until = until.min(Instant::now() + attempt_max);
             let reason = match timeout_at(attempt_until, self.attempt(&locator, &mut reached)).await {
                 Ok(Err(RendezvousError::Unreachable { reason, .. })) => reason,
-                Ok(Err(RendezvousError::Io { source, .. })) if hung_up(&source) => {
-                    format!("it hung up during the handshake ({source}); its log may say why")
+                Ok(Err(RendezvousError::Io { source, .. })) if handshake::is_hang_up(&source) => {
+                    format!("it hung up during the handshake ({source}); its log may say why; {CHECK}")
                 }
                 Ok(done) => return done,
                 Err(_) => match reached {
@@ -234,11 +237,6 @@ impl Link {
         let ClientConfig { controller, deadline, .. } = &self.config;
         RendezvousError::Unreachable { address: controller.clone(), waited: *deadline, reason }
     }
-}
-
-fn hung_up(error: &io::Error) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
-    matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
 }
 
 fn lost(peer: SocketAddr, reason: &str) -> RendezvousError {

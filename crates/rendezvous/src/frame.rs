@@ -82,7 +82,12 @@ pub(crate) async fn exchange_preambles(
     stream.write_all(&ours).await.map_err(io)?;
     stream.flush().await.map_err(io)?;
     let mut theirs = [0; 12];
-    match stream.read_exact(&mut theirs).await {
+    // Who hangs up before a word may be a controller that has just died.
+    let said = match stream.read(&mut theirs).await.map_err(io)? {
+        0 => return Err(io(ErrorKind::UnexpectedEof.into())),
+        said => said,
+    };
+    match stream.read_exact(theirs.get_mut(said..).unwrap_or_default()).await {
         Ok(_) => {}
         Err(error) if matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) => {
             return Err(RendezvousError::NotWeightsync { peer });

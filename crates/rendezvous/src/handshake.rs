@@ -7,6 +7,7 @@
 //! neither read nor write. A weak secret can be guessed from one recorded handshake; take 32 random bytes.
 
 use std::fmt;
+use std::io;
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
@@ -91,8 +92,14 @@ async fn receive<T: serde::de::DeserializeOwned>(
     stream: &mut (impl AsyncRead + Unpin),
     peer: SocketAddr,
 ) -> Result<T, RendezvousError> {
-    let closed = || RendezvousError::Io { peer, source: std::io::ErrorKind::UnexpectedEof.into() };
+    let closed = || RendezvousError::Io { peer, source: io::ErrorKind::UnexpectedEof.into() };
     frame::read(stream, peer, HANDSHAKE_FRAME_BYTES_MAX).await?.ok_or_else(closed)
+}
+
+/// Whether the peer has ended the connection.
+pub(crate) fn is_hang_up(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
 }
 
 /// The controller's side.
@@ -101,7 +108,13 @@ pub(crate) async fn accept(
     peer: SocketAddr,
     secret: &Secret,
 ) -> Result<(), RendezvousError> {
-    frame::exchange_preambles(stream, peer).await?;
+    frame::exchange_preambles(stream, peer).await.map_err(|error| match error {
+        // A member says who it is at once.
+        RendezvousError::Io { peer, source } if is_hang_up(&source) => {
+            RendezvousError::NotWeightsync { peer }
+        }
+        error => error,
+    })?;
     let ours = random_seed()?;
     frame::write(stream, &Challenge { nonce: ours }, peer, HANDSHAKE_FRAME_BYTES_MAX).await?;
     let answer: Answer = receive(stream, peer).await?;

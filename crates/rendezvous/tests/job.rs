@@ -277,6 +277,30 @@ async fn another_protocol_version_is_named_on_both_sides() {
     answer.await.unwrap();
 }
 
+/// As one does that dies, and another takes its place.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_controller_that_hangs_up_before_a_word_is_tried_again() {
+    let (server, _) = serve("127.0.0.1:0", Secret::none(), DEADLINE).await.unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let controller = listener.local_addr().unwrap().to_string();
+    let address = server.local_addr();
+    let front = tokio::spawn(async move {
+        drop(listener.accept().await.unwrap());
+        let (mut member, _) = listener.accept().await.unwrap();
+        let mut server = TcpStream::connect(address).await.unwrap();
+        let _ = tokio::io::copy_bidirectional(&mut member, &mut server).await;
+    });
+    let config = ClientConfig {
+        controller,
+        job: rendezvous::JOB_DEFAULT.into(),
+        secret: Secret::none(),
+        transport: Transport::tcp(),
+        deadline: DEADLINE,
+    };
+    drop(Client::connect(config).await.unwrap());
+    front.await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_controller_that_is_not_there_is_an_error_at_the_deadline() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -472,33 +472,36 @@ fn a_controller_that_is_none_is_named() {
     let (job, checkpoint) = (Job::new(), tiny());
     let http = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n".to_vec();
     let none: &[&str] = &["does not speak the weightsync protocol", "check the address and port"];
+    // It may be one that is being replaced.
+    let silent: &[&str] = &["cannot reach the controller", "hung up", "check the address and port"];
     let release: &[&str] = &["speaks protocol version 99", "run the same release everywhere"];
     // What it says, if it listens at all, whether it then hangs up, and what the rank makes of it.
     let cases = [
         (Some(preamble(99)), false, release),
         (Some(http), true, none),
-        (Some(vec![]), true, none),
-        (None, true, none),
+        (Some(vec![]), true, silent),
+        (None, true, silent),
         (Some(b"SSH-2.0-x".to_vec()), false, &["did not answer within"]),
         (Some(vec![]), false, &["did not answer within", "handshake"]),
     ];
     for (says, hangs_up, words) in cases {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let impostor = thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            let Some(says) = says else { return };
-            let mut heard = [0; 12];
-            stream.read_exact(&mut heard).unwrap();
-            stream.write_all(&says).unwrap();
-            while !hangs_up && matches!(stream.read(&mut heard), Ok(1..)) {}
+        // To whoever comes, for as long as this test runs.
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (mut stream, Some(says)) = (stream.unwrap(), &says) else { continue };
+                let mut heard = [0; 12];
+                stream.read_exact(&mut heard).unwrap();
+                stream.write_all(says).unwrap();
+                while !hangs_up && matches!(stream.read(&mut heard), Ok(1..)) {}
+            }
         });
         let checkpoint = checkpoint.path().display();
         let rank =
             format!("--controller {address} --rank 0 --trainers 1 --inference 1 --deadline {SOON_SECONDS}");
         let words = [words, &["trainer 0", &address]].concat();
         job.run(&format!("push {rank} --checkpoint {checkpoint}")).fails(1, &words);
-        impostor.join().unwrap();
     }
     job.end();
 }

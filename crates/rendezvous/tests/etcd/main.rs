@@ -9,7 +9,7 @@ use daemon::Daemon;
 use rendezvous::controller::Report;
 use rendezvous::{
     Client, ClientConfig, Commit, Holds, Join, MemberManifest, Observer, OnLoss, Record, RendezvousError,
-    Secret, Server, ServerConfig, ServerHandle, ToController, ToMember, Transport, World,
+    Secret, Server, ServerConfig, ServerHandle, SessionId, ToController, ToMember, Transport, World,
 };
 use xfer_plan::{
     DType, DestinationParam, ParamMap, RailDecl, Rank, ReceiverManifest, ReceiverRank, RegionIndex,
@@ -90,6 +90,7 @@ fn join(member: Rank, holds: Holds) -> ToController {
         manifest,
         endpoint: Vec::new(),
         stages: false,
+        session: SessionId::default(),
         holds,
     }))
 }

@@ -7,18 +7,16 @@ use std::time::{Duration, Instant};
 const LINE_EVERY: Duration = Duration::from_secs(20);
 
 pub(crate) struct Progress {
-    name: String,
-    pushes: u64,
     began: Instant,
     terminal: bool,
     shown: Instant,
 }
 
 impl Progress {
-    /// Of a run of so many pushes, which begins now.
-    pub(crate) fn new(name: &str, pushes: u64) -> Self {
+    /// Of a run that begins now.
+    pub(crate) fn new() -> Self {
         let (terminal, began) = (std::io::stderr().is_terminal(), Instant::now());
-        Self { name: name.to_owned(), pushes, began, terminal, shown: began }
+        Self { began, terminal, shown: began }
     }
 
     /// Time since the run began.
@@ -26,16 +24,13 @@ impl Progress {
         self.began.elapsed()
     }
 
-    /// So many are done.
-    pub(crate) fn show(&mut self, done: u64) {
+    /// Shows what `line` makes of the time since the run began, if it is time for a line.
+    pub(crate) fn show(&mut self, line: impl FnOnce(Duration) -> String) {
         if !self.terminal && self.shown.elapsed() < LINE_EVERY {
             return;
         }
         self.shown = Instant::now();
-        let seconds = self.elapsed().as_secs_f64();
-        let left = self.pushes.saturating_sub(done) as f64 * seconds / done.max(1) as f64;
-        let line =
-            format!("{}: {done} of {} pushes in {seconds:.0} s, {left:.0} s left", self.name, self.pushes);
+        let line = line(self.elapsed());
         // Nothing depends on it.
         let _ = if self.terminal {
             write!(std::io::stderr(), "\r{line}\x1b[K")

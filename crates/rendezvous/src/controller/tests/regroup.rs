@@ -413,6 +413,40 @@ fn trainers_may_leave_while_others_join_again() {
     assert!(job.controller.has_ended());
 }
 
+/// The network was cut, and only the rank has noticed.
+#[test]
+fn a_session_that_comes_back_takes_the_place_of_its_old_connection() {
+    for policy in [OnLoss::Wait, OnLoss::Continue] {
+        let mut job = Job::started(policy);
+        let committed = job.push(1);
+        let old = job.connections.remove(&I1).unwrap();
+        job.join_with(I1, Holds::Version(committed));
+        assert!(job.closed.contains(&old));
+        for member in [T0, T1, I0] {
+            let reason = job.reason(member);
+            assert!(reason.contains("inference 1 was lost between versions: it came back over"), "{reason}");
+            job.join(member);
+        }
+        assert_eq!(job.plan(I1).committed, Some(committed));
+        assert!(job.plan(T0).peers.iter().any(|peer| peer.member == I1));
+        // What the old one still says counts for nothing.
+        job.event(Event::Disconnected(old, "reset".into()));
+        job.join_connected(&[T0, T1, I0, I1]);
+        job.push(2);
+
+        // Another process that was started as the same rank.
+        let real = job.connections.remove(&I1).unwrap();
+        let mut other = Join { world: job.config.world, ..join(I1) };
+        other.session = SessionId([1; 16]);
+        job.opened += 1;
+        job.connections.insert(I1, ConnectionId(job.opened));
+        job.say(I1, ToController::Join(Box::new(other)));
+        assert!(job.reason(I1).contains("inference 1 has joined already"));
+        job.connections.insert(I1, real);
+        job.push(3);
+    }
+}
+
 #[test]
 fn a_job_that_fails_on_loss_regroups_for_nobody() {
     let mut job = Job::started(OnLoss::Fail);

@@ -150,7 +150,7 @@ impl Iterator for Schedule {
         };
         let blow = |_| {
             let blow = self.blow();
-            // Whoever is stopped in the middle of a copy goes on with it when it wakes: others should be further by then.
+            // These are stopped in the middle of a write.
             let is_aimed = into_push.is_some() && matches!(blow, Blow::Stop(Who::Trainer(_)));
             let is_long = is_aimed && self.random.percent(50);
             (blow, if is_long { self.long() } else { self.length() })

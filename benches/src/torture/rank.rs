@@ -5,9 +5,10 @@ use std::io::BufRead as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use rustix::process::{Signal, getpid, kill_process};
 use serde::{Deserialize, Serialize};
 use weightsync::{
     CommitMode, DType, Error, Inference, InferenceSession, ParamId, RendezvousError, Secret, Served,
@@ -22,6 +23,10 @@ pub(super) const WRONG: i32 = 3;
 
 /// Between pushes: a time in which a version is served.
 const TRAINING: Duration = Duration::from_millis(8);
+
+/// Has a trainer stop itself (SIGSTOP) once it has begun to write. Others stop it if it has not done so after this time.
+pub(super) const STOP_IN_A_WRITE: &str = "stop in a write";
+pub(super) const NEXT_WRITE_MAX: Duration = Duration::from_millis(400);
 
 /// Where the job's secret is.
 pub(super) const SECRET: &str = "WEIGHTSYNC_SECRET";
@@ -117,20 +122,14 @@ fn start(part: &str) -> anyhow::Result<(Part, tokio::runtime::Runtime)> {
 pub(crate) fn trainer(part: &str) -> anyhow::Result<()> {
     let (part, runtime) = start(part)?;
     let last = Arc::new(AtomicU64::new(u64::MAX));
-    let asked = last.clone();
-    std::thread::spawn(move || {
-        for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-            if let Ok(version) = line.trim().parse() {
-                asked.store(version, Ordering::Relaxed);
-            }
-        }
-    });
     runtime.block_on(async {
         let mut trainer = Trainer::new(part.session()?);
         let owned = weights::owned(part.rank);
         let ids = trainer.allocate(owned.into_iter().map(weights::spec).collect::<Result<_, _>>()?)?;
         let mut session = trainer.connect().await.unwrap_or_else(|error| gave_up(false, &error));
         say(&Said::Connected);
+        let (asked, written) = (last.clone(), session.progress());
+        std::thread::spawn(move || obey(&asked, &written));
         let mut filled = 0;
         while session.committed() < last.load(Ordering::Relaxed) {
             let version = session.committed() + 1;
@@ -147,6 +146,24 @@ pub(crate) fn trainer(part: &str) -> anyhow::Result<()> {
         say(&Said::Ended { bytes: 0, looks: 0 });
         Ok(())
     })
+}
+
+/// Does what standard input says, line by line.
+fn obey(last: &AtomicU64, written: &AtomicU64) {
+    for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+        if line == STOP_IN_A_WRITE {
+            let (before, until) = (written.load(Ordering::Relaxed), Instant::now() + NEXT_WRITE_MAX / 2);
+            while [0, before].contains(&written.load(Ordering::Relaxed)) && Instant::now() < until {
+                std::hint::spin_loop();
+            }
+            // Later it is stopped by others, and nobody would wake it again.
+            if Instant::now() < until {
+                let _ = kill_process(getpid(), Signal::STOP);
+            }
+        } else if let Ok(version) = line.parse() {
+            last.store(version, Ordering::Relaxed);
+        }
+    }
 }
 
 async fn push(session: &mut TrainerSession, version: u64) {

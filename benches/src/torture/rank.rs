@@ -28,6 +28,9 @@ const TRAINING: Duration = Duration::from_millis(8);
 pub(super) const STOP_IN_A_WRITE: &str = "stop in a write";
 pub(super) const NEXT_WRITE_MAX: Duration = Duration::from_millis(400);
 
+/// Then it goes on for a moment first, of about a millisecond at most.
+const SPINS_MAX: u32 = 50_000;
+
 /// Where the job's secret is.
 pub(super) const SECRET: &str = "WEIGHTSYNC_SECRET";
 
@@ -128,8 +131,8 @@ pub(crate) fn trainer(part: &str) -> anyhow::Result<()> {
         let ids = trainer.allocate(owned.into_iter().map(weights::spec).collect::<Result<_, _>>()?)?;
         let mut session = trainer.connect().await.unwrap_or_else(|error| gave_up(false, &error));
         say(&Said::Connected);
-        let (asked, written) = (last.clone(), session.progress());
-        std::thread::spawn(move || obey(&asked, &written));
+        let asked = last.clone();
+        std::thread::spawn(move || obey(&asked));
         let mut filled = 0;
         while session.committed() < last.load(Ordering::Relaxed) {
             let version = session.committed() + 1;
@@ -149,13 +152,17 @@ pub(crate) fn trainer(part: &str) -> anyhow::Result<()> {
 }
 
 /// Does what standard input says, line by line.
-fn obey(last: &AtomicU64, written: &AtomicU64) {
+fn obey(last: &AtomicU64) {
     for line in std::io::stdin().lock().lines().map_while(Result::ok) {
         if line == STOP_IN_A_WRITE {
-            let (before, until) = (written.load(Ordering::Relaxed), Instant::now() + NEXT_WRITE_MAX / 2);
-            while [0, before].contains(&written.load(Ordering::Relaxed)) && Instant::now() < until {
-                std::hint::spin_loop();
-            }
+            let until = Instant::now() + NEXT_WRITE_MAX / 2;
+            let rails = rails();
+            let wait_while = |busy| while runs(rails.as_deref()) == busy && Instant::now() < until {};
+            wait_while(true);
+            wait_while(false);
+            // The nanoseconds of the clock are as good as any number.
+            let spins = until.saturating_duration_since(Instant::now()).subsec_nanos() % SPINS_MAX;
+            (0..spins).for_each(|_| std::hint::spin_loop());
             // Later it is stopped by others, and nobody would wake it again.
             if Instant::now() < until {
                 let _ = kill_process(getpid(), Signal::STOP);
@@ -164,6 +171,20 @@ fn obey(last: &AtomicU64, written: &AtomicU64) {
             last.store(version, Ordering::Relaxed);
         }
     }
+}
+
+/// The thread of the rails, which sleeps between pushes. No more than an aim depends on its name.
+fn rails() -> Option<PathBuf> {
+    let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let is_rails = |task: &PathBuf| {
+        std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("rails"))
+    };
+    tasks.map(|task| task.path()).find(is_rails)
+}
+
+fn runs(task: Option<&std::path::Path>) -> bool {
+    let stat = task.and_then(|task| std::fs::read_to_string(task.join("stat")).ok());
+    stat.is_some_and(|stat| stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('R')))
 }
 
 async fn push(session: &mut TrainerSession, version: u64) {

@@ -29,7 +29,7 @@ pub(super) const STOP_IN_A_WRITE: &str = "stop in a write";
 pub(super) const NEXT_WRITE_MAX: Duration = Duration::from_millis(400);
 
 /// Then it goes on for a moment first, of about a millisecond at most.
-const SPINS_MAX: u32 = 50_000;
+const SPINS_MAX: u32 = 10_000;
 
 /// Where the job's secret is.
 pub(super) const SECRET: &str = "WEIGHTSYNC_SECRET";

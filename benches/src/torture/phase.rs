@@ -100,6 +100,7 @@ pub(super) fn run(
     };
     let schedule = Schedule::new(seed, deadline, links);
     let ran = phase.whole(schedule, length, &before, show);
+    (0..WORLD.inference).for_each(|rank| phase.count_seen(rank));
     phase.tally.ends();
     let skip = phase.blows.len().saturating_sub(BLOWS_SHOWN);
     ran.map_err(|error| Failure { error, blows: phase.blows.split_off(skip) })
@@ -361,8 +362,6 @@ impl Phase<'_> {
                 }
             }
         }
-        self.hear_all()?;
-        (0..WORLD.inference).for_each(|rank| self.count_seen(rank));
-        Ok(())
+        self.hear_all()
     }
 }

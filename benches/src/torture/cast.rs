@@ -18,7 +18,7 @@ use weightsync::{CommitMode, OnLoss, Secret};
 use weightsync_lab::{Lab, Side};
 
 use super::fault::Who;
-use super::rank::{Part, SECRET};
+use super::rank::{NEXT_WRITE_MAX, Part, SECRET, STOP_IN_A_WRITE};
 use super::weights::WORLD;
 
 /// The command by which this program becomes another one that does not outlive it.
@@ -130,6 +130,19 @@ impl Cast {
         self.signal(who, Signal::STOP, true)
     }
 
+    /// SIGSTOP of a trainer, in the middle of its writes if it writes soon. It may be gone meanwhile.
+    pub(super) fn stop_in_a_write(&mut self, who: Who) -> anyhow::Result<()> {
+        // Who has not yet joined the job listens later, and is stopped as others are.
+        if self.tell(who, STOP_IN_A_WRITE).is_ok() {
+            let pid = self.actors.get(&who).map_or(0, |actor| actor.child.id());
+            let until = Instant::now() + NEXT_WRITE_MAX;
+            while !is_stopped(pid) && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        self.stop(who)
+    }
+
     /// SIGCONT.
     pub(super) fn resume(&mut self, who: Who) -> anyhow::Result<()> {
         self.signal(who, Signal::CONT, false)
@@ -144,7 +157,7 @@ impl Cast {
     }
 
     /// Says a line to its standard input.
-    pub(super) fn tell(&mut self, who: Who, line: u64) -> anyhow::Result<()> {
+    pub(super) fn tell(&mut self, who: Who, line: &str) -> anyhow::Result<()> {
         let stdin = self.actors.get_mut(&who).and_then(|actor| actor.child.stdin.as_mut());
         writeln!(stdin.with_context(|| format!("{who} is gone"))?, "{line}")?;
         Ok(())
@@ -288,6 +301,12 @@ impl Drop for Cast {
 
 fn side(on_trainers: bool) -> Side {
     if on_trainers { Side::A } else { Side::B }
+}
+
+fn is_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // Behind the name, which may have spaces.
+    stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('T'))
 }
 
 /// An address of loopback at which nobody listens now.

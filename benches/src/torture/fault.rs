@@ -115,6 +115,11 @@ impl Schedule {
         self.deadline / 2 + self.deadline.mul_f64(self.random.below(1000) as f64 / 1000.0)
     }
 
+    /// So long that others have pushed further meanwhile, where they can.
+    fn overslept(&mut self) -> Duration {
+        self.deadline.mul_f64(0.75 + 0.75 * self.random.below(1000) as f64 / 1000.0)
+    }
+
     fn blow(&mut self) -> Blow {
         if self.links > 0 && self.random.percent(40) {
             let link = self.random.below(u64::from(self.links)) as u16;
@@ -150,10 +155,10 @@ impl Iterator for Schedule {
         };
         let blow = |_| {
             let blow = self.blow();
-            // Whoever is stopped in the middle of a copy goes on with it when it wakes: others should be further by then.
+            // These are stopped in the middle of a write.
             let is_aimed = into_push.is_some() && matches!(blow, Blow::Stop(Who::Trainer(_)));
-            let is_long = is_aimed && self.random.percent(50);
-            (blow, if is_long { self.long() } else { self.length() })
+            let is_long = is_aimed && self.random.percent(80);
+            (blow, if is_long { self.overslept() } else { self.length() })
         };
         let blows = (0..blows).map(blow).collect();
         Some(Fault { after, into_push, blows })

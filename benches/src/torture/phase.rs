@@ -100,6 +100,7 @@ pub(super) fn run(
     };
     let schedule = Schedule::new(seed, deadline, links);
     let ran = phase.whole(schedule, length, &before, show);
+    (0..WORLD.inference).for_each(|rank| phase.count_seen(rank));
     phase.tally.ends();
     let skip = phase.blows.len().saturating_sub(BLOWS_SHOWN);
     ran.map_err(|error| Failure { error, blows: phase.blows.split_off(skip) })
@@ -130,8 +131,8 @@ impl Phase<'_> {
             phase.heals.is_empty()
                 && ranks.into_iter().all(|who| phase.part.get(&who).is_some_and(|at| *at > newest))
         })?;
-        let last = self.judge.newest() + LAST_PUSHES;
-        (0..WORLD.trainers).try_for_each(|rank| self.cast.tell(Who::Trainer(rank), last))?;
+        let last = (self.judge.newest() + LAST_PUSHES).to_string();
+        (0..WORLD.trainers).try_for_each(|rank| self.cast.tell(Who::Trainer(rank), &last))?;
         self.end(recovery)?;
         self.judge.end(recorded(&self.cast.record())?, 0..WORLD.inference).map_err(|wrong| anyhow!(wrong))?;
         let orphans = self.cast.orphans();
@@ -151,6 +152,7 @@ impl Phase<'_> {
         while Instant::now() < due {
             self.step(due)?;
         }
+        let aimed = fault.into_push.is_some();
         if let Some(into_push) = fault.into_push {
             self.pushing = None;
             let until = Instant::now() + PUSH_MAX;
@@ -176,12 +178,16 @@ impl Phase<'_> {
                     self.cast.kill(who)?;
                     self.is_gone(who)?;
                 }
+                // It goes on with its write when it wakes, and others should be further by then.
+                Blow::Stop(who @ Who::Trainer(_)) if aimed && length >= self.deadline / 2 => {
+                    self.cast.stop_in_a_write(who)?;
+                }
                 Blow::Stop(who) => self.cast.stop(who)?,
                 Blow::LinkDown { on_trainers, link } => self.cast.set_link(on_trainers, link, false)?,
                 Blow::NoAddress { on_trainers, link } => self.cast.set_address(on_trainers, link, false)?,
             }
             let number = self.tally.falls(blow, at);
-            self.heals.push(Heal { at: at + length, blow, number: Some(number) });
+            self.heals.push(Heal { at: Instant::now() + length, blow, number: Some(number) });
         }
         Ok(())
     }
@@ -201,7 +207,8 @@ impl Phase<'_> {
     }
 
     fn heal_all(&mut self) -> anyhow::Result<()> {
-        std::mem::take(&mut self.heals).into_iter().try_for_each(|heal| self.heal(heal))
+        std::mem::take(&mut self.heals).into_iter().try_for_each(|heal| self.heal(heal))?;
+        Who::all().try_for_each(|who| self.cast.resume(who))
     }
 
     /// Lets the job run until this holds.
@@ -355,8 +362,6 @@ impl Phase<'_> {
                 }
             }
         }
-        self.hear_all()?;
-        (0..WORLD.inference).for_each(|rank| self.count_seen(rank));
-        Ok(())
+        self.hear_all()
     }
 }

@@ -5,9 +5,10 @@ use std::io::BufRead as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use rustix::process::{Signal, getpid, kill_process};
 use serde::{Deserialize, Serialize};
 use weightsync::{
     CommitMode, DType, Error, Inference, InferenceSession, ParamId, RendezvousError, Secret, Served,
@@ -22,6 +23,13 @@ pub(super) const WRONG: i32 = 3;
 
 /// Between pushes: a time in which a version is served.
 const TRAINING: Duration = Duration::from_millis(8);
+
+/// Has a trainer stop itself (SIGSTOP) once it has begun to write. Others stop it if it has not done so after this time.
+pub(super) const STOP_IN_A_WRITE: &str = "stop in a write";
+pub(super) const NEXT_WRITE_MAX: Duration = Duration::from_millis(400);
+
+/// Then it goes on for a moment first, of about a millisecond at most.
+const SPINS_MAX: u32 = 10_000;
 
 /// Where the job's secret is.
 pub(super) const SECRET: &str = "WEIGHTSYNC_SECRET";
@@ -117,20 +125,14 @@ fn start(part: &str) -> anyhow::Result<(Part, tokio::runtime::Runtime)> {
 pub(crate) fn trainer(part: &str) -> anyhow::Result<()> {
     let (part, runtime) = start(part)?;
     let last = Arc::new(AtomicU64::new(u64::MAX));
-    let asked = last.clone();
-    std::thread::spawn(move || {
-        for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-            if let Ok(version) = line.trim().parse() {
-                asked.store(version, Ordering::Relaxed);
-            }
-        }
-    });
     runtime.block_on(async {
         let mut trainer = Trainer::new(part.session()?);
         let owned = weights::owned(part.rank);
         let ids = trainer.allocate(owned.into_iter().map(weights::spec).collect::<Result<_, _>>()?)?;
         let mut session = trainer.connect().await.unwrap_or_else(|error| gave_up(false, &error));
         say(&Said::Connected);
+        let asked = last.clone();
+        std::thread::spawn(move || obey(&asked));
         let mut filled = 0;
         while session.committed() < last.load(Ordering::Relaxed) {
             let version = session.committed() + 1;
@@ -147,6 +149,42 @@ pub(crate) fn trainer(part: &str) -> anyhow::Result<()> {
         say(&Said::Ended { bytes: 0, looks: 0 });
         Ok(())
     })
+}
+
+/// Does what standard input says, line by line.
+fn obey(last: &AtomicU64) {
+    for line in std::io::stdin().lock().lines().map_while(Result::ok) {
+        if line == STOP_IN_A_WRITE {
+            let until = Instant::now() + NEXT_WRITE_MAX / 2;
+            let rails = rails();
+            let wait_while = |busy| while runs(rails.as_deref()) == busy && Instant::now() < until {};
+            wait_while(true);
+            wait_while(false);
+            // The nanoseconds of the clock are as good as any number.
+            let spins = until.saturating_duration_since(Instant::now()).subsec_nanos() % SPINS_MAX;
+            (0..spins).for_each(|_| std::hint::spin_loop());
+            // Later it is stopped by others, and nobody would wake it again.
+            if Instant::now() < until {
+                let _ = kill_process(getpid(), Signal::STOP);
+            }
+        } else if let Ok(version) = line.parse() {
+            last.store(version, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The thread of the rails, which sleeps between pushes. No more than an aim depends on its name.
+fn rails() -> Option<PathBuf> {
+    let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let is_rails = |task: &PathBuf| {
+        std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("rails"))
+    };
+    tasks.map(|task| task.path()).find(is_rails)
+}
+
+fn runs(task: Option<&std::path::Path>) -> bool {
+    let stat = task.and_then(|task| std::fs::read_to_string(task.join("stat")).ok());
+    stat.is_some_and(|stat| stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('R')))
 }
 
 async fn push(session: &mut TrainerSession, version: u64) {

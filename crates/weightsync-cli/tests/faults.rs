@@ -222,6 +222,7 @@ struct Endpoint {
     host: String,
     rails: Vec<RailEndpoint>,
     local: Option<LocalEndpoint>,
+    stages: bool,
 }
 
 #[derive(Serialize)]
@@ -254,7 +255,7 @@ fn host() -> String {
 
 /// An endpoint over `EXPOSED_BYTES` that says `region_bytes`, and what keeps it open.
 fn short_endpoint(fabric: &str, region_bytes: u64) -> (Endpoint, Box<dyn Any + Send>) {
-    let mut endpoint = Endpoint { host: host(), rails: Vec::new(), local: None };
+    let mut endpoint = Endpoint { host: host(), rails: Vec::new(), local: None, stages: false };
     if fabric == "local" {
         let (memory, file) = SharedFile::create(EXPOSED_BYTES).unwrap();
         let doorman = Doorman::open(vec![file]).unwrap();

@@ -27,15 +27,15 @@ pub struct Hooks {
 }
 
 impl Hooks {
-    pub(crate) fn before_change(&mut self, version: u64) -> Result<(), String> {
+    pub(crate) fn stop(&mut self, version: u64) -> Result<(), String> {
         self.before_change.as_mut().map_or(Ok(()), |hook| hook(version))
     }
 
-    pub(crate) fn after_commit(&mut self, version: u64, weights: *mut u8) -> Result<(), String> {
+    pub(crate) fn go_on(&mut self, version: u64, weights: *mut u8) -> Result<(), String> {
         self.after_commit.as_mut().map_or(Ok(()), |hook| hook(version, weights))
     }
 
-    pub(crate) fn after_abort(&mut self, version: u64, reason: &str) {
+    pub(crate) fn aborted(&mut self, version: u64, reason: &str) {
         if let Some(hook) = &mut self.after_abort {
             hook(version, reason);
         }

@@ -61,7 +61,7 @@ impl fmt::Display for PushId {
 
 /// Which arena of an inference rank that stages versions is written to, 0 or 1, as the endpoint that it joined with numbers
 /// them: 0 is the one that it did not serve. Every commit since all have joined turns it over, and so does one that the rank
-/// had missed ([`Peer::bank`]). Ranks with one arena take no notice.
+/// had missed ([`Peer::bank`](crate::Peer::bank)). Ranks with one arena take no notice.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Bank(bool);
 

@@ -179,7 +179,7 @@ impl InferenceSession {
         }
         if let Some(push) = self.push.take() {
             let error = Error::Aborted { version: push.version, reason: LOST.to_owned() };
-            self.hooks.after_abort(push.version, LOST);
+            self.hooks.aborted(push.version, LOST);
             self.watch.failed(&error);
             self.lost_sight_of = Some(error);
         }

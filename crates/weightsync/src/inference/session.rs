@@ -168,7 +168,7 @@ impl InferenceSession {
                 InferenceStep::Prepare { push, version, close, own, .. } => {
                     let closed = self.close_rails_given_up(&close);
                     let closed = closed.and_then(|()| match self.mode {
-                        CommitMode::InPlace => self.hooks.before_change(version),
+                        CommitMode::InPlace => self.hooks.stop(version),
                         CommitMode::Staged | CommitMode::StagedCopy => Ok(()),
                     });
                     if closed.is_ok() {
@@ -207,7 +207,7 @@ impl InferenceSession {
                 InferenceStep::Aborted { version, reason } => {
                     self.receive_bytes(false);
                     self.push = None;
-                    self.hooks.after_abort(version, &reason);
+                    self.hooks.aborted(version, &reason);
                     let error = Error::Aborted { version, reason };
                     self.watch.failed(&error);
                     return Err(error);
@@ -248,7 +248,7 @@ impl InferenceSession {
     pub(super) async fn show(&mut self, version: u64, confirm: bool) -> Result<(), Error> {
         let stop = match self.mode {
             CommitMode::InPlace => Ok(()),
-            CommitMode::Staged | CommitMode::StagedCopy => self.hooks.before_change(version),
+            CommitMode::Staged | CommitMode::StagedCopy => self.hooks.stop(version),
         };
         let arenas = self.arenas.clone();
         let copying = match self.mode {
@@ -277,7 +277,7 @@ impl InferenceSession {
         }
         self.showing = None;
         let confirms = if confirm { self.member.committed() } else { None };
-        if let Err(reason) = self.hooks.after_commit(version, self.arena_ptr()) {
+        if let Err(reason) = self.hooks.go_on(version, self.arena_ptr()) {
             return Err(self.hook_failed(version, reason).await);
         }
         if confirm {

@@ -163,6 +163,42 @@ fn a_trainer_by_itself_says_once_which_rail_it_gave_up() {
     bed.job.end();
 }
 
+/// The only link of a job that goes on after losses: what was a connection over it is dead for good.
+#[test]
+fn the_last_link_is_used_again_when_it_is_back() {
+    let options = LabOptions { links: 1, rate_bits: 200_000_000, ..LabOptions::default() };
+    let Some(bed) = Bed::up("last", medium, options) else { return };
+    let control = Lab::control_address(Side::A);
+    let start = |side, arguments: &str| {
+        let arguments = format!("{arguments} --trainers 1 --inference 1 --deadline 3");
+        bed.job.spawn(bed.command(side, &arguments).env("WEIGHTSYNC_SECRET", "of this test alone"))
+    };
+    let mut controller =
+        start(Side::A, &format!("controller --listen {control}:0 --chunk 64 --on-loss wait --json"));
+    let rank = format!(
+        "--controller {} --rank 0 --fabric tcp --nic {} --checkpoint {}",
+        listening_at(&mut controller),
+        bed.nics(),
+        bed.checkpoint.path().display()
+    );
+    let serve = start(Side::B, &format!("serve {rank} --verify"));
+    let mut push = start(Side::A, &format!("push {rank} --steps 4 --retries 1000000"));
+    push.wait_for("version 1 committed");
+    sleep(INTO_A_VERSION);
+    let address = format!("{}/24", Lab::address(Side::A, 0));
+    for verb in ["del", "add"] {
+        let mut ip = bed.lab.command(Side::A, "ip");
+        assert!(ip.args(["address", verb, &address, "dev", &Lab::device(0)]).status().unwrap().success());
+        // Longer than the trainer waits for a write.
+        sleep(Duration::from_secs(2));
+    }
+    push.finish().succeeds();
+    let served = serve.finish().succeeds();
+    assert!(served.stdout.contains("verified version 4"), "{served}");
+    controller.finish().succeeds();
+    bed.job.end();
+}
+
 /// A link that does not lead to the receiver from the start: nothing is pushed, and the NIC is named.
 fn is_refused(name: &str, side: Side, how: &[&str], words: &[&str]) {
     let Some(bed) = Bed::up(name, tiny, slow_links()) else { return };

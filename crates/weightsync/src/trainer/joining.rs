@@ -15,6 +15,9 @@ use crate::error::Error;
 use crate::fabric::{self, OpenRail};
 use crate::line::out_of_turn;
 
+/// Pushes that may fail over a rank's own rails before it takes these for dead. The next push tries again what failed once.
+const FAILED_MAX: u32 = 2;
+
 /// How far the rails of a trainer are.
 pub(super) enum Rails {
     Closed,
@@ -33,6 +36,7 @@ impl Rails {
 impl TrainerSession {
     /// Gets to where [`TrainerSession::push`] may begin a version.
     pub(super) async fn ready(&mut self) -> Result<(), Error> {
+        self.give_up_dead_rails().await?;
         while !self.line.is_open() || !self.member.is_idle() {
             if !self.line.is_open() || self.member.is_out() {
                 self.join().await?;
@@ -66,8 +70,24 @@ impl TrainerSession {
         Ok(())
     }
 
+    /// A connection may be dead for good though its link is back, and a rail that was given up is not used again. So in a job
+    /// that survives it this rank hangs up, to join again with fresh rails; but not before these can be had.
+    async fn give_up_dead_rails(&mut self) -> Result<(), Error> {
+        if self.failed_here < FAILED_MAX || self.line.on_loss == OnLoss::Fail || !self.line.is_open() {
+            return Ok(());
+        }
+        let local = self.line.open().await?;
+        if fabric::open(&self.config, self.config.bind.unwrap_or(local)).is_ok() {
+            let (rank, failed) = (Rank::Trainer(TrainerRank(self.config.rank)), self.failed_here);
+            tracing::warn!(%rank, failed, "pushes fail over its own rails: joining again with fresh ones");
+            self.line.hang_up();
+        }
+        Ok(())
+    }
+
     async fn join(&mut self) -> Result<(), Error> {
         self.close_rails().await;
+        self.failed_here = 0;
         let local = self.line.open().await?;
         let config = &self.config;
         let rank = TrainerRank(config.rank);

@@ -61,6 +61,8 @@ pub struct TrainerSession {
     pub(super) watch: Watch,
     /// A push is under way, or was dropped in the middle.
     pushing: bool,
+    /// Pushes that failed over this rank's own rails since they were opened, or since one was committed.
+    pub(super) failed_here: u32,
 }
 
 /// What a push holds while it runs: dropped in the middle, it gives up.
@@ -110,6 +112,7 @@ impl TrainerSession {
             decided: None,
             watch: Watch::new(&config.metrics, Rank::Trainer(TrainerRank(config.rank))),
             pushing: false,
+            failed_here: 0,
             config,
         })
     }
@@ -185,6 +188,11 @@ impl TrainerSession {
         let pushed = push.session.push_to_end(version).await;
         push.ended = true;
         push.session.watch.pushed(&pushed);
+        match &pushed {
+            Ok(_) => push.session.failed_here = 0,
+            Err(Error::Push { .. }) => push.session.failed_here += 1,
+            Err(_) => {}
+        }
         pushed
     }
 

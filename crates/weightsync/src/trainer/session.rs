@@ -91,6 +91,8 @@ const NOT_HASHED: &str = "defect: what it sent could not be hashed";
 
 const GIVEN_UP: &str = "its push was given up half way";
 
+const WEIGHTS_LOST: &str = "its weights are lost to a rail that did not close";
+
 const LOST: &str = "this rank lost the controller, or was given up by it";
 
 impl TrainerSession {
@@ -198,6 +200,8 @@ impl TrainerSession {
 
     async fn push_to_end(&mut self, version: u64) -> Result<PushReport, Error> {
         let Weights::Here(_) = &self.weights else {
+            // The others need not wait for it.
+            self.line.end(WEIGHTS_LOST.to_owned()).await;
             return Err(Error::Broken);
         };
         let whole = std::time::Instant::now();

@@ -110,8 +110,10 @@ pub struct VersionReport {
     pub version: u64,
     /// Bytes that arrived.
     pub bytes: u64,
-    /// Seconds from the stop of the old version to the commit of the new one.
+    /// Seconds from the beginning of the push, as this rank saw it, until the version was served.
     pub seconds: f64,
+    /// Of them, how long no version was served: in place all of them.
+    pub pause_seconds: f64,
     /// `bytes` over `seconds`, in 10^9 bytes per second.
     pub gb_per_second: f64,
     /// The stages, one after another.

@@ -44,20 +44,26 @@ impl Job {
         let mut inference = Inference::new(self.session(rank));
         let id = inference.register("w", DType::U8, &[BYTES], ParamMap::tensor("w")).unwrap();
         inference.commit_mode(mode).hooks(hooks);
-        Serving { session: inference.connect().await.unwrap(), id }
+        Serving { session: inference.connect().await.unwrap(), id, mode }
     }
 }
 
 struct Serving {
     session: InferenceSession,
     id: ParamId,
+    mode: CommitMode,
 }
 
 impl Serving {
     async fn serves(&mut self, version: u64) {
         loop {
             match self.session.wait_version(version, Some(10 * DEADLINE)).await {
-                Ok(report) => break assert_eq!(report.version, version),
+                Ok(report) => {
+                    assert_eq!(report.version, version);
+                    assert!(report.pause_seconds <= report.seconds);
+                    assert_eq!(report.pause_seconds == report.seconds, self.mode == CommitMode::InPlace);
+                    break;
+                }
                 Err(Error::Aborted { .. }) => {}
                 Err(error) => panic!("{error}"),
             }

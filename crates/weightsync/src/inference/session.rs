@@ -37,6 +37,7 @@ pub(super) struct Showing {
     /// The controller waits for a word of it.
     confirm: bool,
     copying: Option<JoinHandle<Arenas>>,
+    began: std::time::Instant,
 }
 
 /// An inference rank that is part of a job.
@@ -246,6 +247,7 @@ impl InferenceSession {
 
     /// Begins to make a committed version what is served, and to `confirm` that when it is.
     pub(super) async fn show(&mut self, version: u64, confirm: bool) -> Result<(), Error> {
+        let began = std::time::Instant::now();
         let stop = match self.mode {
             CommitMode::InPlace => Ok(()),
             CommitMode::Staged | CommitMode::StagedCopy => self.hooks.stop(version),
@@ -261,7 +263,7 @@ impl InferenceSession {
             }
             _ => None,
         };
-        self.showing = Some(Showing { version, confirm, copying });
+        self.showing = Some(Showing { version, confirm, copying, began });
         match stop {
             Ok(()) => Ok(()),
             Err(reason) => Err(self.hook_failed(version, reason).await),
@@ -270,8 +272,8 @@ impl InferenceSession {
 
     /// Waits until what is to be served is.
     async fn shown(&mut self) -> Result<Option<VersionReport>, Error> {
-        let Some(Showing { version, confirm, copying }) = &mut self.showing else { return Ok(None) };
-        let (version, confirm) = (*version, *confirm);
+        let Some(Showing { version, confirm, copying, began }) = &mut self.showing else { return Ok(None) };
+        let (version, confirm, began) = (*version, *confirm, *began);
         if let Some(copying) = copying {
             self.arenas = copying.await.map_err(|error| std::io::Error::other(error.to_string()))?;
         }
@@ -283,7 +285,7 @@ impl InferenceSession {
         if confirm {
             self.line.say(confirms)?;
         }
-        Ok(self.push.take().map(|push| self.commits(push)))
+        Ok(self.push.take().map(|push| self.commits(push, began)))
     }
 
     /// The decision was taken, and the engine cannot follow it: this rank is lost to the job.
@@ -293,21 +295,26 @@ impl InferenceSession {
         error
     }
 
-    /// The bytes are those of this push.
-    fn commits(&mut self, push: Push) -> VersionReport {
-        let report = self.report(push);
+    /// The bytes are those of this push, and what was served before is not since `shown_from` at least.
+    fn commits(&mut self, push: Push, shown_from: std::time::Instant) -> VersionReport {
+        let report = self.report(push, shown_from);
         self.watch.served(&report);
         self.last = Some(report.clone());
         report
     }
 
-    fn report(&self, push: Push) -> VersionReport {
+    fn report(&self, push: Push, shown_from: std::time::Instant) -> VersionReport {
         let seconds = push.whole.elapsed().as_secs_f64();
+        let pause_seconds = match self.mode {
+            CommitMode::InPlace => seconds,
+            CommitMode::Staged | CommitMode::StagedCopy => shown_from.elapsed().as_secs_f64(),
+        };
         let bytes = self.bytes_per_push;
         VersionReport {
             version: push.version,
             bytes,
             seconds,
+            pause_seconds,
             gb_per_second: gb_per_second(bytes, seconds),
             stages: push.stages.into_iter().chain([push.stage.end()]).collect(),
             verified: push.verified,

@@ -191,7 +191,7 @@ impl Facts {
 
     pub(super) fn served(&mut self, report: &VersionReport) {
         let facts = self.version(report.version);
-        facts.pause_seconds = facts.pause_seconds.max(report.seconds);
+        facts.pause_seconds = facts.pause_seconds.max(report.pause_seconds);
         if let Some(report) = &report.verified {
             facts.checksums.get_or_insert_default().inference.add(report);
         }

@@ -100,6 +100,11 @@ impl Arenas {
         Ok(Self { mode, all, served: 0, exposed: Vec::new(), soiled: None })
     }
 
+    /// What a version does to what is served.
+    pub(crate) fn mode(&self) -> CommitMode {
+        self.mode
+    }
+
     /// What is served.
     pub(crate) fn served(&self) -> &Target {
         &self.all[self.served].target

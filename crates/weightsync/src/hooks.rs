@@ -15,7 +15,7 @@ pub type AfterAbort = Box<dyn FnMut(u64, &str) + Send>;
 pub struct Hooks {
     /// Before the bytes that are served change, with the version that is to come: stop reading them. In place that is when a
     /// push begins, otherwise when it is to be committed. An error aborts the push in place; otherwise the decision has been
-    /// taken, and this rank is lost to the job, still with the version before.
+    /// taken, this rank is lost to the job, and its session gives out no bytes any more.
     pub before_change: Option<BeforeChange>,
     /// After a commit, with the version and the address of the weights: flush caches, derive what is derived from weights, read
     /// them again. The trainers hear that this rank serves the version when this returns; after an error this rank is lost to

@@ -92,7 +92,7 @@ impl Inference {
         // Before anybody waits for this rank.
         let arenas = tokio::task::spawn_blocking(move || Arenas::new(mode, bytes, shared)).await;
         let arenas = arenas.map_err(|error| std::io::Error::other(error.to_string()))??;
-        let mut session = InferenceSession::new(config, params, (mode, arenas), hooks)?;
+        let mut session = InferenceSession::new(config, params, arenas, hooks)?;
         session.ready().await?;
         Ok(session)
     }

@@ -51,6 +51,10 @@ impl Line {
         self.client.is_some()
     }
 
+    pub(crate) fn is_over(&self) -> bool {
+        self.is_over
+    }
+
     /// Reaches the controller, if the line is not open. Returns the address of this end.
     ///
     /// # Errors
@@ -108,17 +112,12 @@ impl Line {
         }
     }
 
-    /// Says goodbye.
+    /// Says goodbye, for good; with a reason, why this rank's part in the job is over.
     pub(crate) async fn leave(&mut self, reason: Option<String>) {
         self.is_over = true;
         if let Some(client) = self.client.take() {
             client.leave(reason).await;
         }
-    }
-
-    /// Says why this rank's part in the job is over.
-    pub(crate) async fn end(&mut self, reason: String) {
-        self.leave(Some(reason)).await;
     }
 
     /// Says why this rank cannot go on, and hangs up.

@@ -223,3 +223,29 @@ async fn an_engine_that_cannot_serve_a_commit_is_lost() {
     pushed.unwrap();
     assert!(matches!(first.session.wait_version(3, None).await, Err(Error::Broken)));
 }
+
+/// What is served is still the version before then, and must not pass for the one that is committed.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_that_cannot_stop_for_a_commit_is_lost() {
+    for mode in [CommitMode::Staged, CommitMode::StagedCopy] {
+        let job = Job::start(Fabric::Local, OnLoss::Continue).await;
+        let before_change =
+            |version| if version == 2 { Err("requests are running".to_owned()) } else { Ok(()) };
+        let hooks = Hooks { before_change: Some(Box::new(before_change)), ..Hooks::default() };
+        let (mut trainer, mut first, mut second) = tokio::join!(
+            job.trainer(),
+            job.inference(0, mode, hooks),
+            job.inference(1, mode, Hooks::default())
+        );
+        let (pushed, (), ()) = tokio::join!(push(&mut trainer, 1), first.serves(1), second.serves(1));
+        pushed.unwrap();
+        let (pushed, failed, ()) =
+            tokio::join!(push(&mut trainer, 2), first.session.wait_version(2, None), second.serves(2));
+        assert!(matches!(pushed, Err(Error::Unconfirmed { version: 2, .. })), "{pushed:?}");
+        assert!(matches!(failed, Err(Error::Hook { version: 2, .. })), "{failed:?}");
+        let again = first.session.wait_version(2, None).await;
+        assert!(matches!(again, Err(Error::Broken)), "{again:?}");
+        assert_eq!(first.session.served(), Served::Torn(2));
+        assert!(first.session.read(first.id, 0, &mut [0]).is_err());
+    }
+}

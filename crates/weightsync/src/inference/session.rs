@@ -51,7 +51,6 @@ pub struct InferenceSession {
     pub(super) exposed: Exposed,
     pub(super) arenas: Arenas,
     pub(super) hooks: Hooks,
-    mode: CommitMode,
     pub(super) params: Vec<DestinationParam>,
     pub(super) push: Option<Push>,
     /// It did not know when it joined whether its bytes are a committed version.
@@ -75,16 +74,15 @@ impl InferenceSession {
     pub(super) fn new(
         config: SessionConfig,
         params: Vec<DestinationParam>,
-        (mode, arenas): (CommitMode, Arenas),
+        arenas: Arenas,
         hooks: Hooks,
     ) -> Result<Self, Error> {
         Ok(Self {
             line: Line::new(&config)?,
-            member: InferenceMember::new(mode.stages()),
+            member: InferenceMember::new(arenas.mode().stages()),
             exposed: Exposed::default(),
             arenas,
             hooks,
-            mode,
             params,
             push: None,
             was_undecided: false,
@@ -168,16 +166,15 @@ impl InferenceSession {
                 InferenceStep::Started => {}
                 InferenceStep::Prepare { push, version, close, own, .. } => {
                     let closed = self.close_rails_given_up(&close);
-                    let closed = closed.and_then(|()| match self.mode {
-                        CommitMode::InPlace => self.hooks.stop(version),
-                        CommitMode::Staged | CommitMode::StagedCopy => Ok(()),
-                    });
+                    let in_place = !self.arenas.mode().stages();
+                    let closed =
+                        closed.and_then(|()| if in_place { self.hooks.stop(version) } else { Ok(()) });
                     if closed.is_ok() {
                         self.arenas.begin(own.index());
                         self.receive_bytes(true);
                         let (stage, whole) = (Stopwatch::start("write"), std::time::Instant::now());
                         self.push = Some(Push { version, whole, stage, stages: Vec::new(), verified: None });
-                        self.watch.prepared(version, push, self.mode == CommitMode::InPlace);
+                        self.watch.prepared(version, push, in_place);
                     }
                     // From here on a byte of what is written may change at any time.
                     // Where it cannot be prepared, the push is aborted, which this rank hears with the others.
@@ -248,32 +245,31 @@ impl InferenceSession {
     /// Begins to make a committed version what is served, and to `confirm` that when it is.
     pub(super) async fn show(&mut self, version: u64, confirm: bool) -> Result<(), Error> {
         let began = std::time::Instant::now();
-        let stop = match self.mode {
-            CommitMode::InPlace => Ok(()),
-            CommitMode::Staged | CommitMode::StagedCopy => self.hooks.stop(version),
-        };
-        let arenas = self.arenas.clone();
-        let copying = match self.mode {
-            CommitMode::StagedCopy if stop.is_ok() => {
-                Some(tokio::task::spawn_blocking(move || arenas.commit()))
-            }
-            CommitMode::InPlace | CommitMode::Staged if stop.is_ok() => {
-                self.arenas = arenas.commit();
-                None
-            }
-            _ => None,
-        };
-        self.showing = Some(Showing { version, confirm, copying, began });
-        match stop {
-            Ok(()) => Ok(()),
-            Err(reason) => Err(self.hook_failed(version, reason).await),
+        let mode = self.arenas.mode();
+        // In place it has been stopped since the push began.
+        let stopped = if mode.stages() { self.hooks.stop(version) } else { Ok(()) };
+        let showing = self.showing.insert(Showing { version, confirm, copying: None, began });
+        if let Err(reason) = stopped {
+            return Err(self.hook_failed(version, reason).await);
         }
+        let arenas = self.arenas.clone();
+        match mode {
+            CommitMode::StagedCopy => {
+                showing.copying = Some(tokio::task::spawn_blocking(move || arenas.commit()));
+            }
+            CommitMode::InPlace | CommitMode::Staged => self.arenas = arenas.commit(),
+        }
+        Ok(())
     }
 
     /// Waits until what is to be served is.
     async fn shown(&mut self) -> Result<Option<VersionReport>, Error> {
         let Some(Showing { version, confirm, copying, began }) = &mut self.showing else { return Ok(None) };
         let (version, confirm, began) = (*version, *confirm, *began);
+        // The engine would not stop for it: what is served is still what it was, and this rank has left.
+        if self.line.is_over() {
+            return Err(Error::Broken);
+        }
         if let Some(copying) = copying {
             self.arenas = copying.await.map_err(|error| std::io::Error::other(error.to_string()))?;
         }
@@ -291,7 +287,7 @@ impl InferenceSession {
     /// The decision was taken, and the engine cannot follow it: this rank is lost to the job.
     async fn hook_failed(&mut self, version: u64, reason: String) -> Error {
         let error = Error::Hook { version, reason };
-        self.line.end(error.to_string()).await;
+        self.line.leave(Some(error.to_string())).await;
         error
     }
 
@@ -305,10 +301,8 @@ impl InferenceSession {
 
     fn report(&self, push: Push, shown_from: std::time::Instant) -> VersionReport {
         let seconds = push.whole.elapsed().as_secs_f64();
-        let pause_seconds = match self.mode {
-            CommitMode::InPlace => seconds,
-            CommitMode::Staged | CommitMode::StagedCopy => shown_from.elapsed().as_secs_f64(),
-        };
+        let stages = self.arenas.mode().stages();
+        let pause_seconds = if stages { shown_from.elapsed().as_secs_f64() } else { seconds };
         let bytes = self.bytes_per_push;
         VersionReport {
             version: push.version,

@@ -201,7 +201,7 @@ impl TrainerSession {
     async fn push_to_end(&mut self, version: u64) -> Result<PushReport, Error> {
         let Weights::Here(_) = &self.weights else {
             // The others need not wait for it.
-            self.line.end(WEIGHTS_LOST.to_owned()).await;
+            self.line.leave(Some(WEIGHTS_LOST.to_owned())).await;
             return Err(Error::Broken);
         };
         let whole = std::time::Instant::now();

@@ -1,0 +1,189 @@
+//! GPU memory behind host memory: what rails that cannot reach a GPU write to, and its upload.
+//!
+//! The host memory has its pages locked, so that the GPU's copy engine reads them beside the CPU. Rails expose it as a
+//! [`Target`]; where it is shared, peers of this host map its [`SharedFile`]. When everything has arrived, and not before,
+//! [`Mirror::upload`] copies it to the GPU.
+//!
+//! # What the upload costs
+//!
+//! It follows the writes, because no rail that ends in host memory tells what has arrived where: rails over libfabric carry no
+//! tags, and a sender through shared memory copies without a word. A PCIe 5.0 x16 slot copies 55 GB/s. Loopback TCP on two cores
+//! moves 6 GB/s, and a 100 Gb/s link 12.5 GB/s at most, so an upload at the end adds a tenth to a quarter to such a push. Over a NIC
+//! of 400 Gb/s it would double it: such NICs are to reach the GPU themselves.
+//!
+//! The GPU's memory changes by the upload alone: until then it holds the version of before, whole. So one mirror does for a GPU
+//! what a second arena does, and a version that is given up leaves what is served as it was.
+//!
+//! This module must never form a reference to bytes that the network may be writing, and never puts other memory in the place of
+//! pages that the GPU may be reading.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use efa_core::{LeaseMut, Target};
+use gpu_mem::{Device, DeviceMemory as _, LockedTarget, Pending, Span, Stream};
+use weight_ops::cuda::DeviceRange;
+
+use super::CudaError;
+use crate::local::SharedFile;
+
+/// Copies that are longer are cut: what others have for the GPU's copy engine goes in between.
+const CHUNK_BYTES: u64 = 64 << 20;
+
+/// See the module.
+pub struct Mirror {
+    memory: DeviceRange,
+    target: Target,
+    file: Option<SharedFile>,
+    /// `None` once the driver has refused to lock the pages of a renewal.
+    locked: Option<Arc<LockedTarget>>,
+    stream: Stream,
+}
+
+/// Copies to the GPU that have been begun. Dropping it does not end them.
+#[must_use = "what is served may be torn until it is over"]
+pub struct Upload(Pending<(Arc<LockedTarget>, DeviceRange)>);
+
+impl Mirror {
+    /// Zero bytes in host memory of this process, as many as `memory` has.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError::NoMirror`] when there are not so many; the driver's when it does not lock their pages.
+    pub fn private(memory: DeviceRange) -> Result<Self, CudaError> {
+        let no_room = |reason: String| CudaError::NoMirror { bytes: memory.len(), reason };
+        let bytes = usize::try_from(memory.len()).map_err(|error| no_room(error.to_string()))?;
+        let lease = LeaseMut::committed(bytes).map_err(|error| no_room(error.to_string()))?;
+        Self::over(memory, lease.expose(), None)
+    }
+
+    /// As [`Mirror::private`], in memory that peers on this host may map.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError::Local`] when there is no room; the driver's when it does not lock the pages.
+    pub fn shared(memory: DeviceRange) -> Result<Self, CudaError> {
+        let (target, file) = SharedFile::create(memory.len())?;
+        Self::over(memory, target, Some(file))
+    }
+
+    fn over(memory: DeviceRange, target: Target, file: Option<SharedFile>) -> Result<Self, CudaError> {
+        let device = memory.device().clone();
+        let stream = device.stream()?;
+        let locked = Some(Arc::new(lock(&device, &target)?));
+        Ok(Self { memory, target, file, locked, stream })
+    }
+
+    /// What rails expose.
+    pub fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// By what peers on this host reach it, where it is shared. It is renewed with [`Mirror::renew`] alone.
+    pub fn file(&self) -> Option<&SharedFile> {
+        self.file.as_ref()
+    }
+
+    /// The GPU's memory.
+    pub fn memory(&self) -> &DeviceRange {
+        &self.memory
+    }
+
+    /// Begins to copy these bytes to the same places in the GPU's memory. Nobody writes them any more. Never blocks.
+    ///
+    /// # Errors
+    ///
+    /// The driver's, as for a range outside; nothing was copied then, or some of it.
+    pub fn upload(&self, ranges: &[Range<u64>]) -> Result<Upload, CudaError> {
+        let locked = self.locked.as_ref().ok_or(CudaError::NotLocked)?;
+        let spans: Vec<Span> = ranges.iter().cloned().flat_map(chunks).collect();
+        let copy = locked.upload(&self.stream, self.memory.clone(), &spans);
+        Ok(Upload(copy.map_err(gpu_mem::Error::from)?))
+    }
+
+    /// As [`Mirror::upload`] for all bytes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Mirror::upload`].
+    pub fn upload_all(&self) -> Result<Upload, CudaError> {
+        self.upload(&[0..self.memory.len()])
+    }
+
+    /// Puts fresh zero bytes in the place of a shared mirror's, which whoever has mapped the file of before does not reach; see
+    /// [`SharedFile::renew`]. A mirror that is not shared stays as it is: to close its rails is enough.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError::Uploading`] while an upload has not been waited for, and [`CudaError::Local`] where there is no room, with
+    /// nothing changed. The driver's, when it does not lock the new pages: the mirror is of no use any more.
+    pub fn renew(&mut self) -> Result<(), CudaError> {
+        let Some(file) = &mut self.file else { return Ok(()) };
+        let locked = self.locked.take().ok_or(CudaError::NotLocked)?;
+        let locked = Arc::try_unwrap(locked).map_err(|locked| {
+            self.locked = Some(locked);
+            CudaError::Uploading
+        })?;
+        // The GPU would go on reading the pages of before.
+        locked.unlock().map_err(gpu_mem::Error::from)?;
+        let renewed = file.renew(&self.target);
+        self.locked = Some(Arc::new(lock(self.memory.device(), &self.target)?));
+        Ok(renewed?)
+    }
+}
+
+impl Upload {
+    /// Whether it is over; then [`Upload::wait`] does not wait.
+    ///
+    /// # Errors
+    ///
+    /// The driver's, when the GPU is lost.
+    pub fn is_done(&self) -> Result<bool, CudaError> {
+        Ok(self.0.is_done()?)
+    }
+
+    /// Waits until it is over.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError::Slow`] when it takes longer: it goes on nevertheless. The driver's, when the GPU is lost.
+    pub fn wait(self, max: Duration) -> Result<(), CudaError> {
+        let waited = self.0.wait_until(Instant::now() + max).map_err(gpu_mem::Error::from)?;
+        waited.map(drop).map_err(|_| CudaError::Slow { what: "taken in the bytes of its mirror", after: max })
+    }
+}
+
+fn lock(device: &Device, target: &Target) -> Result<LockedTarget, CudaError> {
+    Ok(device.lock_target(target.clone()).map_err(gpu_mem::Error::from)?)
+}
+
+/// The bytes of a range, to the same place.
+fn chunks(range: Range<u64>) -> impl Iterator<Item = Span> {
+    let Range { start, end } = range;
+    let mut at = start;
+    std::iter::from_fn(move || {
+        let len = end.saturating_sub(at).min(CHUNK_BYTES);
+        let span = Span { from: at, to: at, len };
+        at += len;
+        (len > 0).then_some(span)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_are_the_range() {
+        for range in [0..0, 5..3, 7..8, 3..CHUNK_BYTES + 3, 1..3 * CHUNK_BYTES, u64::MAX - 1..u64::MAX] {
+            let mut at = range.start;
+            for Span { from, to, len } in chunks(range.clone()) {
+                assert_eq!((from, to), (at, at));
+                assert!(len > 0 && len <= CHUNK_BYTES);
+                at += len;
+            }
+            assert_eq!(at, range.end.max(range.start));
+        }
+    }
+}

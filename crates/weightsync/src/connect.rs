@@ -7,21 +7,26 @@ use std::time::{Duration, Instant};
 
 use efa_core::{LeaseMut, MemoryRef};
 use rendezvous::{Peer, Planned, PlannedPart, RendezvousError};
-use xfer_exec::driver::{DriverConfig, HostRail, Sender, ThreadConfig};
-use xfer_exec::local::{Attached, LocalRail, fetch};
+use xfer_exec::cuda::{CudaPeer, CudaRail, CudaRailConfig, DeviceRail, GpuMemory, GpuMemoryConfig};
+use xfer_exec::driver::{Driver, DriverConfig, HostRail, Sender, ThreadConfig};
+use xfer_exec::local::{Attached, LocalError, LocalRail, fetch};
 use xfer_exec::ofi::{OfiPeer, OfiRail};
 use xfer_exec::program::Route;
 use xfer_exec::{Program, RailIndex, RankLimits};
 use xfer_plan::{OpKind, Rank, ReceiverRank, TrainerRank, paired_rail};
 
 use crate::config::SessionConfig;
-use crate::endpoint::{Endpoint, RailEndpoint};
+use crate::endpoint::{Endpoint, LocalMemory, RailEndpoint};
 use crate::error::Error;
 use crate::fabric::{self, Fabric, FabricError, OpenRail};
+use crate::gpu::Gpu;
+use crate::pusher::Pusher;
 use crate::verify::Outgoing;
 
 /// A rail that holds writes back for this part of the sender's deadline is given up, if other rails reach the receiver.
 const STALL_DIVISOR: u32 = 5;
+
+const GPU_ALONE: &str = "GPU memory, which reaches that of GPUs on the same host";
 
 /// Everything that is needed to get from a plan to rails.
 pub(crate) struct Connecting {
@@ -29,6 +34,8 @@ pub(crate) struct Connecting {
     pub(crate) endpoint: Endpoint,
     pub(crate) opened: Vec<OpenRail>,
     pub(crate) memories: Vec<MemoryRef>,
+    /// Where the weights are on one.
+    pub(crate) gpu: Option<Arc<Gpu>>,
     pub(crate) region_bytes: Vec<u64>,
     pub(crate) progress: Arc<AtomicU64>,
 }
@@ -43,7 +50,7 @@ pub(crate) struct ConnectedRail {
 
 /// A sender, and where it leads.
 pub(crate) struct Connected {
-    pub(crate) sender: Sender,
+    pub(crate) pusher: Pusher,
     pub(crate) rails: Vec<ConnectedRail>,
     /// The rails to each inference rank, in words.
     pub(crate) routes: BTreeMap<ReceiverRank, String>,
@@ -53,13 +60,19 @@ pub(crate) struct Connected {
 
 enum Way {
     Local(Vec<Attached>, Vec<u64>),
+    Device(CudaPeer, Vec<u64>),
     Fabric(Vec<RailEndpoint>),
 }
 
-/// The rails so far, and where they lead.
+/// Rails, and the memory that they read.
+enum Rails {
+    Host { rails: Vec<HostRail>, staging: LeaseMut },
+    Device { rails: Vec<Box<DeviceRail>>, gpu: Arc<Gpu> },
+}
+
+/// The rails so far, in their order, and where they lead.
 #[derive(Default)]
-struct Rails {
-    rails: Vec<HostRail>,
+struct Routes {
     connected: Vec<ConnectedRail>,
     routes: BTreeMap<ReceiverRank, Route>,
 }
@@ -85,7 +98,8 @@ impl Connecting {
         let until = Instant::now() + self.config.deadline * 3 / 4;
         let peers = decode_peers(&planned.peers)?;
         let busy_poll = fabric::a_core_each(&self.endpoint.host, &peers);
-        let (mut by_fabric, mut by_memory) = (BTreeMap::new(), BTreeMap::new());
+        let (mut by_fabric, mut by_memory, mut by_device) =
+            (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let mut banks = Vec::new();
         for (Peer { member, turned, .. }, peer) in planned.peers.iter().zip(peers) {
             let Rank::Receiver(to) = *member else { continue };
@@ -94,19 +108,26 @@ impl Connecting {
             }
             match self.choose(to, peer, until)? {
                 Way::Local(attached, bytes) => drop(by_memory.insert(to, (attached, bytes))),
+                Way::Device(peer, bytes) => drop(by_device.insert(to, (peer, bytes))),
                 Way::Fabric(rails) => drop(by_fabric.insert(to, rails)),
             }
         }
+        let (config, region_bytes, progress) =
+            (self.config.clone(), self.region_bytes.clone(), self.progress.clone());
+        let mut routes = Routes::default();
         // A staging slot holds the longest gather, and all slots together the watermark; without gathers there is none.
         let gathers = plan.ops.iter().filter(|op| op.kind() == OpKind::Gather);
         let slot_bytes = gathers.map(|op| op.bytes()).max().unwrap_or(0);
-        let staging = self.staging(if by_fabric.is_empty() { 0 } else { slot_bytes })?;
-        let (config, region_bytes, progress) =
-            (self.config.clone(), self.region_bytes.clone(), self.progress.clone());
-        let mut rails = Rails::default();
-        rails.add_local(by_memory);
-        self.add_fabric(rank, by_fabric, &staging, until, &mut rails)?;
-        let Rails { rails, connected, routes } = rails;
+        let rails = match self.gpu.clone() {
+            Some(gpu) => Rails::Device { rails: routes.add_device(&gpu, by_device)?, gpu },
+            None => {
+                let staging = self.staging(if by_fabric.is_empty() { 0 } else { slot_bytes })?;
+                let mut rails = routes.add_local(by_memory);
+                rails.extend(self.add_fabric(rank, by_fabric, &staging, until, &mut routes)?);
+                Rails::Host { rails, staging }
+            }
+        };
+        let Routes { connected, routes } = routes;
         let described = routes.iter().map(|(to, route)| (*to, in_words(route, &connected))).collect();
         // Half: it fails, drains and says which peer is to blame before the controller gives up on this trainer.
         let deadline = config.deadline / 2;
@@ -118,10 +139,26 @@ impl Connecting {
             program = program.with_banks(to, turned)?;
         }
         let stall = deadline / STALL_DIVISOR;
-        let driver = DriverConfig { program, rails, staging, slot_bytes, deadline, stall };
         let thread = ThreadConfig { name: rank.to_string(), busy_poll, cpus: config.cpus, progress };
-        let sender = Sender::start(driver, thread)?;
-        Ok(Connected { sender, rails: connected, routes: described, outgoing })
+        let pusher = match rails {
+            Rails::Host { rails, staging } => {
+                let driver = DriverConfig { program, rails, staging, slot_bytes, deadline, stall };
+                Pusher::Host(Sender::start(driver, thread)?)
+            }
+            Rails::Device { rails, gpu } => {
+                // Its rail takes rows as they lie: nothing is staged.
+                let memory = GpuMemoryConfig {
+                    staging_bytes: 0,
+                    slot_bytes: 0,
+                    multiprocessors: CudaRailConfig::default().multiprocessors,
+                    close_max: deadline,
+                };
+                let memory = GpuMemory::new(gpu.kernels(), &program, memory, None)?;
+                let driver = Driver::over(memory, program, rails, deadline, stall);
+                Pusher::Device(Sender::drive(driver, thread)?, gpu)
+            }
+        };
+        Ok(Connected { pusher, rails: connected, routes: described, outgoing })
     }
 
     /// Staging memory: the watermark, if anything is gathered at all.
@@ -146,21 +183,21 @@ impl Connecting {
         peers: BTreeMap<ReceiverRank, Vec<RailEndpoint>>,
         staging: &LeaseMut,
         until: Instant,
-        rails: &mut Rails,
-    ) -> Result<(), FabricError> {
+        routes: &mut Routes,
+    ) -> Result<Vec<HostRail>, FabricError> {
         if peers.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let mut memories = self.memories;
         memories.push(staging.memory().clone());
-        let first = rails.rails.len();
+        let first = routes.connected.len();
         let count = self.opened.len();
         for (to, theirs) in &peers {
             let region_bytes = theirs
                 .first()
                 .map_or_else(Vec::new, |rail| rail.regions.iter().map(|region| region.len).collect());
             let all = (first..first + count).map(|rail| RailIndex(rail as u16)).collect();
-            rails.routes.insert(*to, Route { rails: all, region_bytes });
+            routes.routes.insert(*to, Route { rails: all, region_bytes });
         }
         let left = until.saturating_duration_since(Instant::now());
         let connect = |number: usize, opened: OpenRail| {
@@ -185,36 +222,39 @@ impl Connecting {
             let threads: Vec<_> = rails.map(|(at, rail)| scope.spawn(move || connect(at, rail))).collect();
             threads.into_iter().map(|thread| thread.join()).collect::<Vec<_>>()
         });
+        let mut rails: Vec<HostRail> = Vec::new();
         for one in connected {
             let one = one.map_err(|_| FabricError::Rail("defect: a thread that connects panicked".into()))?;
             let (rail, described) = one.map_err(|error| FabricError::Rail(error.to_string()))?;
-            rails.rails.push(Box::new(rail));
-            rails.connected.push(described);
+            rails.push(Box::new(rail));
+            routes.connected.push(described);
         }
-        Ok(())
+        Ok(rails)
     }
 
     /// The way to one peer.
     fn choose(&self, to: ReceiverRank, peer: Endpoint, until: Instant) -> Result<Way, FabricError> {
         let name = || to.to_string();
         let same_host = fabric::same_host(&peer.host, &self.endpoint.host);
+        let memory = if self.gpu.is_some() { LocalMemory::Device } else { LocalMemory::Host };
         if self.config.fabric.allows_local()
             && same_host
-            && let Some(local) = &peer.local
+            && let Some(local) = peer.local.as_ref().filter(|local| local.memory == memory)
         {
-            let failed = |error: xfer_exec::local::LocalError| FabricError::Local {
-                peer: name(),
-                reason: error.to_string(),
-            };
+            let failed = |reason: String| FabricError::Local { peer: name(), reason };
+            let bytes = local.region_bytes.clone();
+            // A socket takes no timeout of 0.
+            let left = || until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            if let Some(gpu) = &self.gpu {
+                let peer = CudaPeer::open(gpu.device(), &local.doorman(), &bytes, left());
+                return Ok(Way::Device(peer.map_err(|error| failed(error.to_string()))?, bytes));
+            }
             let attach = |(region, bytes): (u32, &u64)| {
-                // A socket takes no timeout of 0.
-                let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-                let file = fetch(&local.doorman(), region, left)?;
+                let file = fetch(&local.doorman(), region, left())?;
                 Attached::new(&file, region, *bytes)
             };
-            let attached =
-                (0..).zip(&local.region_bytes).map(attach).collect::<Result<_, _>>().map_err(failed)?;
-            return Ok(Way::Local(attached, local.region_bytes.clone()));
+            let attached = (0..).zip(&bytes).map(attach).collect::<Result<_, LocalError>>();
+            return Ok(Way::Local(attached.map_err(|error| failed(error.to_string()))?, bytes));
         }
         if self.config.fabric == Fabric::Local && !same_host {
             return Err(FabricError::NotLocal { peer: name() });
@@ -224,25 +264,45 @@ impl Connecting {
         if !peer.rails.is_empty() && peer.rails.iter().all(fits) {
             return Ok(Way::Fabric(peer.rails));
         }
-        let (here, there) = (self.endpoint.offers(), peer.offers());
+        let here = if self.gpu.is_some() { GPU_ALONE.to_owned() } else { self.endpoint.offers() };
+        let there = peer.offers();
         Err(FabricError::NothingInCommon { peer: name(), here, there })
     }
 }
 
-impl Rails {
-    fn add_local(&mut self, peers: BTreeMap<ReceiverRank, (Vec<Attached>, Vec<u64>)>) {
+impl Routes {
+    fn add_local(&mut self, peers: BTreeMap<ReceiverRank, (Vec<Attached>, Vec<u64>)>) -> Vec<HostRail> {
         if peers.is_empty() {
-            return;
+            return Vec::new();
         }
-        let rail = RailIndex(self.rails.len() as u16);
-        let mut attached = BTreeMap::new();
-        for (to, (memory, region_bytes)) in peers {
+        let local = LocalRail::new(self.add_each(peers));
+        let name = xfer_exec::Rail::name(&local);
+        self.connected.push(ConnectedRail { name, theirs: BTreeMap::new() });
+        vec![Box::new(local)]
+    }
+
+    fn add_device(
+        &mut self,
+        gpu: &Gpu,
+        peers: BTreeMap<ReceiverRank, (CudaPeer, Vec<u64>)>,
+    ) -> Result<Vec<Box<DeviceRail>>, Error> {
+        if peers.is_empty() {
+            return Ok(Vec::new());
+        }
+        let rail = CudaRail::new(gpu.kernels(), self.add_each(peers), CudaRailConfig::default())?;
+        let name = xfer_exec::Rail::name(&rail);
+        self.connected.push(ConnectedRail { name, theirs: BTreeMap::new() });
+        Ok(vec![Box::new(rail)])
+    }
+
+    /// Peers that the next rail leads to, with the lengths of their regions.
+    fn add_each<P>(&mut self, peers: BTreeMap<ReceiverRank, (P, Vec<u64>)>) -> BTreeMap<ReceiverRank, P> {
+        let rail = RailIndex(self.connected.len() as u16);
+        let add = |(to, (peer, region_bytes))| {
             self.routes.insert(to, Route { rails: vec![rail], region_bytes });
-            attached.insert(to, memory);
-        }
-        let local = LocalRail::new(attached);
-        self.connected.push(ConnectedRail { name: xfer_exec::Rail::name(&local), theirs: BTreeMap::new() });
-        self.rails.push(Box::new(local));
+            (to, peer)
+        };
+        peers.into_iter().map(add).collect()
     }
 }
 

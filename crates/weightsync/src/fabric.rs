@@ -15,7 +15,9 @@ use topology::{Roots, Snapshot};
 use xfer_plan::RailDecl;
 
 use crate::config::SessionConfig;
+use crate::device::Device;
 use crate::endpoint::{Endpoint, RAILS_MAX};
+use crate::gpu::Gpu;
 
 mod place;
 
@@ -123,6 +125,14 @@ pub enum FabricError {
         /// Their names.
         nics: String,
     },
+    /// A rail that does not reach GPU memory.
+    #[error(
+        "fabric {fabric} does not reach the memory of a GPU yet; choose fabric auto, and GPUs of one host"
+    )]
+    NotFromGpu {
+        /// What was asked for.
+        fabric: Fabric,
+    },
     /// Not a rank that a host can have.
     #[error(
         "there is no local rank {local_rank} of {local_ranks}: they count from 0, and a host has at most {max}"
@@ -207,6 +217,10 @@ pub(crate) fn open(config: &SessionConfig, source: IpAddr) -> Result<Vec<OpenRai
     if config.nics.len() > RAILS_MAX {
         return Err(FabricError::TooManyNics { nics: config.nics.len() });
     }
+    if config.device != Device::Cpu {
+        let alone = matches!(fabric, Fabric::Auto | Fabric::Local);
+        return if alone { Ok(Vec::new()) } else { Err(FabricError::NotFromGpu { fabric }) };
+    }
     let providers: &[fn(&Library) -> Provider] = match fabric {
         Fabric::Local => return Ok(Vec::new()),
         Fabric::Auto => &[|_| Provider::Efa, |_| Provider::Verbs, Library::tcp_provider],
@@ -288,10 +302,11 @@ fn take(provider: Provider, config: &SessionConfig, mut infos: Vec<Info>) -> Res
     Ok(infos)
 }
 
-/// The rails of a manifest: their bandwidth as given, the NIC's, or a memory copy's.
-pub(crate) fn declare(config: &SessionConfig, opened: &[OpenRail]) -> Vec<RailDecl> {
+/// The rails of a manifest: their bandwidth as given, the NIC's, the GPU's, or a memory copy's.
+pub(crate) fn declare(config: &SessionConfig, opened: &[OpenRail], gpu: Option<&Gpu>) -> Vec<RailDecl> {
     let declare = |link: Option<u64>| {
-        let bytes_per_second = config.rail_bytes_per_second.or(link).unwrap_or_else(copy_bytes_per_second);
+        let memory = || gpu.map_or_else(copy_bytes_per_second, Gpu::link_bytes_per_second);
+        let bytes_per_second = config.rail_bytes_per_second.or(link).unwrap_or_else(memory);
         RailDecl { bytes_per_second }
     };
     match opened {

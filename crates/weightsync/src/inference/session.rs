@@ -36,7 +36,7 @@ pub(super) struct Showing {
     version: u64,
     /// The controller waits for a word of it.
     confirm: bool,
-    copying: Option<JoinHandle<Arenas>>,
+    copying: Option<JoinHandle<Result<Arenas, Error>>>,
     began: std::time::Instant,
 }
 
@@ -193,7 +193,7 @@ impl InferenceSession {
                     match &self.incoming {
                         Some(incoming) => {
                             self.verifying =
-                                Some(incoming.start((push, version), sums, self.arenas.written().clone()));
+                                Some(incoming.start((push, version), sums, self.arenas.written()));
                         }
                         None => self.compared(Err(NOT_COMPARED.into()))?,
                     }
@@ -257,7 +257,7 @@ impl InferenceSession {
             CommitMode::StagedCopy => {
                 showing.copying = Some(tokio::task::spawn_blocking(move || arenas.commit()));
             }
-            CommitMode::InPlace | CommitMode::Staged => self.arenas = arenas.commit(),
+            CommitMode::InPlace | CommitMode::Staged => self.arenas = arenas.commit()?,
         }
         Ok(())
     }
@@ -271,7 +271,15 @@ impl InferenceSession {
             return Err(Error::Broken);
         }
         if let Some(copying) = copying {
-            self.arenas = copying.await.map_err(|error| std::io::Error::other(error.to_string()))?;
+            let copied = copying.await.map_err(|error| std::io::Error::other(error.to_string()).into());
+            match copied.flatten() {
+                Ok(arenas) => self.arenas = arenas,
+                Err(error) => {
+                    // The decision was taken, and its bytes are not what is served: this rank is lost to the job.
+                    self.line.leave(Some(error.to_string())).await;
+                    return Err(error);
+                }
+            }
         }
         self.showing = None;
         let confirms = if confirm { self.member.committed() } else { None };
@@ -336,12 +344,11 @@ impl InferenceSession {
         if offset.checked_add(bytes).is_none_or(|end| end > len) {
             return Err(outside());
         }
-        let at = usize::try_from(param.offset + offset).map_err(|_| outside())?;
-        self.arenas.served().read(at, into).map_err(|_| outside())
+        self.arenas.served().read(param.offset + offset, into)
     }
 
     /// The base address of what is served, for an engine that reads the weights where they are: parameter `i` is at
-    /// `params()[i].offset` from it. Under [`CommitMode::Staged`] every commit changes it; otherwise it stays the same until the
+    /// `params()[i].offset` from it. On a GPU it is an address of that GPU. Under [`CommitMode::Staged`] every commit changes it; otherwise it stays the same until the
     /// session is dropped.
     pub fn arena_ptr(&self) -> *mut u8 {
         self.arenas.served().as_ptr()

@@ -4,40 +4,41 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use efa_core::{Lease, LeaseMut, MemoryRef};
+use efa_core::MemoryRef;
 use rendezvous::member::{TrainerMember, TrainerStep};
 use rendezvous::status::{RAILS_TOLD_MAX, RailStatus};
 use rendezvous::{Bank, Fence, PushId, RendezvousError, ToController};
 use tokio::sync::oneshot;
-use xfer_exec::driver::Outcome;
 use xfer_exec::{Failure, RailUse};
 use xfer_plan::{Rank, ReceiverRank, SourcePiece, TrainerRank};
 
 use super::joining::Rails;
-use super::{Tensor, TensorId, Trainer};
+use super::{Check, Tensor, TensorId, Trainer, write};
 use crate::config::SessionConfig;
 use crate::connect::Connected;
 use crate::error::Error;
+use crate::gpu::Gpu;
 use crate::line::{Line, out_of_turn};
+use crate::memory::Weights;
+use crate::pusher::Written;
 use crate::report::{PushReport, RailReport, Stopwatch, gb_per_second};
 use crate::verify::Summed;
 use crate::watch::Watch;
 
-/// Where the weights are.
-enum Weights {
-    /// With the session.
-    Here(Vec<LeaseMut>),
-    /// With the rails, until this answers.
+/// Who has the weights.
+enum Holder {
+    /// The session.
+    Here(Weights),
+    /// The rails, until this answers.
     Pushed(oneshot::Receiver<Written>),
     /// Lost to a rail that did not close.
     Lost,
 }
 
-/// How the rails' part of a push ended.
-struct Written {
-    outcome: Outcome,
-    /// What was hashed; `None` where nothing was delivered whole, or nothing is verified.
-    summed: Option<Summed>,
+impl Holder {
+    fn of(weights: Option<Weights>) -> Self {
+        weights.map_or(Self::Lost, Self::Here)
+    }
 }
 
 /// A trainer that is part of a job.
@@ -46,7 +47,10 @@ pub struct TrainerSession {
     pub(super) line: Line,
     pub(super) member: TrainerMember,
     pub(super) rails: Rails,
-    weights: Weights,
+    weights: Holder,
+    pub(super) gpu: Option<Arc<Gpu>>,
+    /// Of memory that is somebody else's.
+    checks: Vec<Check>,
     tensors: Vec<Tensor>,
     pub(super) pieces: Vec<SourcePiece>,
     pub(super) memories: Vec<MemoryRef>,
@@ -81,7 +85,7 @@ impl Drop for InPush<'_> {
         // controller learns it in another way.
         let _ = self.session.line.send(ToController::Leave { reason: Some(GIVEN_UP.to_owned()) });
         if let Rails::Connected(connected) = &self.session.rails {
-            connected.sender.abort(GIVEN_UP.into());
+            connected.pusher.abort(GIVEN_UP.into());
         }
         self.session.watch.given_up(GIVEN_UP);
     }
@@ -97,14 +101,16 @@ const LOST: &str = "this rank lost the controller, or was given up by it";
 
 impl TrainerSession {
     pub(super) fn new(trainer: Trainer) -> Result<Self, Error> {
-        let Trainer { config, regions, tensors, pieces } = trainer;
+        let Trainer { config, weights, gpu, tensors, pieces, checks } = trainer;
         Ok(Self {
             line: Line::new(&config)?,
             member: TrainerMember::new(),
             rails: Rails::Closed,
-            memories: regions.iter().map(|region| region.memory().clone()).collect(),
-            region_bytes: regions.iter().map(|region| region.len() as u64).collect(),
-            weights: Weights::Here(regions),
+            memories: weights.memories(),
+            region_bytes: weights.region_bytes(),
+            weights: Holder::Here(weights),
+            gpu,
+            checks,
             tensors,
             pieces,
             bound_seconds: 0.0,
@@ -141,28 +147,41 @@ impl TrainerSession {
         &self.behind
     }
 
-    /// A tensor's bytes, to change between pushes.
+    /// A tensor's bytes in host memory, to change between pushes.
     ///
     /// # Errors
     ///
-    /// [`Error::Busy`] while a push that was given up half way still reads them.
+    /// [`Error::Busy`] while a push that was given up half way still reads them; [`Error::Declaration`] where they are on a GPU.
     pub fn tensor_mut(&mut self, id: TensorId) -> Result<&mut [u8], Error> {
-        if let Weights::Pushed(outcome) = &mut self.weights
-            && let Ok(written) = outcome.try_recv()
-        {
-            self.weights = thaw(written.outcome.regions);
-        }
-        let Weights::Here(regions) = &mut self.weights else {
-            return Err(Error::Busy);
-        };
-        let bytes = self.tensors.get(id.0).and_then(|tensor| {
-            let region = regions.get_mut(tensor.region.index())?;
-            region.bytes_mut().get_mut(tensor.offset..tensor.offset + tensor.len)
+        let tensor = self.tensors.get(id.0).cloned();
+        let weights = self.weights_here()?;
+        let bytes = tensor.and_then(|Tensor { region, offset, len, .. }| {
+            weights.bytes_mut(region.index(), offset..offset + len)
         });
         bytes.ok_or_else(|| Error::Declaration {
             name: format!("tensor number {}", id.0),
-            reason: "it belongs to another session".into(),
+            reason: "it belongs to another session, or is not in host memory".into(),
         })
+    }
+
+    /// Fills a tensor, wherever it is, between pushes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Busy`] as [`TrainerSession::tensor_mut`]; [`Error::Declaration`] for bytes that are not as many as the tensor's.
+    pub fn write(&mut self, id: TensorId, bytes: &[u8]) -> Result<(), Error> {
+        self.weights_here()?;
+        let Holder::Here(weights) = &mut self.weights else { return Err(Error::Busy) };
+        write(&self.tensors, weights, self.gpu.as_deref(), id, bytes)
+    }
+
+    fn weights_here(&mut self) -> Result<&mut Weights, Error> {
+        if let Holder::Pushed(written) = &mut self.weights
+            && let Ok(written) = written.try_recv()
+        {
+            self.weights = Holder::of(written.weights);
+        }
+        if let Holder::Here(weights) = &mut self.weights { Ok(weights) } else { Err(Error::Busy) }
     }
 
     /// A tensor's name.
@@ -199,11 +218,12 @@ impl TrainerSession {
     }
 
     async fn push_to_end(&mut self, version: u64) -> Result<PushReport, Error> {
-        let Weights::Here(_) = &self.weights else {
+        let Holder::Here(_) = &self.weights else {
             // The others need not wait for it.
             self.line.leave(Some(WEIGHTS_LOST.to_owned())).await;
             return Err(Error::Broken);
         };
+        self.checks.iter().try_for_each(|still_there| still_there())?;
         let whole = std::time::Instant::now();
         let mut stages = Vec::new();
         let mut stage = Stopwatch::start("wait for trainers");
@@ -226,10 +246,10 @@ impl TrainerSession {
         stage.next("write", &mut stages);
         self.watch.named(push);
         self.watch.stage("write");
-        let (Written { outcome, summed }, ended) = self.write(push, bank, version).await?;
+        let (mut outcome, ended) = self.write_out(push, bank, version).await?;
         self.tell_rails(&outcome);
         let fences = self.fences(&outcome.rails);
-        let (sums, verified) = summed.map(|Summed { sums, report }| (sums, report)).unzip();
+        let (sums, verified) = outcome.summed.take().map(|Summed { sums, report }| (sums, report)).unzip();
         let result = match (&ended, &outcome.result) {
             (None, Ok(_)) if self.hashes() && sums.is_none() => Err(NOT_HASHED.into()),
             (None, Ok(delivered)) => Ok((delivered.bytes, delivered.writes)),
@@ -312,34 +332,28 @@ impl TrainerSession {
 
     /// Lends the weights to the rails and waits until they are back, whatever the controller says meanwhile: that comes with
     /// the outcome, where it ended the push.
-    async fn write(
+    async fn write_out(
         &mut self,
         push: PushId,
         bank: Bank,
         version: u64,
     ) -> Result<(Written, Option<Error>), Error> {
         let (reply, wait) = oneshot::channel();
-        let Rails::Connected(Connected { sender, outgoing, .. }) = &self.rails else {
+        let Rails::Connected(Connected { pusher, outgoing, .. }) = &self.rails else {
             return Err(Error::Broken);
         };
-        let Weights::Here(regions) = std::mem::replace(&mut self.weights, Weights::Pushed(wait)) else {
+        let Holder::Here(weights) = std::mem::replace(&mut self.weights, Holder::Pushed(wait)) else {
             return Err(Error::Broken);
         };
-        let regions: Vec<Lease> = regions.into_iter().map(LeaseMut::freeze).collect();
-        let summing = outgoing.as_ref().map(|outgoing| outgoing.start(push, regions.clone()));
-        sender.set_bank(bank.index() == 1);
-        sender.push(regions, move |outcome| {
-            // On the thread of the rails, which have nothing left to do.
-            let summed = summing.and_then(|summing| summing.end(outcome.result.is_ok()));
-            drop(reply.send(Written { outcome, summed }));
-        });
+        pusher.set_bank(bank.index() == 1);
+        pusher.push(push, weights, outgoing.as_ref(), move |written| drop(reply.send(written)));
         let mut ended: Option<Error> = None;
-        let outcome = loop {
-            let Weights::Pushed(outcome) = &mut self.weights else {
+        let written = loop {
+            let Holder::Pushed(written) = &mut self.weights else {
                 return Err(Error::Broken);
             };
             tokio::select! {
-                outcome = outcome => break outcome,
+                written = written => break written,
                 step = next(&mut self.line, &mut self.member, "its own writes"), if ended.is_none() => {
                     let error = match step {
                         Ok(Some(TrainerStep::Stop { reason })) => Error::Aborted { version, reason },
@@ -347,21 +361,21 @@ impl TrainerSession {
                         Ok(Some(_)) => out_of_turn("an abort or nothing"),
                         Err(error) => error,
                     };
-                    sender.abort(error.to_string());
+                    pusher.abort(error.to_string());
                     ended = Some(error);
                 }
             }
         };
-        let Ok(mut written) = outcome else {
-            self.weights = Weights::Lost;
+        let Ok(mut written) = written else {
+            self.weights = Holder::Lost;
             return Err(Error::Broken);
         };
-        self.weights = thaw(std::mem::take(&mut written.outcome.regions));
+        self.weights = Holder::of(written.weights.take());
         Ok((written, ended))
     }
 
     /// For whoever watches: logs, metrics, and observers of the controller.
-    fn tell_rails(&mut self, outcome: &Outcome) {
+    fn tell_rails(&mut self, outcome: &Written) {
         let rails = || self.rails.connected().iter().map(|rail| rail.name.as_str()).zip(&outcome.rails);
         let seconds = outcome.timings.total.as_secs_f64();
         let told = rails().take(RAILS_TOLD_MAX);
@@ -420,13 +434,5 @@ async fn next(
             Some(step) => return Ok(Some(step)),
             None => {}
         }
-    }
-}
-
-fn thaw(regions: Vec<Lease>) -> Weights {
-    match regions.into_iter().map(Lease::thaw).collect::<Result<_, _>>() {
-        Ok(regions) => Weights::Here(regions),
-        // A rail that did not close still holds them.
-        Err(_) => Weights::Lost,
     }
 }

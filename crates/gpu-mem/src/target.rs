@@ -30,6 +30,7 @@ impl Device {
     /// # Errors
     ///
     /// [`Failed`] with the target, most often for a limit on locked memory or because it is registered already.
+    #[allow(clippy::result_large_err)] // it carries the target back
     pub fn lock_target(&self, target: Target) -> Result<LockedTarget, Failed<Target>> {
         let (base, len) = (target.as_ptr(), target.len());
         // CUDA refuses an empty range; it has no pages to lock.
@@ -57,6 +58,7 @@ impl LockedTarget {
     /// # Errors
     ///
     /// As [`Stream::copy_to_device`].
+    #[allow(clippy::result_large_err)] // it carries the target back
     pub fn upload<D: DeviceMemory>(
         self: &Arc<Self>,
         stream: &Stream,
@@ -80,6 +82,7 @@ impl LockedTarget {
     ///
     /// [`Failed`] without the target when the driver does not let go of it: it is leaked, because a device may still
     /// reach its pages.
+    #[allow(clippy::result_large_err)] // it carries the target back
     pub fn unlock(self) -> Result<Target, Failed<Target>> {
         let mut this = ManuallyDrop::new(self);
         // SAFETY: `this` is not dropped, so the device is taken once.

@@ -6,13 +6,15 @@
 //!
 //! # What the upload costs
 //!
-//! It follows the writes, because no rail that ends in host memory tells what has arrived where: rails over libfabric carry no
-//! tags, and a sender through shared memory copies without a word. A PCIe 5.0 x16 slot copies 55 GB/s. Loopback TCP on two cores
-//! moves 6 GB/s, and a 100 Gb/s link 12.5 GB/s at most, so an upload at the end adds a tenth to a quarter to such a push. Over a NIC
-//! of 400 Gb/s it would double it: such NICs are to reach the GPU themselves.
+//! It follows the writes. A PCIe 5.0 x16 slot copies 55 GB/s to an H200. Loopback TCP on two cores moves 6 GB/s, and a link of
+//! 100 Gb/s 12.5 GB/s at most, so the upload adds a tenth to a quarter to such a push. Beside a NIC of 400 Gb/s it would double it:
+//! such NICs are to reach the GPU themselves.
 //!
-//! The GPU's memory changes by the upload alone: until then it holds the version of before, whole. So one mirror does for a GPU
-//! what a second arena does, and a version that is given up leaves what is served as it was.
+//! Nothing is uploaded earlier, because nobody here knows what has arrived. A sender through shared memory copies without a word.
+//! A WRITE of libfabric could carry a number, but its receiver has no list of what is to come, and who counts numbers cannot be
+//! written to twice: a rail that breaks would end the push, where now the others take over. And an early upload would need a
+//! second arena on the GPU. This one needs none: until the upload the GPU holds the version of before, whole, and a version that is
+//! given up has changed nothing there.
 //!
 //! This module must never form a reference to bytes that the network may be writing, and never puts other memory in the place of
 //! pages that the GPU may be reading.
@@ -108,7 +110,7 @@ impl Mirror {
     ///
     /// As [`Mirror::upload`].
     pub fn upload_all(&self) -> Result<Upload, CudaError> {
-        self.upload(&[0..self.memory.len()])
+        self.upload(std::slice::from_ref(&(0..self.memory.len())))
     }
 
     /// Puts fresh zero bytes in the place of a shared mirror's, which whoever has mapped the file of before does not reach; see
@@ -176,14 +178,16 @@ mod tests {
 
     #[test]
     fn chunks_are_the_range() {
-        for range in [0..0, 5..3, 7..8, 3..CHUNK_BYTES + 3, 1..3 * CHUNK_BYTES, u64::MAX - 1..u64::MAX] {
-            let mut at = range.start;
-            for Span { from, to, len } in chunks(range.clone()) {
+        let ends =
+            [(0, 0), (5, 3), (7, 8), (3, CHUNK_BYTES + 3), (1, 3 * CHUNK_BYTES), (u64::MAX - 1, u64::MAX)];
+        for (start, end) in ends {
+            let mut at = start;
+            for Span { from, to, len } in chunks(start..end) {
                 assert_eq!((from, to), (at, at));
                 assert!(len > 0 && len <= CHUNK_BYTES);
                 at += len;
             }
-            assert_eq!(at, range.end.max(range.start));
+            assert_eq!(at, end.max(start));
         }
     }
 }

@@ -9,7 +9,7 @@ use super::ROWS_MAX;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProgramError {
-    /// More operations than a [`WriteId`] can name.
+    /// More operations than a [`WriteId`](super::WriteId) can name.
     #[error("the plan has {0} operations for this rank, more than 2^32")]
     TooManyOps(usize),
     /// Operations that are cut into more parts than there may be.
@@ -86,7 +86,7 @@ pub enum ProgramError {
         /// Bytes of each of its regions.
         region_bytes: Vec<u64>,
     },
-    /// More rows in a slot than a [`WriteId`] can name.
+    /// More rows in a slot than a [`WriteId`](super::WriteId) can name.
     #[error(
         "the plan transforms {rows} rows of {param} at once, which land apart: at most {ROWS_MAX} are possible; shorten the chunks"
     )]

@@ -47,8 +47,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             println!("staged {name}, slots of {} KiB: {rate:.1}", slot_bytes >> 10);
         }
     }
-    let mirror = Mirror::shared(weights.part(0..BYTES)?)?;
-    println!("a mirror's upload: {:.1}", median(|| Ok(mirror.upload_all()?.wait(SOON)?))?);
+    let mirror = Mirror::shared(&device, BYTES)?;
+    println!("a mirror's upload: {:.1}", median(|| Ok(mirror.upload_all(&weights)?.wait(SOON)?))?);
     Ok(())
 }
 

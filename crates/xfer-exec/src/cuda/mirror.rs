@@ -1,8 +1,8 @@
-//! GPU memory behind host memory: what rails that cannot reach a GPU write to, and its upload.
+//! Host memory in the place of a GPU's: what rails that cannot reach a GPU write to, and its upload.
 //!
-//! The host memory has its pages locked, so that the GPU's copy engine reads them beside the CPU. Rails expose it as a
-//! [`Target`]; where it is shared, peers of this host map its [`SharedFile`]. When everything has arrived, and not before,
-//! [`Mirror::upload`] copies it to the GPU.
+//! Its pages are locked, so that the GPU's copy engine reads them beside the CPU. Rails expose it as a [`Target`]; where it is
+//! shared, peers of this host map its [`SharedFile`]. When everything has arrived, and not before, [`Mirror::upload`] copies it
+//! to the GPU.
 //!
 //! # What the upload costs
 //!
@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use efa_core::{LeaseMut, Target};
-use gpu_mem::{Device, DeviceMemory as _, LockedTarget, Pending, Span, Stream};
+use gpu_mem::{Device, LockedTarget, Pending, Span, Stream};
 use weight_ops::cuda::DeviceRange;
 
 use super::CudaError;
@@ -35,7 +35,6 @@ const CHUNK_BYTES: u64 = 64 << 20;
 
 /// See the module.
 pub struct Mirror {
-    memory: DeviceRange,
     target: Target,
     file: Option<SharedFile>,
     /// `None` once the driver has refused to lock the pages of a renewal.
@@ -48,33 +47,32 @@ pub struct Mirror {
 pub struct Upload(Pending<(Arc<LockedTarget>, DeviceRange)>);
 
 impl Mirror {
-    /// Zero bytes in host memory of this process, as many as `memory` has.
+    /// So many zero bytes of this process, to be copied to this GPU.
     ///
     /// # Errors
     ///
     /// [`CudaError::NoMirror`] when there are not so many; the driver's when it does not lock their pages.
-    pub fn private(memory: DeviceRange) -> Result<Self, CudaError> {
-        let no_room = |reason: String| CudaError::NoMirror { bytes: memory.len(), reason };
-        let bytes = usize::try_from(memory.len()).map_err(|error| no_room(error.to_string()))?;
-        let lease = LeaseMut::committed(bytes).map_err(|error| no_room(error.to_string()))?;
-        Self::over(memory, lease.expose(), None)
+    pub fn private(device: &Device, bytes: u64) -> Result<Self, CudaError> {
+        let no_room = |reason: String| CudaError::NoMirror { bytes, reason };
+        let len = usize::try_from(bytes).map_err(|error| no_room(error.to_string()))?;
+        let lease = LeaseMut::committed(len).map_err(|error| no_room(error.to_string()))?;
+        Self::over(device, lease.expose(), None)
     }
 
-    /// As [`Mirror::private`], in memory that peers on this host may map.
+    /// As [`Mirror::private`], of memory that peers on this host may map.
     ///
     /// # Errors
     ///
     /// [`CudaError::Local`] when there is no room; the driver's when it does not lock the pages.
-    pub fn shared(memory: DeviceRange) -> Result<Self, CudaError> {
-        let (target, file) = SharedFile::create(memory.len())?;
-        Self::over(memory, target, Some(file))
+    pub fn shared(device: &Device, bytes: u64) -> Result<Self, CudaError> {
+        let (target, file) = SharedFile::create(bytes)?;
+        Self::over(device, target, Some(file))
     }
 
-    fn over(memory: DeviceRange, target: Target, file: Option<SharedFile>) -> Result<Self, CudaError> {
-        let device = memory.device().clone();
+    fn over(device: &Device, target: Target, file: Option<SharedFile>) -> Result<Self, CudaError> {
         let stream = device.stream()?;
-        let locked = Some(Arc::new(lock(&device, &target)?));
-        Ok(Self { memory, target, file, locked, stream })
+        let locked = Some(Arc::new(lock(device, &target)?));
+        Ok(Self { target, file, locked, stream })
     }
 
     /// What rails expose.
@@ -87,30 +85,25 @@ impl Mirror {
         self.file.as_ref()
     }
 
-    /// The GPU's memory.
-    pub fn memory(&self) -> &DeviceRange {
-        &self.memory
-    }
-
-    /// Begins to copy these bytes to the same places in the GPU's memory. Nobody writes them any more. Never blocks.
+    /// Begins to copy these bytes to the same places in memory of the GPU. Nobody writes them any more. Never blocks.
     ///
     /// # Errors
     ///
-    /// The driver's, as for a range outside; nothing was copied then, or some of it.
-    pub fn upload(&self, ranges: &[Range<u64>]) -> Result<Upload, CudaError> {
+    /// The driver's, as for a range outside, or memory of another GPU; nothing was copied then, or some of it.
+    pub fn upload(&self, to: &DeviceRange, ranges: &[Range<u64>]) -> Result<Upload, CudaError> {
         let locked = self.locked.as_ref().ok_or(CudaError::NotLocked)?;
         let spans: Vec<Span> = ranges.iter().cloned().flat_map(chunks).collect();
-        let copy = locked.upload(&self.stream, self.memory.clone(), &spans);
+        let copy = locked.upload(&self.stream, to.clone(), &spans);
         Ok(Upload(copy.map_err(gpu_mem::Error::from)?))
     }
 
-    /// As [`Mirror::upload`] for all bytes.
+    /// As [`Mirror::upload`] for all bytes of the mirror.
     ///
     /// # Errors
     ///
     /// As [`Mirror::upload`].
-    pub fn upload_all(&self) -> Result<Upload, CudaError> {
-        self.upload(std::slice::from_ref(&(0..self.memory.len())))
+    pub fn upload_all(&self, to: &DeviceRange) -> Result<Upload, CudaError> {
+        self.upload(to, std::slice::from_ref(&(0..self.target.len() as u64)))
     }
 
     /// Puts fresh zero bytes in the place of a shared mirror's, which whoever has mapped the file of before does not reach; see
@@ -130,7 +123,7 @@ impl Mirror {
         // The GPU would go on reading the pages of before.
         locked.unlock().map_err(gpu_mem::Error::from)?;
         let renewed = file.renew(&self.target);
-        self.locked = Some(Arc::new(lock(self.memory.device(), &self.target)?));
+        self.locked = Some(Arc::new(lock(self.stream.device(), &self.target)?));
         Ok(renewed?)
     }
 }

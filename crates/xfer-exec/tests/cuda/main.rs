@@ -5,6 +5,7 @@
 mod drivers;
 mod faults;
 mod gpu;
+mod mirror;
 mod peer;
 mod staged;
 mod transforms;

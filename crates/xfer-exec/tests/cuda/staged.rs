@@ -27,14 +27,15 @@ const SLOT_BYTES: u64 = 1008;
 const SLOTS: u64 = 3;
 
 /// What is served before.
-const BEFORE: u8 = 0x5e;
+pub(crate) const BEFORE: u8 = 0x5e;
 
-/// What keeps the receiver's memory in reach, and the sender's rails to it.
-struct Way {
+/// A receiver's memory, what keeps it in reach, and the sender's rails to it.
+pub(crate) struct Way {
     rails: Vec<HostRail>,
-    mirror: Mirror,
+    pub(crate) mirror: Mirror,
+    pub(crate) served: DeviceRange,
     /// Tells shared memory to peers.
-    _doorman: Option<Doorman>,
+    pub(crate) doorman: Option<Doorman>,
     #[cfg(feature = "ofi")]
     target: Option<xfer_exec::ofi::OfiTarget>,
 }
@@ -43,20 +44,24 @@ fn served(gpu: &Gpu) -> DeviceRange {
     gpu.upload(&[BEFORE; BYTES as usize])
 }
 
-fn attached(doorman: &Doorman) -> LocalRail {
-    let file = fetch(doorman.address(), 0, SOON).unwrap();
-    LocalRail::new(BTreeMap::from([(TO, vec![Attached::new(&file, 0, BYTES).unwrap()])]))
+pub(crate) fn attached(doorman: &Doorman) -> Attached {
+    Attached::new(&fetch(doorman.address(), 0, SOON).unwrap(), 0, BYTES).unwrap()
+}
+
+fn local(doorman: &Doorman) -> LocalRail {
+    LocalRail::new(BTreeMap::from([(TO, vec![attached(doorman)])]))
 }
 
 /// So many rails of shared memory.
-fn shared(to: &Gpu, rails: usize) -> Way {
-    let mirror = Mirror::shared(served(to)).unwrap();
+pub(crate) fn shared(to: &Gpu, rails: usize) -> Way {
+    let mirror = Mirror::shared(&to.device, BYTES).unwrap();
     let doorman = Doorman::open(vec![mirror.file().unwrap().clone()]).unwrap();
-    let rail = |_| -> HostRail { Box::new(attached(&doorman)) };
+    let rail = |_| -> HostRail { Box::new(local(&doorman)) };
     Way {
         rails: (0..rails).map(rail).collect(),
         mirror,
-        _doorman: Some(doorman),
+        served: served(to),
+        doorman: Some(doorman),
         #[cfg(feature = "ofi")]
         target: None,
     }
@@ -82,7 +87,7 @@ fn tcp(to: &Gpu, rails: usize, staging: &MemoryRef) -> Option<Way> {
         let info = library.infos(&hints).unwrap().remove(0);
         efa_core::Rail::open(&info, &RailConfig::for_info(&info)).unwrap()
     };
-    let mirror = Mirror::private(served(to)).unwrap();
+    let mirror = Mirror::private(&to.device, BYTES).unwrap();
     let scratch = LeaseMut::zeroed(64).unwrap().expose();
     let (mut theirs, mut peers) = (Vec::new(), Vec::new());
     for _ in 0..rails {
@@ -97,7 +102,8 @@ fn tcp(to: &Gpu, rails: usize, staging: &MemoryRef) -> Option<Way> {
         let peers = BTreeMap::from([(TO, peer)]);
         Box::new(OfiRail::connect(open(), std::slice::from_ref(staging), peers, SOON).unwrap())
     };
-    Some(Way { rails: peers.into_iter().map(connect).collect(), mirror, _doorman: None, target })
+    let rails = peers.into_iter().map(connect).collect();
+    Some(Way { rails, mirror, served: served(to), doorman: None, target })
 }
 
 /// Page-locked staging memory.
@@ -148,18 +154,22 @@ fn push(driver: &mut Driver<StagedMemory>, weights: &DeviceRange) -> Outcome<Dev
     finish(driver, |_| false)
 }
 
-/// Takes the place of what is served, which is whole until then.
-fn upload(gpu: &Gpu, mirror: &Mirror, expected: &[u8]) {
-    let before = gpu.download(mirror.memory());
-    assert!(before.iter().all(|byte| *byte == BEFORE), "it changes with the upload alone");
-    mirror.upload_all().unwrap().wait(SOON).unwrap();
-    let found = gpu.download(mirror.memory());
-    let differs = found.iter().zip(expected).position(|(found, expected)| found != expected);
-    assert_eq!((differs, found.len()), (None, expected.len()));
-}
+impl Way {
+    /// Of shared memory.
+    pub(crate) fn doorman(&self) -> &Doorman {
+        self.doorman.as_ref().unwrap()
+    }
 
-fn serve_before(gpu: &Gpu, mirror: &Mirror) {
-    gpu.write(mirror.memory(), &[BEFORE; BYTES as usize]);
+    /// Takes the place of what is served, which is whole until then.
+    fn upload(&self, gpu: &Gpu, expected: &[u8]) {
+        let before = gpu.download(&self.served);
+        assert!(before.iter().all(|byte| *byte == BEFORE), "it changes with the upload alone");
+        self.mirror.upload_all(&self.served).unwrap().wait(SOON).unwrap();
+        let found = gpu.download(&self.served);
+        let differs = found.iter().zip(expected).position(|(found, expected)| found != expected);
+        assert_eq!((differs, found.len()), (None, expected.len()));
+        gpu.write(&self.served, &before);
+    }
 }
 
 fn arrives(gpus: &[Gpu], make: impl Fn(&Gpu, &MemoryRef) -> Option<Way>) {
@@ -168,8 +178,8 @@ fn arrives(gpus: &[Gpu], make: impl Fn(&Gpu, &MemoryRef) -> Option<Way>) {
     for slot_bytes in [SLOT_BYTES, 40_000, 1 << 18] {
         let mut source = random.bytes(BYTES as usize);
         let staging = staging(from, SLOTS * slot_bytes);
-        let Some(Way { rails, mirror, .. }) = &mut make(to, staging.memory()) else { return };
-        let rails = std::mem::take(rails);
+        let Some(mut way) = make(to, staging.memory()) else { return };
+        let rails = std::mem::take(&mut way.rails);
         let (ops, mut expected) = mixed(&mut random, &source);
         let plan = plan_of(ops, vec![]);
         let program = program(plan.clone(), rails.len(), slot_bytes);
@@ -181,8 +191,7 @@ fn arrives(gpus: &[Gpu], make: impl Fn(&Gpu, &MemoryRef) -> Option<Way>) {
             let delivered = push(&mut driver, &weights).result.unwrap();
             assert_eq!((delivered.bytes, delivered.writes), (plan.bytes, plan.writes));
             assert_eq!(delivered.bytes_gathered, plan.bytes, "everything is staged");
-            serve_before(to, mirror);
-            upload(to, mirror, &expected);
+            way.upload(to, &expected);
             source.iter_mut().for_each(|byte| *byte ^= 0x11);
             expected = made_of(&plan.ops, &source);
         }
@@ -224,7 +233,7 @@ fn aborted_and_repeated(gpus: &[Gpu], make: impl Fn(&Gpu, &MemoryRef) -> Option<
         assert_eq!(regions.len(), 1);
     }
     assert_eq!(push(&mut driver, &DeviceRange::whole(&buffer)).result.unwrap().bytes, plan.bytes);
-    upload(to, &way.mirror, &expected);
+    way.upload(to, &expected);
     // Also of what was given up.
     let until = Instant::now() + SOON;
     while Arc::strong_count(&buffer) > 1 {
@@ -289,10 +298,10 @@ fn what_a_rail_that_breaks_had_in_flight_goes_over_another_and_without_one_the_w
     let plan = plan_of(ops, vec![]);
     let weights = from.upload(&source);
     for others in [1, 0] {
-        let Way { mut rails, mirror, _doorman, .. } = shared(to, others);
-        let breaking = Breaking { rail: attached(_doorman.as_ref().unwrap()), left: 50 };
-        rails.insert(0, Box::new(breaking));
-        let mut driver = over(from, &plan, rails, staging(from, SLOTS * SLOT_BYTES));
+        let mut way = shared(to, others);
+        let breaking = Breaking { rail: local(way.doorman()), left: 50 };
+        way.rails.insert(0, Box::new(breaking));
+        let mut driver = over(from, &plan, std::mem::take(&mut way.rails), staging(from, SLOTS * SLOT_BYTES));
         let Outcome { result, regions, rails, .. } = push(&mut driver, &weights);
         assert_eq!((regions.len(), rails[0].closed.is_some()), (1, true));
         match others {
@@ -304,11 +313,10 @@ fn what_a_rail_that_breaks_had_in_flight_goes_over_another_and_without_one_the_w
             }
             _ => {
                 assert_eq!(result.unwrap().bytes, plan.bytes);
-                upload(to, &mirror, &expected);
+                way.upload(to, &expected);
                 // And once more, without it.
-                serve_before(to, &mirror);
                 assert_eq!(push(&mut driver, &weights).result.unwrap().writes, plan.writes);
-                upload(to, &mirror, &expected);
+                way.upload(to, &expected);
             }
         }
     }
@@ -336,7 +344,7 @@ fn a_tcp_rail_that_the_receiver_closes_in_the_middle_is_done_without() {
         false
     });
     assert_eq!((outcome.result.unwrap().bytes, closed), (plan.bytes, true));
-    upload(to, &way.mirror, &expected);
+    way.upload(to, &expected);
 }
 
 /// Something invalid, which harms nothing but the call.
@@ -369,8 +377,8 @@ fn whatever_call_is_refused_the_push_fails_and_the_next_is_whole() {
         // On a handle of its own on the device: what is lost stays its own.
         let gpu = Gpu::on(&Cuda::open().unwrap().device(0).unwrap());
         let weights = gpu.upload(&source);
-        let way = shared(to, 1);
-        let mut driver = over(&gpu, &plan, way.rails, staging(&gpu, SLOTS * SLOT_BYTES));
+        let mut way = shared(to, 1);
+        let mut driver = over(&gpu, &plan, std::mem::take(&mut way.rails), staging(&gpu, SLOTS * SLOT_BYTES));
         inject::fail(call, skip, code);
         let Outcome { result, regions, .. } = push(&mut driver, &weights);
         let hit = inject::clear() == 0;
@@ -379,7 +387,7 @@ fn whatever_call_is_refused_the_push_fails_and_the_next_is_whole() {
         let again = push(&mut driver, &weights);
         assert_eq!(again.result.is_err(), hit && code == LOST, "{call} {code} {skip}: {:?}", again.result);
         if again.result.is_ok() {
-            upload(to, &way.mirror, &expected);
+            way.upload(to, &expected);
         }
     }
     assert!(met > 20, "only {met} failures were met");
@@ -396,50 +404,4 @@ fn a_program_that_writes_from_the_weights_is_refused() {
         StagedMemory::new(&gpus[0].kernels, &program.unwrap(), staging(&gpus[0], SLOT_BYTES), config);
     let refused = refused.err().unwrap();
     assert!(matches!(refused, CudaError::NotStaged), "{refused}");
-}
-
-#[test]
-fn a_mirror_uploads_the_ranges_that_it_is_told_and_nothing_else() {
-    let Some(gpus) = gpus() else { return };
-    let gpu = &gpus[0];
-    let Way { mirror, _doorman, .. } = shared(gpu, 0);
-    let mut there =
-        Attached::new(&fetch(_doorman.as_ref().unwrap().address(), 0, SOON).unwrap(), 0, BYTES).unwrap();
-    let source = Random(26).bytes(BYTES as usize);
-    there.copy_in(0, &source).unwrap();
-    let ranges = [0..1, 77..77, 1000..5001, BYTES - 3..BYTES];
-    mirror.upload(&ranges).unwrap().wait(SOON).unwrap();
-    let mut expected = vec![BEFORE; BYTES as usize];
-    for range in ranges {
-        let range = range.start as usize..range.end as usize;
-        expected[range.clone()].copy_from_slice(&source[range]);
-    }
-    assert!(gpu.download(mirror.memory()) == expected);
-    assert!(mirror.upload(&[1..2, BYTES..BYTES + 1]).is_err(), "outside");
-}
-
-#[test]
-fn a_mirror_that_is_renewed_is_reached_by_nobody_of_before_and_by_the_gpu() {
-    let Some(gpus) = gpus() else { return };
-    let gpu = &gpus[0];
-    let Way { mut mirror, _doorman, .. } = shared(gpu, 0);
-    let attach =
-        |doorman: &Doorman| Attached::new(&fetch(doorman.address(), 0, SOON).unwrap(), 0, BYTES).unwrap();
-    let mut before = attach(_doorman.as_ref().unwrap());
-    before.copy_in(0, &[7; 100]).unwrap();
-    let upload = mirror.upload_all().unwrap();
-    assert!(matches!(mirror.renew(), Err(CudaError::Uploading)), "the GPU may read the pages of before");
-    upload.wait(SOON).unwrap();
-    mirror.renew().unwrap();
-    let doorman = Doorman::open(vec![mirror.file().unwrap().clone()]).unwrap();
-    before.copy_in(50, &[8; 100]).unwrap();
-    attach(&doorman).copy_in(10, &[9; 10]).unwrap();
-    mirror.upload_all().unwrap().wait(SOON).unwrap();
-    let found = gpu.download(mirror.memory());
-    let expected: Vec<u8> = (0..BYTES).map(|at| if (10..20).contains(&at) { 9 } else { 0 }).collect();
-    assert!(found == expected);
-    // One that is not shared has nobody else to be kept from.
-    let mut private = Mirror::private(served(gpu)).unwrap();
-    assert!(private.file().is_none());
-    private.renew().unwrap();
 }

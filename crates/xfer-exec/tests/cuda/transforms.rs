@@ -56,8 +56,8 @@ fn receiver(gpu: &Gpu, regions: &[u64]) -> Receiver {
 fn mirrored(gpu: &Gpu, regions: &[u64]) -> Receiver {
     let buffer = |bytes: &u64| DeviceRange::whole(&Arc::new(gpu.device.alloc(*bytes).unwrap()));
     let regions: Vec<DeviceRange> = regions.iter().map(buffer).collect();
-    let mirrors: Vec<Mirror> =
-        regions.iter().cloned().map(|region| Mirror::shared(region).unwrap()).collect();
+    let mirror = |_| Mirror::shared(&gpu.device, REGION_BYTES).unwrap();
+    let mirrors: Vec<Mirror> = regions.iter().map(mirror).collect();
     let files = mirrors.iter().map(|mirror| mirror.file().unwrap().clone()).collect();
     Receiver { regions, mirrors, doorman: Doorman::open(files).unwrap(), _arrivals: None }
 }
@@ -78,7 +78,9 @@ impl Receiver {
     }
 
     fn read(&self, gpu: &Gpu) -> Vec<Vec<u8>> {
-        self.mirrors.iter().for_each(|mirror| mirror.upload_all().unwrap().wait(SOON).unwrap());
+        for (mirror, region) in self.mirrors.iter().zip(&self.regions) {
+            mirror.upload_all(region).unwrap().wait(SOON).unwrap();
+        }
         self.regions.iter().map(|region| gpu.download(region)).collect()
     }
 }

@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use efa_core::{LeaseMut, MemoryRef};
 use rendezvous::{Peer, Planned, PlannedPart, RendezvousError};
+use weight_ops::cuda::DeviceRange;
 use xfer_exec::cuda::{CudaPeer, CudaRail, CudaRailConfig, DeviceRail, GpuMemory, GpuMemoryConfig};
 use xfer_exec::driver::{Driver, DriverConfig, HostRail, Sender, ThreadConfig};
 use xfer_exec::local::{Attached, LocalError, LocalRail, fetch};
-use xfer_exec::ofi::{OfiPeer, OfiRail};
+use xfer_exec::ofi::{DeviceOfiRail, OfiPeer, OfiRail, for_nics};
 use xfer_exec::program::Route;
-use xfer_exec::{Program, RailIndex, RankLimits};
+use xfer_exec::{Program, RailError, RailIndex, RankLimits};
 use xfer_plan::{OpKind, Rank, ReceiverRank, TrainerRank, paired_rail};
 
 use crate::config::SessionConfig;
@@ -26,16 +27,15 @@ use crate::verify::Outgoing;
 /// A rail that holds writes back for this part of the sender's deadline is given up, if other rails reach the receiver.
 const STALL_DIVISOR: u32 = 5;
 
-const GPU_ALONE: &str = "GPU memory, which reaches that of GPUs on the same host";
-
 /// Everything that is needed to get from a plan to rails.
 pub(crate) struct Connecting {
     pub(crate) config: SessionConfig,
     pub(crate) endpoint: Endpoint,
     pub(crate) opened: Vec<OpenRail>,
     pub(crate) memories: Vec<MemoryRef>,
-    /// Where the weights are on one.
+    /// Where the weights are on one; and then they, in place of `memories`.
     pub(crate) gpu: Option<Arc<Gpu>>,
+    pub(crate) device_memories: Vec<DeviceRange>,
     pub(crate) region_bytes: Vec<u64>,
     pub(crate) progress: Arc<AtomicU64>,
 }
@@ -67,7 +67,7 @@ enum Way {
 /// Rails, and the memory that they read.
 enum Rails {
     Host { rails: Vec<HostRail>, staging: LeaseMut },
-    Device { rails: Vec<Box<DeviceRail>>, gpu: Arc<Gpu> },
+    Device { local: Vec<Box<DeviceRail>>, over_nics: Vec<DeviceOfiRail>, gpu: Arc<Gpu> },
 }
 
 /// The rails so far, in their order, and where they lead.
@@ -118,12 +118,26 @@ impl Connecting {
         // A staging slot holds the longest gather, and all slots together the watermark; without gathers there is none.
         let gathers = plan.ops.iter().filter(|op| op.kind() == OpKind::Gather);
         let slot_bytes = gathers.map(|op| op.bytes()).max().unwrap_or(0);
+        let staged_bytes = if by_fabric.is_empty() { 0 } else { self.staged_bytes(slot_bytes)? };
         let rails = match self.gpu.clone() {
-            Some(gpu) => Rails::Device { rails: routes.add_device(&gpu, by_device)?, gpu },
+            Some(gpu) => {
+                // NICs are told of it only where there are any.
+                let regions = self.device_memories.iter().filter(|_| !by_fabric.is_empty());
+                let memories: Vec<_> = regions.map(for_nics).collect::<Result<_, _>>()?;
+                let local = routes.add_device(&gpu, by_device)?;
+                let connect = |rail, peers, left| DeviceOfiRail::connect(rail, &memories, peers, left);
+                let over_nics = add_fabric(self.opened, rank, by_fabric, until, &mut routes, connect)?;
+                Rails::Device { local, over_nics, gpu }
+            }
             None => {
-                let staging = self.staging(if by_fabric.is_empty() { 0 } else { slot_bytes })?;
+                let staging = LeaseMut::zeroed(usize::try_from(staged_bytes).unwrap_or(usize::MAX));
+                let staging = staging.map_err(|error| no_staging(error.to_string()))?;
+                let mut memories = self.memories;
+                memories.push(staging.memory().clone());
                 let mut rails = routes.add_local(by_memory);
-                rails.extend(self.add_fabric(rank, by_fabric, &staging, until, &mut routes)?);
+                let connect = |rail, peers, left| OfiRail::connect(rail, &memories, peers, left);
+                let over_fabric = add_fabric(self.opened, rank, by_fabric, until, &mut routes, connect)?;
+                rails.extend(over_fabric.into_iter().map(|rail: OfiRail| Box::new(rail) as HostRail));
                 Rails::Host { rails, staging }
             }
         };
@@ -145,15 +159,22 @@ impl Connecting {
                 let driver = DriverConfig { program, rails, staging, slot_bytes, deadline, stall };
                 Pusher::Host(Sender::start(driver, thread)?)
             }
-            Rails::Device { rails, gpu } => {
-                // Its rail takes rows as they lie: nothing is staged.
+            Rails::Device { local, mut over_nics, gpu } => {
                 let memory = GpuMemoryConfig {
-                    staging_bytes: 0,
-                    slot_bytes: 0,
+                    staging_bytes: staged_bytes,
+                    // Where there is no staging memory all rails take rows as they lie.
+                    slot_bytes: if staged_bytes > 0 { slot_bytes } else { 0 },
                     multiprocessors: CudaRailConfig::default().multiprocessors,
                     close_max: deadline,
                 };
                 let memory = GpuMemory::new(gpu.kernels(), &program, memory, None)?;
+                if staged_bytes > 0 {
+                    let staging = for_nics(memory.staging())?;
+                    let failed = |error: RailError| FabricError::Rail(error.to_string());
+                    over_nics.iter_mut().try_for_each(|rail| rail.register(&staging)).map_err(failed)?;
+                }
+                let over_nics = over_nics.into_iter().map(|rail| Box::new(rail) as Box<DeviceRail>);
+                let rails = local.into_iter().chain(over_nics).collect();
                 let driver = Driver::over(memory, program, rails, deadline, stall);
                 Pusher::Device(Sender::drive(driver, thread)?, gpu)
             }
@@ -161,75 +182,16 @@ impl Connecting {
         Ok(Connected { pusher, rails: connected, routes: described, outgoing })
     }
 
-    /// Staging memory: the watermark, if anything is gathered at all.
-    fn staging(&self, slot_bytes: u64) -> Result<LeaseMut, Error> {
+    /// Bytes of staging memory: the watermark, if anything is gathered at all.
+    fn staged_bytes(&self, slot_bytes: u64) -> Result<u64, Error> {
         let watermark_bytes = self.config.watermark_bytes;
         if slot_bytes > watermark_bytes {
-            let reason = format!(
+            return Err(no_staging(format!(
                 "the plan gathers {slot_bytes} bytes at once, more than the watermark of {watermark_bytes}; raise it or shorten \
                  the chunks"
-            );
-            return Err(Error::Memory { what: "staging", reason });
+            )));
         }
-        let bytes = if slot_bytes == 0 { 0 } else { watermark_bytes };
-        LeaseMut::zeroed(usize::try_from(bytes).unwrap_or(usize::MAX))
-            .map_err(|error| Error::Memory { what: "staging", reason: error.to_string() })
-    }
-
-    /// Connects every rail of this rank, all at once, each to its pair at every peer.
-    fn add_fabric(
-        self,
-        trainer: TrainerRank,
-        peers: BTreeMap<ReceiverRank, Vec<RailEndpoint>>,
-        staging: &LeaseMut,
-        until: Instant,
-        routes: &mut Routes,
-    ) -> Result<Vec<HostRail>, FabricError> {
-        if peers.is_empty() {
-            return Ok(Vec::new());
-        }
-        let mut memories = self.memories;
-        memories.push(staging.memory().clone());
-        let first = routes.connected.len();
-        let count = self.opened.len();
-        for (to, theirs) in &peers {
-            let region_bytes = theirs
-                .first()
-                .map_or_else(Vec::new, |rail| rail.regions.iter().map(|region| region.len).collect());
-            let all = (first..first + count).map(|rail| RailIndex(rail as u16)).collect();
-            routes.routes.insert(*to, Route { rails: all, region_bytes });
-        }
-        let left = until.saturating_duration_since(Instant::now());
-        let connect = |number: usize, opened: OpenRail| {
-            let name = opened.rail.name().to_owned();
-            let paired = || {
-                peers
-                    .iter()
-                    .map(|(to, theirs)| (*to, paired_rail(trainer, count, number, theirs.len()), theirs))
-            };
-            let peer = |(to, at, theirs): (ReceiverRank, usize, &Vec<RailEndpoint>)| {
-                let RailEndpoint { address, regions, scratch, .. } = theirs.get(at)?.clone();
-                Some((to, OfiPeer { address, regions, scratch: scratch? }))
-            };
-            let theirs = paired().map(|(to, at, _)| (to, at as u16)).collect();
-            let connected =
-                OfiRail::connect(opened.rail, &memories, paired().filter_map(peer).collect(), left);
-            connected.map(|rail| (rail, ConnectedRail { name, theirs }))
-        };
-        let connected = std::thread::scope(|scope| {
-            let connect = &connect;
-            let rails = self.opened.into_iter().enumerate();
-            let threads: Vec<_> = rails.map(|(at, rail)| scope.spawn(move || connect(at, rail))).collect();
-            threads.into_iter().map(|thread| thread.join()).collect::<Vec<_>>()
-        });
-        let mut rails: Vec<HostRail> = Vec::new();
-        for one in connected {
-            let one = one.map_err(|_| FabricError::Rail("defect: a thread that connects panicked".into()))?;
-            let (rail, described) = one.map_err(|error| FabricError::Rail(error.to_string()))?;
-            rails.push(Box::new(rail));
-            routes.connected.push(described);
-        }
-        Ok(rails)
+        Ok(if slot_bytes == 0 { 0 } else { watermark_bytes })
     }
 
     /// The way to one peer.
@@ -264,10 +226,68 @@ impl Connecting {
         if !peer.rails.is_empty() && peer.rails.iter().all(fits) {
             return Ok(Way::Fabric(peer.rails));
         }
-        let here = if self.gpu.is_some() { GPU_ALONE.to_owned() } else { self.endpoint.offers() };
+        let mut here = self.endpoint.offers();
+        if self.gpu.is_some() {
+            here = format!("GPU memory, which reaches that of GPUs on the same host, and {here}");
+        }
         let there = peer.offers();
         Err(FabricError::NothingInCommon { peer: name(), here, there })
     }
+}
+
+fn no_staging(reason: String) -> Error {
+    Error::Memory { what: "staging", reason }
+}
+
+/// Connects every rail of a rank, all at once, each to its pair at every peer.
+fn add_fabric<R: Send>(
+    opened: Vec<OpenRail>,
+    trainer: TrainerRank,
+    peers: BTreeMap<ReceiverRank, Vec<RailEndpoint>>,
+    until: Instant,
+    routes: &mut Routes,
+    connect: impl Fn(efa_core::Rail, BTreeMap<ReceiverRank, OfiPeer>, Duration) -> Result<R, RailError> + Sync,
+) -> Result<Vec<R>, FabricError> {
+    if peers.is_empty() {
+        return Ok(Vec::new());
+    }
+    let first = routes.connected.len();
+    let count = opened.len();
+    for (to, theirs) in &peers {
+        let region_bytes = theirs
+            .first()
+            .map_or_else(Vec::new, |rail| rail.regions.iter().map(|region| region.len).collect());
+        let all = (first..first + count).map(|rail| RailIndex(rail as u16)).collect();
+        routes.routes.insert(*to, Route { rails: all, region_bytes });
+    }
+    let left = until.saturating_duration_since(Instant::now());
+    let connect = |number: usize, opened: OpenRail| {
+        let name = opened.rail.name().to_owned();
+        let paired = || {
+            peers.iter().map(|(to, theirs)| (*to, paired_rail(trainer, count, number, theirs.len()), theirs))
+        };
+        let peer = |(to, at, theirs): (ReceiverRank, usize, &Vec<RailEndpoint>)| {
+            let RailEndpoint { address, regions, scratch, .. } = theirs.get(at)?.clone();
+            Some((to, OfiPeer { address, regions, scratch: scratch? }))
+        };
+        let theirs = paired().map(|(to, at, _)| (to, at as u16)).collect();
+        let connected = connect(opened.rail, paired().filter_map(peer).collect(), left);
+        connected.map(|rail| (rail, ConnectedRail { name, theirs }))
+    };
+    let connected = std::thread::scope(|scope| {
+        let connect = &connect;
+        let rails = opened.into_iter().enumerate();
+        let threads: Vec<_> = rails.map(|(at, rail)| scope.spawn(move || connect(at, rail))).collect();
+        threads.into_iter().map(|thread| thread.join()).collect::<Vec<_>>()
+    });
+    let mut rails = Vec::new();
+    for one in connected {
+        let one = one.map_err(|_| FabricError::Rail("defect: a thread that connects panicked".into()))?;
+        let (rail, described) = one.map_err(|error| FabricError::Rail(error.to_string()))?;
+        rails.push(rail);
+        routes.connected.push(described);
+    }
+    Ok(rails)
 }
 
 impl Routes {

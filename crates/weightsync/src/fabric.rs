@@ -217,12 +217,11 @@ pub(crate) fn open(config: &SessionConfig, source: IpAddr) -> Result<Vec<OpenRai
     if config.nics.len() > RAILS_MAX {
         return Err(FabricError::TooManyNics { nics: config.nics.len() });
     }
-    if config.device != Device::Cpu {
-        let alone = matches!(fabric, Fabric::Auto | Fabric::Local);
-        return if alone { Ok(Vec::new()) } else { Err(FabricError::NotFromGpu { fabric }) };
-    }
+    let on_gpu = config.device != Device::Cpu;
     let providers: &[fn(&Library) -> Provider] = match fabric {
         Fabric::Local => return Ok(Vec::new()),
+        Fabric::Tcp | Fabric::Shm if on_gpu => return Err(FabricError::NotFromGpu { fabric }),
+        Fabric::Auto if on_gpu => &[|_| Provider::Efa, |_| Provider::Verbs],
         Fabric::Auto => &[|_| Provider::Efa, |_| Provider::Verbs, Library::tcp_provider],
         Fabric::Tcp => &[Library::tcp_provider],
         Fabric::Shm => &[|_| Provider::Shm],
@@ -251,6 +250,11 @@ pub(crate) fn open(config: &SessionConfig, source: IpAddr) -> Result<Vec<OpenRai
             Err(error) => missing = Some(error),
         }
     }
+    if fabric == Fabric::Auto && on_gpu {
+        refuse_idle_nics(&format!("libfabric {} at {}", library.version(), library.path().display()))?;
+        tracing::info!(?missing, "no RDMA NIC reaches GPU memory: only GPUs of this host can be reached");
+        return Ok(Vec::new());
+    }
     match missing {
         Some(source) => Err(FabricError::NoProvider { fabric, source }),
         None => Err(FabricError::Rail(format!("libfabric has no {fabric} rail here"))),
@@ -270,14 +274,15 @@ fn find(
     source: IpAddr,
 ) -> Result<Vec<Info>, InfoError> {
     let has_ip = matches!(provider, Provider::Tcp | Provider::TcpRxm);
+    let on_gpu = config.device != Device::Cpu;
     if config.nics.is_empty() {
-        let hints = Hints::new(provider);
+        let hints = Hints::new(provider).device_memory(on_gpu);
         let hints = if has_ip { hints.source(config.bind.unwrap_or(source)) } else { hints };
         return library.infos(&hints);
     }
     let mut infos = Vec::with_capacity(config.nics.len());
     for nic in &config.nics {
-        let hints = Hints::new(provider).domain(nic.clone());
+        let hints = Hints::new(provider).domain(nic.clone()).device_memory(on_gpu);
         let hints = match config.bind.filter(|_| has_ip) {
             Some(address) => hints.source(address),
             None => hints,

@@ -4,12 +4,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use efa_core::{Lease, LeaseMut, MemoryRef, RangeError, Target};
-use gpu_mem::DeviceMemory as _;
+use efa_core::{Lease, LeaseMut, MemoryRef, Rail, RangeError, RegionError, RemoteRegion, Target};
+use gpu_mem::{DeviceMemory as _, Observer};
 use weight_ops::cuda::DeviceRange;
+use xfer_exec::ofi::for_nics;
 
 use crate::device::Device;
 use crate::error::Error;
+use crate::fabric::FabricError;
 use crate::gpu::Gpu;
 
 /// Equally long rows at equal distances in a memory.
@@ -93,11 +95,19 @@ impl Weights {
         (0..count).map(|region| self.region_len(region)).collect()
     }
 
-    /// What NICs register: host memory.
+    /// What NICs register of host memory.
     pub(crate) fn memories(&self) -> Vec<MemoryRef> {
         match self {
             Self::Host(regions) => regions.iter().map(|region| region.memory().clone()).collect(),
             Self::Device(_) => Vec::new(),
+        }
+    }
+
+    /// The same of a GPU's.
+    pub(crate) fn device_memories(&self) -> Vec<DeviceRange> {
+        match self {
+            Self::Host(_) => Vec::new(),
+            Self::Device(regions) => regions.clone(),
         }
     }
 
@@ -170,9 +180,25 @@ impl Exposed {
         }
     }
 
-    /// What rails register: host memory.
-    pub(crate) fn target(&self) -> Option<&Target> {
-        if let Self::Host(target) = self { Some(target) } else { None }
+    /// Lets peers write to it over a rail.
+    pub(crate) fn expose(&self, rail: &mut Rail) -> Result<RemoteRegion, Error> {
+        let refused = |error: RegionError| FabricError::Rail(error.to_string());
+        let (_, region) = match self {
+            Self::Host(target) => rail.expose(target).map_err(refused)?,
+            Self::Device(_, range) => rail.expose_device(&for_nics(range)?).map_err(refused)?,
+        };
+        Ok(region)
+    }
+
+    /// Makes what NICs have written visible to whoever reads it next.
+    pub(crate) fn flush(&self) -> Result<(), Error> {
+        match self {
+            Self::Host(_) => Ok(()),
+            Self::Device(gpu, _) => {
+                gpu.device().flush_rdma_writes(Observer::AllDevices)?;
+                Ok(())
+            }
+        }
     }
 
     /// Its address, which on a GPU no host code can follow.

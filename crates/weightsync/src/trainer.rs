@@ -5,7 +5,6 @@
 use std::sync::Arc;
 
 use efa_core::LeaseMut;
-use gpu_mem::Foreign;
 use weight_ops::cuda::DeviceRange;
 use xfer_plan::{DType, Rank, RegionIndex, SourcePiece, TensorBox, TrainerRank};
 
@@ -76,18 +75,13 @@ pub struct Trainer {
     gpu: Option<Arc<Gpu>>,
     tensors: Vec<Tensor>,
     pieces: Vec<SourcePiece>,
-    checks: Vec<Check>,
 }
-
-/// Whether memory that is somebody else's is still there.
-type Check = Box<dyn Fn() -> Result<(), gpu_mem::Error> + Send + Sync>;
 
 impl Trainer {
     /// A trainer that owns nothing yet.
     pub fn new(config: SessionConfig) -> Self {
         let weights = Weights::on(config.device);
-        let (tensors, pieces, checks) = (Vec::new(), Vec::new(), Vec::new());
-        Self { config, weights, gpu: None, tensors, pieces, checks }
+        Self { config, weights, gpu: None, tensors: Vec::new(), pieces: Vec::new() }
     }
 
     /// Takes over host memory that tensors are in: one registration, however many tensors.
@@ -103,7 +97,8 @@ impl Trainer {
     }
 
     /// The same of memory of this rank's GPU. What a push sends is what stands there when it begins: wait for the streams that
-    /// change it before [`TrainerSession::push`], and change nothing until that returns.
+    /// change it before [`TrainerSession::push`], and change nothing until that returns. A framework's own memory comes from
+    /// `gpu_mem::Foreign`, which can tell before each push whether it is still allocated.
     ///
     /// # Errors
     ///
@@ -113,22 +108,6 @@ impl Trainer {
             Weights::Device(regions) => Ok(added(regions, memory)),
             Weights::Host(_) => Err(self.elsewhere("GPU memory")),
         }
-    }
-
-    /// The same of memory of this rank's GPU that somebody else has allocated, each range a region, in their order. Whether it is
-    /// still allocated is checked before each push.
-    ///
-    /// # Errors
-    ///
-    /// As [`Trainer::add_device_memory`].
-    pub fn add_foreign_memory<O: Send + Sync + 'static>(
-        &mut self,
-        memory: &Arc<Foreign<O>>,
-    ) -> Result<Vec<RegionIndex>, Error> {
-        let foreign = Arc::clone(memory);
-        self.checks.push(Box::new(move || foreign.check()));
-        let ranges = (0..).map_while(|index| memory.range(index));
-        ranges.map(|range| self.add_device_memory(DeviceRange::whole(&Arc::new(range)))).collect()
     }
 
     fn elsewhere(&self, what: &str) -> Error {

@@ -126,6 +126,7 @@ impl InferenceSession {
         };
         let rails: Vec<_> = opened.into_iter().map(|opened| opened.rail).collect();
         let count = rails.len();
+        self.has_rails = count > 0;
         let target = match rails.is_empty() {
             true => None,
             false => Some(OfiTarget::start(rails, self.config.cpus.clone())?),
@@ -237,9 +238,13 @@ fn expose(opened: &mut OpenRail, arenas: &[Arena]) -> Result<RailEndpoint, Error
         .expose();
     let (_, scratch) = opened.rail.expose(&scratch).map_err(rail_error)?;
     // A rank that needs nothing has nothing to expose.
-    let arenas = arenas.iter().filter_map(Arena::target).filter(|arena| !arena.is_empty());
-    let regions = arenas.map(|arena| Ok(opened.rail.expose(arena)?.1)).collect::<Result<_, _>>();
-    let regions = regions.map_err(rail_error)?;
+    let arenas = arenas.iter().filter(|arena| arena.len() > 0);
+    let regions = arenas.map(|arena| {
+        // Where this cannot be done, better now than after a commit.
+        arena.flush()?;
+        arena.expose(&mut opened.rail)
+    });
+    let regions = regions.collect::<Result<_, Error>>()?;
     Ok(RailEndpoint {
         provider: opened.provider.to_string(),
         address: opened.rail.address().clone(),

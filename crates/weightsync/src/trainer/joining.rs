@@ -133,8 +133,10 @@ impl TrainerSession {
         self.decided = self.undecided.take().filter(|report| Some(report.version) == missed);
         let (config, rank) = (self.config.clone(), TrainerRank(self.config.rank));
         let (memories, region_bytes) = (self.memories.clone(), self.region_bytes.clone());
-        let (gpu, progress) = (self.gpu.clone(), self.line.progress());
-        let connecting = Connecting { config, endpoint, opened, memories, gpu, region_bytes, progress };
+        let (gpu, device_memories) = (self.gpu.clone(), self.device_memories.clone());
+        let progress = self.line.progress();
+        let connecting =
+            Connecting { config, endpoint, opened, memories, gpu, device_memories, region_bytes, progress };
         self.rails =
             Rails::Connecting(tokio::task::spawn_blocking(move || connecting.connect(rank, planned)));
         Ok(())

@@ -9,11 +9,12 @@ use rendezvous::member::{TrainerMember, TrainerStep};
 use rendezvous::status::{RAILS_TOLD_MAX, RailStatus};
 use rendezvous::{Bank, Fence, PushId, RendezvousError, ToController};
 use tokio::sync::oneshot;
+use weight_ops::cuda::DeviceRange;
 use xfer_exec::{Failure, RailUse};
 use xfer_plan::{Rank, ReceiverRank, SourcePiece, TrainerRank};
 
 use super::joining::Rails;
-use super::{Check, Tensor, TensorId, Trainer, write};
+use super::{Tensor, TensorId, Trainer, write};
 use crate::config::SessionConfig;
 use crate::connect::Connected;
 use crate::error::Error;
@@ -49,11 +50,10 @@ pub struct TrainerSession {
     pub(super) rails: Rails,
     weights: Holder,
     pub(super) gpu: Option<Arc<Gpu>>,
-    /// Of memory that is somebody else's.
-    checks: Vec<Check>,
     tensors: Vec<Tensor>,
     pub(super) pieces: Vec<SourcePiece>,
     pub(super) memories: Vec<MemoryRef>,
+    pub(super) device_memories: Vec<DeviceRange>,
     pub(super) region_bytes: Vec<u64>,
     pub(super) bound_seconds: f64,
     pub(super) committed: u64,
@@ -101,16 +101,16 @@ const LOST: &str = "this rank lost the controller, or was given up by it";
 
 impl TrainerSession {
     pub(super) fn new(trainer: Trainer) -> Result<Self, Error> {
-        let Trainer { config, weights, gpu, tensors, pieces, checks } = trainer;
+        let Trainer { config, weights, gpu, tensors, pieces } = trainer;
         Ok(Self {
             line: Line::new(&config)?,
             member: TrainerMember::new(),
             rails: Rails::Closed,
             memories: weights.memories(),
+            device_memories: weights.device_memories(),
             region_bytes: weights.region_bytes(),
             weights: Holder::Here(weights),
             gpu,
-            checks,
             tensors,
             pieces,
             bound_seconds: 0.0,
@@ -223,7 +223,6 @@ impl TrainerSession {
             self.line.leave(Some(WEIGHTS_LOST.to_owned())).await;
             return Err(Error::Broken);
         };
-        self.checks.iter().try_for_each(|still_there| still_there())?;
         let whole = std::time::Instant::now();
         let mut stages = Vec::new();
         let mut stage = Stopwatch::start("wait for trainers");

@@ -7,7 +7,6 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gpu_mem::DeviceBuffer;
 use weight_ops::cuda::{DeviceRange, Kernels};
 use xfer_plan::Op;
 
@@ -21,6 +20,9 @@ use crate::runner::Memory;
 
 /// Staging slots at most, as of host memory.
 const SLOTS_MAX: u64 = 1024;
+
+/// Where allocations of CUDA begin, too.
+const SLOT_ALIGN_BYTES: u64 = 256;
 
 /// A rail from device memory.
 pub type DeviceRail = dyn Rail<Buffer = DeviceRange> + Send;
@@ -41,7 +43,9 @@ pub struct GpuMemoryConfig {
 /// See the module.
 pub struct GpuMemory {
     filler: Filler,
-    slots: Vec<Arc<DeviceBuffer>>,
+    /// All slots, one behind the other: one memory to register with a NIC.
+    staging: DeviceRange,
+    slots: Vec<Arc<DeviceRange>>,
     /// In the order in which they were begun.
     filling: VecDeque<Filling>,
     arrivals: Option<Arrivals>,
@@ -69,15 +73,25 @@ impl GpuMemory {
         arrivals: Option<Arrivals>,
     ) -> Result<Self, CudaError> {
         let filler = Filler::new(kernels, program, config.multiprocessors)?;
-        let slots = config.staging_bytes.checked_div(config.slot_bytes).unwrap_or(0).min(SLOTS_MAX);
-        let slot = |_| Ok(Arc::new(kernels.device().alloc(config.slot_bytes)?));
+        // Slots begin where kernels read and write fastest.
+        let apart = config.slot_bytes.next_multiple_of(SLOT_ALIGN_BYTES);
+        let slots = config.staging_bytes.checked_div(apart).unwrap_or(0).min(SLOTS_MAX);
+        let slots = slots.max(u64::from(config.slot_bytes > 0 && config.staging_bytes >= config.slot_bytes));
+        let staging = DeviceRange::whole(&Arc::new(kernels.device().alloc(slots * apart)?));
+        let slot = |slot| Ok(Arc::new(staging.part(slot * apart..slot * apart + config.slot_bytes)?));
         Ok(Self {
             filler,
             slots: (0..slots).map(slot).collect::<Result<_, CudaError>>()?,
+            staging,
             filling: VecDeque::new(),
             arrivals,
             closing: Closings::new(config.close_max),
         })
+    }
+
+    /// What rails read beside the regions, to be registered with NICs; empty where nothing is staged.
+    pub fn staging(&self) -> &DeviceRange {
+        &self.staging
     }
 
     /// Puts on the stream what fills a slot.

@@ -50,7 +50,7 @@ fn rows_change_places_and_buffers_come_back() {
         }
     };
     let ((source, from), (late, from_late), (target, to)) = (memory(), memory(), memory());
-    let bytes: Vec<u8> = (0..LEN).map(|at| (at * 31 >> 3) as u8 ^ at as u8).collect();
+    let bytes: Vec<u8> = (0..LEN).map(|at| ((at * 31) >> 3) as u8 ^ at as u8).collect();
     rustix::io::pwrite(&from, &bytes, 4096).unwrap();
     rustix::io::pwrite(&from_late, &bytes, 4096).unwrap();
     let mut receiver = open(&library);
@@ -60,13 +60,18 @@ fn rows_change_places_and_buffers_come_back() {
     let address = receiver.address().clone();
     let peer = OfiPeer { address, regions: vec![region], scratch };
     let target_thread = OfiTarget::start(vec![receiver], Vec::new()).unwrap();
-    let rail = OfiRail::connect(open(&library), &[source.clone()], BTreeMap::from([(TO, peer)]), DEADLINE);
+    let rail = OfiRail::connect(
+        open(&library),
+        std::slice::from_ref(&source),
+        BTreeMap::from([(TO, peer)]),
+        DEADLINE,
+    );
     let mut rail: OfiRail<DeviceSlice> = rail.unwrap();
 
     // Row `n` goes to where the last but `n` is; every third comes from memory that was registered later.
     rail.register(&late).unwrap();
     let rows = LEN / ROW;
-    let source_of = |row: usize| if row % 3 == 0 { &late } else { &source };
+    let source_of = |row: usize| if row.is_multiple_of(3) { &late } else { &source };
     let slice = |row: usize| source_of(row).slice(row * ROW, ROW).unwrap();
     let mut writes: VecDeque<_> =
         (0..rows).map(|row| write(row as u32, slice(row), (rows - 1 - row) * ROW)).collect();

@@ -75,7 +75,7 @@ pub(crate) fn decode_peers(peers: &[Peer]) -> Result<Vec<Endpoint>, FabricError>
 impl Connecting {
     /// Blocks while it attaches, connects and warms up.
     pub(crate) fn connect(self, rank: TrainerRank, planned: Planned) -> Result<Connected, Error> {
-        let PlannedPart::Trainer { plan, names } = planned.part else {
+        let PlannedPart::Trainer { plan, names, .. } = planned.part else {
             return Err(Error::Rendezvous(RendezvousError::Unexpected {
                 expected: "a trainer's part of the plan",
                 found: "an inference rank's".into(),

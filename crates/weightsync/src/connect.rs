@@ -12,7 +12,7 @@ use xfer_exec::local::{Attached, LocalRail, fetch};
 use xfer_exec::ofi::{OfiPeer, OfiRail};
 use xfer_exec::program::Route;
 use xfer_exec::{Program, RailIndex, RankLimits};
-use xfer_plan::{OpKind, Rank, ReceiverRank, TrainerRank, paired_rail};
+use xfer_plan::{Op, OpKind, Rank, ReceiverRank, TrainerRank, paired_rail};
 
 use crate::config::SessionConfig;
 use crate::endpoint::{Endpoint, RailEndpoint};
@@ -75,7 +75,7 @@ pub(crate) fn decode_peers(peers: &[Peer]) -> Result<Vec<Endpoint>, FabricError>
 impl Connecting {
     /// Blocks while it attaches, connects and warms up.
     pub(crate) fn connect(self, rank: TrainerRank, planned: Planned) -> Result<Connected, Error> {
-        let PlannedPart::Trainer { plan, names, .. } = planned.part else {
+        let PlannedPart::Trainer { plan, names, quant } = planned.part else {
             return Err(Error::Rendezvous(RendezvousError::Unexpected {
                 expected: "a trainer's part of the plan",
                 found: "an inference rank's".into(),
@@ -97,10 +97,11 @@ impl Connecting {
                 Way::Fabric(rails) => drop(by_fabric.insert(to, rails)),
             }
         }
-        // A staging slot holds the longest gather, and all slots together the watermark; without gathers there is none.
-        let gathers = plan.ops.iter().filter(|op| op.kind() == OpKind::Gather);
-        let slot_bytes = gathers.map(|op| op.bytes()).max().unwrap_or(0);
-        let staging = self.staging(if by_fabric.is_empty() { 0 } else { slot_bytes })?;
+        // A staging slot holds the longest operation that is staged, and all slots together the watermark. Shared memory takes rows as
+        // they are: without another fabric and without transforms nothing is staged.
+        let slot_bytes = plan.ops.iter().map(Op::staged_bytes).max().unwrap_or(0);
+        let transforms = plan.ops.iter().any(|op| op.kind() == OpKind::Transform);
+        let staging = self.staging(if by_fabric.is_empty() && !transforms { 0 } else { slot_bytes })?;
         let (config, region_bytes, progress) =
             (self.config.clone(), self.region_bytes.clone(), self.progress.clone());
         let mut rails = Rails::default();
@@ -110,10 +111,10 @@ impl Connecting {
         let described = routes.iter().map(|(to, route)| (*to, in_words(route, &connected))).collect();
         // Half: it fails, drains and says which peer is to blame before the controller gives up on this trainer.
         let deadline = config.deadline / 2;
-        let limits = RankLimits { region_bytes, slot_bytes, transforms: false };
-        // Without transforms, what is sent is what stands at the source.
+        let limits = RankLimits { region_bytes, slot_bytes, transforms: true };
+        // Where a job verifies nothing is transformed: what is sent is what stands at the source.
         let outgoing = Outgoing::new(planned.verify, &plan.ops, &names, progress.clone())?;
-        let mut program = Program::new(plan, names, &limits, routes)?;
+        let mut program = Program::new(plan, names, &limits, routes)?.with_quantization(&quant, &limits)?;
         for (to, turned) in banks {
             program = program.with_banks(to, turned)?;
         }
@@ -124,12 +125,12 @@ impl Connecting {
         Ok(Connected { sender, rails: connected, routes: described, outgoing })
     }
 
-    /// Staging memory: the watermark, if anything is gathered at all.
+    /// Staging memory: the watermark, if anything is staged at all.
     fn staging(&self, slot_bytes: u64) -> Result<LeaseMut, Error> {
         let watermark_bytes = self.config.watermark_bytes;
         if slot_bytes > watermark_bytes {
             let reason = format!(
-                "the plan gathers {slot_bytes} bytes at once, more than the watermark of {watermark_bytes}; raise it or shorten \
+                "the plan stages {slot_bytes} bytes at once, more than the watermark of {watermark_bytes}; raise it or shorten \
                  the chunks"
             );
             return Err(Error::Memory { what: "staging", reason });

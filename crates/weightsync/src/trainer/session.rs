@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use efa_core::{Lease, LeaseMut, MemoryRef};
 use rendezvous::member::{TrainerMember, TrainerStep};
 use rendezvous::status::{RAILS_TOLD_MAX, RailStatus};
 use rendezvous::{Bank, Fence, PushId, RendezvousError, ToController};
 use tokio::sync::oneshot;
-use xfer_exec::driver::Outcome;
+use xfer_exec::driver::{Measured, Outcome};
 use xfer_exec::{Failure, RailUse};
 use xfer_plan::{Rank, ReceiverRank, SourcePiece, TrainerRank};
 
@@ -27,13 +28,13 @@ use crate::watch::Watch;
 enum Weights {
     /// With the session.
     Here(Vec<LeaseMut>),
-    /// With the rails, until this answers.
-    Pushed(oneshot::Receiver<Written>),
+    /// With the rails, until these come back.
+    Lent(oneshot::Receiver<Vec<Lease>>),
     /// Lost to a rail that did not close.
     Lost,
 }
 
-/// How the rails' part of a push ended.
+/// How the rails' part of a push ended. The weights come back by themselves.
 struct Written {
     outcome: Outcome,
     /// What was hashed; `None` where nothing was delivered whole, or nothing is verified.
@@ -147,10 +148,10 @@ impl TrainerSession {
     ///
     /// [`Error::Busy`] while a push that was given up half way still reads them.
     pub fn tensor_mut(&mut self, id: TensorId) -> Result<&mut [u8], Error> {
-        if let Weights::Pushed(outcome) = &mut self.weights
-            && let Ok(written) = outcome.try_recv()
+        if let Weights::Lent(regions) = &mut self.weights
+            && let Ok(regions) = regions.try_recv()
         {
-            self.weights = thaw(written.outcome.regions);
+            self.weights = thaw(regions);
         }
         let Weights::Here(regions) = &mut self.weights else {
             return Err(Error::Busy);
@@ -209,14 +210,22 @@ impl TrainerSession {
         let mut stage = Stopwatch::start("wait for trainers");
         // Heartbeats tell it until the rails begin to count anew.
         self.line.progress().store(0, Ordering::Relaxed);
-        let (push, bank) = loop {
+        let mut measuring = Duration::ZERO;
+        let (push, bank, told) = loop {
             self.ready().await?;
             if let Some(report) = self.decided.take().filter(|report| report.version == version) {
                 return Ok(report);
             }
             self.line.say(self.member.begin(version))?;
-            match self.next("the other trainers and the inference ranks").await? {
-                Some(TrainerStep::Write { push, bank, .. }) => break (push, bank),
+            const OTHERS: &str = "the other trainers and the inference ranks";
+            let mut step = self.next(OTHERS).await?;
+            if let Some(TrainerStep::Measure { push, .. }) = step {
+                self.watch.named(push);
+                measuring = self.measure().await?;
+                step = self.next(OTHERS).await?;
+            }
+            match step {
+                Some(TrainerStep::Write { push, bank, told, .. }) => break (push, bank, told),
                 Some(TrainerStep::Aborted { reason, .. }) => return Err(Error::Aborted { version, reason }),
                 Some(_) => return Err(out_of_turn("the start of the push")),
                 // Nothing has been written: the same version again.
@@ -226,7 +235,7 @@ impl TrainerSession {
         stage.next("write", &mut stages);
         self.watch.named(push);
         self.watch.stage("write");
-        let (Written { outcome, summed }, ended) = self.write(push, bank, version).await?;
+        let (Written { outcome, summed }, ended) = self.write((push, version), bank, told).await?;
         self.tell_rails(&outcome);
         let fences = self.fences(&outcome.rails);
         let (sums, verified) = summed.map(|Summed { sums, report }| (sums, report)).unzip();
@@ -265,6 +274,7 @@ impl TrainerSession {
             seconds: whole.elapsed().as_secs_f64(),
             write_seconds,
             gather_seconds: outcome.timings.gather.as_secs_f64(),
+            measure_seconds: measuring.as_secs_f64(),
             gb_per_second: gb_per_second(bytes, write_seconds),
             bound_seconds: self.bound_seconds,
             bound_fraction: if write_seconds > 0.0 { self.bound_seconds / write_seconds } else { 0.0 },
@@ -314,32 +324,27 @@ impl TrainerSession {
     /// the outcome, where it ended the push.
     async fn write(
         &mut self,
-        push: PushId,
+        (push, version): (PushId, u64),
         bank: Bank,
-        version: u64,
+        told: Vec<f32>,
     ) -> Result<(Written, Option<Error>), Error> {
-        let (reply, wait) = oneshot::channel();
+        let ((reply, mut written), (back, lent)) = (oneshot::channel(), oneshot::channel());
         let Rails::Connected(Connected { sender, outgoing, .. }) = &self.rails else {
             return Err(Error::Broken);
         };
-        let Weights::Here(regions) = std::mem::replace(&mut self.weights, Weights::Pushed(wait)) else {
-            return Err(Error::Broken);
-        };
-        let regions: Vec<Lease> = regions.into_iter().map(LeaseMut::freeze).collect();
+        let regions = lend(&mut self.weights, lent)?;
         let summing = outgoing.as_ref().map(|outgoing| outgoing.start(push, regions.clone()));
         sender.set_bank(bank.index() == 1);
-        sender.push(regions, move |outcome| {
+        sender.push_told(regions, told, move |mut outcome| {
             // On the thread of the rails, which have nothing left to do.
             let summed = summing.and_then(|summing| summing.end(outcome.result.is_ok()));
+            drop(back.send(std::mem::take(&mut outcome.regions)));
             drop(reply.send(Written { outcome, summed }));
         });
         let mut ended: Option<Error> = None;
-        let outcome = loop {
-            let Weights::Pushed(outcome) = &mut self.weights else {
-                return Err(Error::Broken);
-            };
+        let written = loop {
             tokio::select! {
-                outcome = outcome => break outcome,
+                written = &mut written => break written,
                 step = next(&mut self.line, &mut self.member, "its own writes"), if ended.is_none() => {
                     let error = match step {
                         Ok(Some(TrainerStep::Stop { reason })) => Error::Aborted { version, reason },
@@ -352,12 +357,33 @@ impl TrainerSession {
                 }
             }
         };
-        let Ok(mut written) = outcome else {
-            self.weights = Weights::Lost;
+        self.take_back().await;
+        written.map(|written| (written, ended)).map_err(|_| Error::Broken)
+    }
+
+    /// Finds the magnitudes that the plan has this rank report, and says them; how long that took. What the controller says
+    /// meanwhile can wait: it is a moment.
+    async fn measure(&mut self) -> Result<Duration, Error> {
+        let began = std::time::Instant::now();
+        let ((reply, measured), (back, lent)) = (oneshot::channel(), oneshot::channel());
+        let Rails::Connected(Connected { sender, .. }) = &self.rails else {
             return Err(Error::Broken);
         };
-        self.weights = thaw(std::mem::take(&mut written.outcome.regions));
-        Ok((written, ended))
+        sender.magnitudes(lend(&mut self.weights, lent)?, move |Measured { result, regions }| {
+            drop(back.send(regions));
+            drop(reply.send(result));
+        });
+        let measured = measured.await;
+        self.take_back().await;
+        self.line.say(self.member.measured(measured.map_err(|_| Error::Broken)?))?;
+        Ok(began.elapsed())
+    }
+
+    /// Waits until the rails have given the weights back.
+    async fn take_back(&mut self) {
+        if let Weights::Lent(regions) = &mut self.weights {
+            self.weights = regions.await.map_or(Weights::Lost, thaw);
+        }
     }
 
     /// For whoever watches: logs, metrics, and observers of the controller.
@@ -419,6 +445,17 @@ async fn next(
             }
             Some(step) => return Ok(Some(step)),
             None => {}
+        }
+    }
+}
+
+/// Gives the weights away until they come back over `lent`.
+fn lend(weights: &mut Weights, lent: oneshot::Receiver<Vec<Lease>>) -> Result<Vec<Lease>, Error> {
+    match std::mem::replace(weights, Weights::Lent(lent)) {
+        Weights::Here(regions) => Ok(regions.into_iter().map(LeaseMut::freeze).collect()),
+        other => {
+            *weights = other;
+            Err(Error::Broken)
         }
     }
 }

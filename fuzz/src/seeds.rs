@@ -41,6 +41,7 @@ fn main() -> io::Result<()> {
         write(&folder.join("topology"), seed, dump.as_bytes())?;
     }
     messages(folder)?;
+    records(folder)?;
     let tensor = TensorView::new(Dtype::BF16, vec![2, 2], &[7; 8]).map_err(io::Error::other)?;
     let names = ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"];
     let bytes =
@@ -117,6 +118,26 @@ fn messages(folder: &Path) -> io::Result<()> {
     write(&folder.join("doorman"), 1, &[1; 21])?;
     // A host, one rail of `tcp` with an address, a region and none for warm-ups, and no shared memory.
     write(&folder.join("endpoint"), 0, b"\x04host\x01\x03tcp\x04\x01\x02\x03\x04\x01\x00\x07\x40\x00\x00")
+}
+
+/// A record, and etcd's answers with one, with an address and with a lease.
+fn records(folder: &Path) -> io::Result<()> {
+    let record = folder.join("commit");
+    let (file, _) = rendezvous::RecordFile::open(&record, "default").map_err(io::Error::other)?;
+    file.store(Commit { version: 7, push: PushId([7; 16]) })?;
+    let text = fs::read(&record)?;
+    fs::remove_file(&record)?;
+    // The address is 127.0.0.1:7070, in etcd's base64.
+    let answers = [
+        r#"{"header":{"revision":"5"},"succeeded":true,"responses":[{"response_range":{"kvs":[{"value":"MTI3LjAuMC4xOjcwNzA=","create_revision":"3","mod_revision":"4","lease":"9"}]}},{"response_range":{}}]}"#,
+        r#"{"result":{"ID":"9","TTL":"30"}}"#,
+        r#"{"error":{"message":"etcdserver: mvcc: required revision has been compacted","code":11}}"#,
+    ];
+    let answers = answers.map(|answer| [&200_u16.to_le_bytes()[..], answer.as_bytes()].concat());
+    for (seed, bytes) in (0..).zip([text].into_iter().chain(answers)) {
+        write(&folder.join("record"), seed, &bytes)?;
+    }
+    Ok(())
 }
 
 fn frames(messages: &[impl serde::Serialize]) -> io::Result<Vec<u8>> {

@@ -12,8 +12,12 @@ use crate::bench::{self, COMMIT_VARIABLE};
 use crate::{Failure, workspace};
 
 /// Test binaries that need a GPU: package, which of its tests, and features.
-const TESTS: [(&str, &str, &str); 3] =
-    [("gpu-mem", "*", ""), ("weight-ops", "cuda_*", "cuda"), ("xfer-exec", "cuda*", "cuda")];
+const TESTS: [(&str, &str, &str); 4] = [
+    ("gpu-mem", "*", ""),
+    ("weight-ops", "cuda_*", "cuda"),
+    ("xfer-exec", "cuda*", "cuda"),
+    ("weightsync", "cuda", ""),
+];
 
 /// Runs everything in the folder that it lies in.
 const SCRIPT: &str = include_str!("hw/run.sh");
@@ -71,6 +75,11 @@ fn build(folder: &Path) -> Result<u64, Failure> {
     }
     for built in executables("build the benchmark", &mut cargo)? {
         bytes += copy_stripped(&built, &folder.join("hw"))?;
+    }
+    let mut cargo = workspace::cargo();
+    cargo.args(["build", "--package", "weightsync-cli", "--bin", "weightsync"]);
+    for built in executables("build the command", &mut cargo)? {
+        bytes += copy_stripped(&built, &folder.join("weightsync"))?;
     }
     write_script(&script)?;
     Ok(bytes + SCRIPT.len() as u64)
@@ -170,6 +179,7 @@ mod tests {
             &[
                 ("tests/gpu-mem.a", "echo last words; exit 101"),
                 ("tests/weight-ops.b", good),
+                ("weightsync", r#"echo "verified: $*""#),
                 ("hw", "echo \"hw $*\""),
             ],
         );
@@ -180,6 +190,7 @@ mod tests {
             "last words\n",
             "1 skipped: one CUDA device\n",
             "test result: ok. 1 passed\n",
+            "==> demo\nverified: demo --device cuda\n",
             "hw --json a b.json --rounds 3\n",
             "failed: gpu-mem.a\n",
         ] {
@@ -190,11 +201,12 @@ mod tests {
 
     #[test]
     fn only_what_was_asked_for_runs_and_the_benchmark_can_fail() {
-        let folder = folder("parts", &[("tests/gpu-mem.a", "exit 0"), ("hw", "exit 1")]);
+        let programs = [("tests/gpu-mem.a", "exit 0"), ("weightsync", "exit 0"), ("hw", "exit 1")];
+        let folder = folder("parts", &programs);
         let (tests, bench) = (output(&folder, &["tests"]), output(&folder, &["bench"]));
         let (help, wrong) = (output(&folder, &["--help"]), output(&folder, &["all"]));
         fs::remove_dir_all(folder).unwrap();
-        assert_eq!(tests, (Some(0), "==> gpu-mem.a\n".to_owned()));
+        assert_eq!(tests, (Some(0), "==> gpu-mem.a\n==> demo\n".to_owned()));
         assert_eq!(bench, (Some(1), "==> benchmark\nfailed: benchmark\n".to_owned()));
         assert!(help.0 == Some(0) && help.1.contains("--sanitize"), "{}", help.1);
         assert_eq!(wrong, (Some(2), String::new()));
@@ -206,6 +218,7 @@ mod tests {
         let programs = [
             ("tests/gpu-mem.a", ""),
             ("tests/weight-ops.b", ""),
+            ("weightsync", ""),
             ("hw", ""),
             ("compute-sanitizer", finds_races),
         ];

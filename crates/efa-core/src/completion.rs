@@ -52,6 +52,14 @@ impl Held {
         }
     }
 
+    /// The buffer of a write from device memory.
+    pub fn device(self) -> Option<DeviceSlice> {
+        match self {
+            Self::Shared(_) | Self::Unique(_) => None,
+            Self::Device(slice) => Some(slice),
+        }
+    }
+
     /// The buffer of a read or a receive.
     pub fn unique(self) -> Option<LeaseMut> {
         match self {

@@ -74,6 +74,16 @@ impl DeviceRef {
         Self(Arc::new(memory))
     }
 
+    /// The address of the first byte.
+    pub fn base_address(&self) -> usize {
+        self.0.address()
+    }
+
+    /// Whether both keep the same memory.
+    pub fn ptr_eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// The number of bytes.
     pub fn len(&self) -> usize {
         self.0.len()

@@ -69,15 +69,7 @@ impl Device {
         let granularity = self.granularity(&properties)?;
         let lens = chunk_lens(len_bytes, chunk_bytes, granularity).map_err(|why| self.cannot_map(why))?;
         let mut buffer = self.reserve(lens.iter().sum(), len_bytes)?;
-        for len in lens {
-            let mut handle = 0;
-            let bytes = usize::try_from(len).unwrap_or(usize::MAX);
-            // SAFETY: the driver reads the properties and writes one handle, which the chunk releases.
-            let create = || unsafe { cu!(cuMemCreate(&raw mut handle, bytes, &raw const properties, 0)) };
-            self.run(create).map_err(|error| self.out_of_memory(error, "device memory", len_bytes))?;
-            buffer.map(handle, len)?;
-        }
-        buffer.allow(self)?;
+        buffer.fill(&lens)?;
         Ok(buffer)
     }
 
@@ -174,6 +166,50 @@ fn imported_bytes(lens: &[u64], granularity: u64) -> Result<u64, String> {
 }
 
 impl VmmBuffer {
+    /// Puts fresh physical memory behind the same addresses: whoever has mapped what was there keeps that, and reaches nothing of
+    /// this any more. What the bytes are afterwards is undefined. Memory that others have open is freed when they close it, so
+    /// there may be twice as much until then.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfMemory`], or the driver's. The buffer has no bytes any more then.
+    pub fn renew(&mut self) -> Result<(), Error> {
+        // Nobody else has a handle on the buffer, so no work that was posted through one is in flight. Other work of this process
+        // with its addresses is over after this.
+        self.device.synchronize()?;
+        let len = std::mem::take(&mut self.len);
+        let chunks: Vec<Range<u64>> = self.chunks().collect();
+        for (chunk, range) in std::mem::take(&mut self.chunks).into_iter().zip(&chunks) {
+            let bytes = address_len(chunk.len);
+            // SAFETY: mapped by `map` as one, and no work uses it.
+            let unmapped = self.device.run(|| unsafe { cu!(cuMemUnmap(range.start, bytes)) });
+            let handle = chunk.handle;
+            // SAFETY: the chunk's own handle; the driver keeps the memory while it is mapped.
+            self.device.release_later("a chunk", move || unsafe { cu!(cuMemRelease(handle)) });
+            unmapped?;
+        }
+        let lens: Vec<u64> = chunks.iter().map(|range| range.end - range.start).collect();
+        self.fill(&lens)?;
+        self.len = len;
+        Ok(())
+    }
+
+    /// Allocates chunks of these lengths and maps them behind those that there are; then the device may use all of them.
+    fn fill(&mut self, lens: &[u64]) -> Result<(), Error> {
+        let device = self.device.clone();
+        let properties = device.vmm_properties()?;
+        let total = lens.iter().sum();
+        for &len in lens {
+            let mut handle = 0;
+            let bytes = usize::try_from(len).unwrap_or(usize::MAX);
+            // SAFETY: the driver reads the properties and writes one handle, which the chunk releases.
+            let create = || unsafe { cu!(cuMemCreate(&raw mut handle, bytes, &raw const properties, 0)) };
+            device.run(create).map_err(|error| device.out_of_memory(error, "device memory", total))?;
+            self.map(handle, len)?;
+        }
+        self.allow(&device)
+    }
+
     /// Maps a chunk behind those that there are, and takes its handle over.
     fn map(&mut self, handle: u64, len: u64) -> Result<(), Error> {
         let address = self.address + self.mapped();

@@ -169,3 +169,24 @@ fn many_chunks_are_shared_in_order() {
     let error = device.import_vmm(vec![SharedChunk { fd: no_memory, len: 2 << 20 }]).unwrap_err();
     assert!(!error.is_device_lost(), "{error}");
 }
+
+#[test]
+fn renewed_memory_is_out_of_reach_for_whoever_had_it() {
+    let Some(device) = device() else { return };
+    if !device.has_vmm().unwrap() {
+        println!("skipped: the device does not map memory separately");
+        return;
+    }
+    let stream = device.stream().unwrap();
+    let mut buffer = write(&stream, device.alloc_vmm(LEN as u64, 1).unwrap(), &pattern(LEN, 1));
+    let chunks: Vec<_> = buffer.chunks().collect();
+    let before = device.import_vmm(buffer.export().unwrap()).unwrap();
+    buffer.renew().unwrap();
+    assert_eq!(buffer.chunks().collect::<Vec<_>>(), chunks, "the addresses stay");
+    let buffer = write(&stream, buffer, &pattern(LEN, 2));
+    let before = write(&stream, before, &pattern(LEN, 3));
+    let after = device.import_vmm(buffer.export().unwrap()).unwrap();
+    assert!(read(&stream, buffer).1 == pattern(LEN, 2));
+    assert!(read(&stream, after).1 == pattern(LEN, 2), "who opens it now has the new memory");
+    assert!(read(&stream, before).1 == pattern(LEN, 3), "who opened it before keeps the old");
+}

@@ -34,6 +34,17 @@ mod tests;
 #[cfg(feature = "tls")]
 mod tls;
 
+/// As the controller and a member read etcd's answers: addresses and records in them.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn read_answer(status: u16, bytes: Vec<u8>) -> usize {
+    let entries = store::values(status, bytes).unwrap_or_default();
+    let used = |entry: &&store::Entry| {
+        let record = std::str::from_utf8(&entry.value).ok().and_then(crate::record::parse);
+        record.is_some() || finder::address(entry, "a key").is_ok()
+    };
+    entries.iter().filter(used).count()
+}
+
 pub(crate) use candidate::{Campaign, Candidate};
 pub(crate) use finder::Finder;
 pub(crate) use office::Office;

@@ -77,3 +77,24 @@ pub fn handshake(bytes: &[u8]) -> bool {
     });
     controller || member
 }
+
+/// As a controller reads the record of the last commit, from a file or from etcd. What it takes for one, it would have written.
+pub fn record(bytes: &[u8]) -> bool {
+    let Some((job, commit)) = std::str::from_utf8(bytes).ok().and_then(crate::record::parse) else {
+        return false;
+    };
+    assert_eq!(
+        crate::record::text(&job, commit).as_bytes(),
+        bytes,
+        "a record that nobody writes is believed"
+    );
+    true
+}
+
+/// As etcd's answers are read, of which the first two bytes are the HTTP status; how many keys were of use.
+#[cfg(feature = "etcd")]
+pub fn etcd_answer(bytes: &[u8]) -> usize {
+    let Some((status, body)) = bytes.split_at_checked(2) else { return 0 };
+    let status = status.try_into().map_or(0, u16::from_le_bytes);
+    crate::etcd::read_answer(status, body.to_vec())
+}

@@ -11,12 +11,14 @@ use crate::commands::simulate::args::SimulateArgs;
 use crate::commands::topo::TopoArgs;
 
 mod access;
+mod device;
 mod launched;
 mod local_rank;
 mod observing;
 mod rank;
 
 pub(crate) use access::{AccessArgs, SECRET_VARIABLE, TLS_VARIABLES};
+pub(crate) use device::DeviceArg;
 pub(crate) use launched::parse;
 pub(crate) use observing::{LogFormat, MetricsArgs, StatusArgs};
 pub(crate) use rank::RankArgs;
@@ -100,6 +102,9 @@ pub(crate) struct DemoArgs {
     /// the shape of Qwen3-0.6B, written once into the cache folder, 1.2 GB]
     #[arg(long, value_name = "PATH")]
     pub(crate) checkpoint: Option<PathBuf>,
+    /// Where the weights are: cpu, or cuda, which deals the GPUs of this host to the ranks, trainers first
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    pub(crate) device: DeviceArg,
     #[command(flatten)]
     pub(crate) rail: RailArgs,
     #[command(flatten)]

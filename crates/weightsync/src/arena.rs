@@ -5,11 +5,18 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use efa_core::{LeaseMut, Target};
+use gpu_mem::VmmBuffer;
+use weight_ops::cuda::DeviceRange;
+use xfer_exec::cuda::{CudaError, DeviceRegion};
 use xfer_exec::local::SharedFile;
 
 use crate::error::Error;
+use crate::gpu::Gpu;
+use crate::memory::Exposed;
 
 /// What a version does to the weights that an inference rank serves meanwhile.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -53,26 +60,89 @@ impl FromStr for CommitMode {
     }
 }
 
-/// Handles on one memory. All of it present: a file that peers on this host may map, or where none will, memory of this
-/// process alone.
+/// Handles on one memory.
 #[derive(Clone)]
-struct Arena {
-    target: Target,
-    file: Option<SharedFile>,
+enum Arena {
+    /// All of it present: a file that peers on this host may map, or where none will, memory of this process alone.
+    Host { target: Target, file: Option<SharedFile> },
+    /// Peers on this host may open it. Handles share the buffer, so that one of them can renew it: that takes all other
+    /// references to it to be gone.
+    Device { gpu: Arc<Gpu>, buffer: Arc<Mutex<Arc<VmmBuffer>>> },
+}
+
+/// How peers on this host reach arenas, by region: in host memory or on a GPU, or where both are empty not at all.
+pub(crate) struct Ways {
+    pub(crate) files: Vec<SharedFile>,
+    pub(crate) device: Vec<DeviceRegion>,
 }
 
 impl Arena {
-    fn new(bytes: u64, shared: bool) -> Result<Self, Error> {
+    fn new(bytes: u64, shared: bool, gpu: Option<&Arc<Gpu>>) -> Result<Self, Error> {
+        if let Some(gpu) = gpu {
+            let buffer = Arc::new(Mutex::new(gpu.zeroed_to_share(bytes)?));
+            return Ok(Self::Device { gpu: Arc::clone(gpu), buffer });
+        }
         if shared {
             let (target, file) = SharedFile::create(bytes).map_err(|error| no_memory(error.to_string()))?;
-            return Ok(Self { target, file: Some(file) });
+            return Ok(Self::Host { target, file: Some(file) });
         }
         let too_long = |_| no_memory(format!("{bytes} bytes do not fit this machine's addresses"));
         let len = usize::try_from(bytes).map_err(too_long)?;
         let lease = LeaseMut::committed(len).map_err(|error| no_memory(error.to_string()))?;
-        Ok(Self { target: lease.expose(), file: None })
+        Ok(Self::Host { target: lease.expose(), file: None })
+    }
+
+    fn bytes(&self) -> Exposed {
+        match self {
+            Self::Host { target, .. } => Exposed::Host(target.clone()),
+            Self::Device { gpu, buffer } => {
+                Exposed::Device(Arc::clone(gpu), DeviceRange::whole(&locked(buffer)))
+            }
+        }
+    }
+
+    fn file(&self) -> Option<SharedFile> {
+        if let Self::Host { file, .. } = self { file.clone() } else { None }
+    }
+
+    fn device_region(&self) -> Option<Result<DeviceRegion, CudaError>> {
+        if let Self::Device { buffer, .. } = self {
+            Some(DeviceRegion::mapped(&locked(buffer)))
+        } else {
+            None
+        }
+    }
+
+    /// Whether somebody who had it may still have it, whatever is closed here.
+    fn is_out(&self) -> bool {
+        matches!(self, Self::Host { file: Some(_), .. } | Self::Device { .. })
+    }
+
+    fn renew(&mut self) -> Result<(), Error> {
+        match self {
+            Self::Host { file: None, .. } => Ok(()),
+            Self::Host { target, file: Some(file) } => {
+                file.renew(target).map_err(|error| no_memory(error.to_string()))
+            }
+            Self::Device { buffer, .. } => {
+                let until = Instant::now() + LET_GO_MAX;
+                let mut buffer = locked(buffer);
+                while Arc::strong_count(&buffer) > 1 && Instant::now() < until {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                let in_use = || no_memory("they are still read, by a comparison that does not end".into());
+                Ok(Arc::get_mut(&mut buffer).ok_or_else(in_use)?.renew()?)
+            }
+        }
     }
 }
+
+fn locked(buffer: &Mutex<Arc<VmmBuffer>>) -> MutexGuard<'_, Arc<VmmBuffer>> {
+    buffer.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How long a comparison that was given up may take to let go of the memory that it reads.
+const LET_GO_MAX: Duration = Duration::from_secs(5);
 
 fn no_memory(reason: String) -> Error {
     Error::Memory { what: "the weights", reason }
@@ -94,9 +164,14 @@ pub(crate) struct Arenas {
 
 impl Arenas {
     /// Of `bytes` zero bytes each. Blocks: the kernel takes its time to find and clear so much memory.
-    pub(crate) fn new(mode: CommitMode, bytes: u64, shared: bool) -> Result<Self, Error> {
+    pub(crate) fn new(
+        mode: CommitMode,
+        bytes: u64,
+        shared: bool,
+        gpu: Option<&Arc<Gpu>>,
+    ) -> Result<Self, Error> {
         let count = if mode.stages() { 2 } else { 1 };
-        let all = (0..count).map(|_| Arena::new(bytes, shared)).collect::<Result<_, _>>()?;
+        let all = (0..count).map(|_| Arena::new(bytes, shared, gpu)).collect::<Result<_, _>>()?;
         Ok(Self { mode, all, served: 0, exposed: Vec::new(), soiled: None })
     }
 
@@ -105,14 +180,19 @@ impl Arenas {
         self.mode
     }
 
+    /// The GPU that they are on, if they are on one.
+    pub(crate) fn gpu(&self) -> Option<&Gpu> {
+        if let Some(Arena::Device { gpu, .. }) = self.all.first() { Some(gpu) } else { None }
+    }
+
     /// What is served.
-    pub(crate) fn served(&self) -> &Target {
-        &self.all[self.served].target
+    pub(crate) fn served(&self) -> Exposed {
+        self.all[self.served].bytes()
     }
 
     /// Whether somebody may still write to an arena that has to be told anew.
     pub(crate) fn is_soiled(&self) -> bool {
-        self.soiled.is_some_and(|at| self.all[at].file.is_some())
+        self.soiled.is_some_and(|at| self.all[at].is_out())
     }
 
     /// Whether the arenas that are told to trainers are two.
@@ -123,15 +203,15 @@ impl Arenas {
     /// Puts memory in the place of a soiled arena that nobody else has mapped. What was there is lost. Blocks as
     /// [`Arenas::new`] does.
     pub(crate) fn renew(mut self) -> Result<Self, Error> {
-        if let Some(Arena { target, file: Some(file) }) = self.soiled.map(|at| &mut self.all[at]) {
-            file.renew(target).map_err(|error| no_memory(error.to_string()))?;
+        if let Some(at) = self.soiled {
+            self.all[at].renew()?;
         }
         self.soiled = None;
         Ok(self)
     }
 
-    /// Which arenas trainers are told of, from now on; with the files by which peers on this host reach them.
-    pub(crate) fn expose(&mut self) -> (Vec<Target>, Option<Vec<SharedFile>>) {
+    /// Which arenas trainers are told of, from now on; with how peers on this host reach them.
+    pub(crate) fn expose(&mut self) -> Result<(Vec<Exposed>, Ways), Error> {
         let other = self.all.len() - 1 - self.served;
         self.exposed = match self.mode {
             CommitMode::InPlace => vec![self.served],
@@ -139,10 +219,9 @@ impl Arenas {
             CommitMode::StagedCopy => vec![other],
         };
         let exposed = || self.exposed.iter().map(|at| &self.all[*at]);
-        (
-            exposed().map(|arena| arena.target.clone()).collect(),
-            exposed().map(|arena| arena.file.clone()).collect(),
-        )
+        let files = exposed().filter_map(Arena::file).collect();
+        let device = exposed().filter_map(Arena::device_region).collect::<Result<_, _>>()?;
+        Ok((exposed().map(Arena::bytes).collect(), Ways { files, device }))
     }
 
     /// A push to this bank begins. Ranks that expose one arena take no notice of banks.
@@ -151,22 +230,19 @@ impl Arenas {
     }
 
     /// What the present push is written to.
-    pub(crate) fn written(&self) -> &Target {
-        &self.all[self.soiled.unwrap_or(self.served)].target
+    pub(crate) fn written(&self) -> Exposed {
+        self.all[self.soiled.unwrap_or(self.served)].bytes()
     }
 
     /// The present push is committed, and what is served is what it wrote. Blocks for a copy, in the mode that has one.
-    pub(crate) fn commit(mut self) -> Self {
-        if let Some(written) = self.soiled.take() {
+    pub(crate) fn commit(mut self) -> Result<Self, Error> {
+        if let Some(written) = self.soiled {
             match self.mode {
                 CommitMode::InPlace | CommitMode::Staged => self.served = written,
-                CommitMode::StagedCopy => {
-                    // They are as long as each other.
-                    let copied = self.all[written].target.copy_to(&self.all[self.served].target);
-                    debug_assert!(copied.is_ok());
-                }
+                CommitMode::StagedCopy => self.written().copy_to(&self.served())?,
             }
         }
-        self
+        self.soiled = None;
+        Ok(self)
     }
 }

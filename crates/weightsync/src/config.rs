@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use rendezvous::{ClientConfig, DEADLINE_DEFAULT, JOB_DEFAULT, Secret, Transport, World};
 
+use crate::device::Device;
 use crate::fabric::{self, Fabric, FabricError};
 use crate::metrics::Metrics;
 
@@ -27,6 +28,9 @@ pub struct SessionConfig {
     pub secret: Secret,
     /// How this rank talks to the controller: plain TCP, or TLS where the controller has it too.
     pub transport: Transport,
+    /// Where this rank's weights are. Ranks of one host reach each other's GPUs; with other hosts, and between a GPU and host
+    /// memory, nothing is exchanged yet.
+    pub device: Device,
     /// How to reach peers.
     pub fabric: Fabric,
     /// The longest wait without progress; every wait has it.
@@ -61,6 +65,7 @@ impl SessionConfig {
             rank,
             secret: Secret::none(),
             transport: Transport::tcp(),
+            device: Device::Cpu,
             fabric: Fabric::Auto,
             deadline: DEADLINE_DEFAULT,
             watermark_bytes: WATERMARK_BYTES_DEFAULT,

@@ -7,17 +7,21 @@ use std::time::{Duration, Instant};
 
 use efa_core::{LeaseMut, MemoryRef};
 use rendezvous::{Peer, Planned, PlannedPart, RendezvousError};
-use xfer_exec::driver::{DriverConfig, HostRail, Sender, ThreadConfig};
-use xfer_exec::local::{Attached, LocalRail, fetch};
-use xfer_exec::ofi::{OfiPeer, OfiRail};
+use weight_ops::cuda::DeviceRange;
+use xfer_exec::cuda::{CudaPeer, CudaRail, CudaRailConfig, DeviceRail, GpuMemory, GpuMemoryConfig};
+use xfer_exec::driver::{Driver, DriverConfig, HostRail, Sender, ThreadConfig};
+use xfer_exec::local::{Attached, LocalError, LocalRail, fetch};
+use xfer_exec::ofi::{DeviceOfiRail, OfiPeer, OfiRail, for_nics};
 use xfer_exec::program::Route;
-use xfer_exec::{Program, RailIndex, RankLimits};
+use xfer_exec::{Program, RailError, RailIndex, RankLimits};
 use xfer_plan::{Op, OpKind, Rank, ReceiverRank, TrainerRank, paired_rail};
 
 use crate::config::SessionConfig;
-use crate::endpoint::{Endpoint, RailEndpoint};
+use crate::endpoint::{Endpoint, LocalMemory, RailEndpoint};
 use crate::error::Error;
 use crate::fabric::{self, Fabric, FabricError, OpenRail};
+use crate::gpu::Gpu;
+use crate::pusher::Pusher;
 use crate::verify::Outgoing;
 
 /// A rail that holds writes back for this part of the sender's deadline is given up, if other rails reach the receiver.
@@ -29,6 +33,9 @@ pub(crate) struct Connecting {
     pub(crate) endpoint: Endpoint,
     pub(crate) opened: Vec<OpenRail>,
     pub(crate) memories: Vec<MemoryRef>,
+    /// Where the weights are on one; and then they, in place of `memories`.
+    pub(crate) gpu: Option<Arc<Gpu>>,
+    pub(crate) device_memories: Vec<DeviceRange>,
     pub(crate) region_bytes: Vec<u64>,
     pub(crate) progress: Arc<AtomicU64>,
 }
@@ -43,7 +50,7 @@ pub(crate) struct ConnectedRail {
 
 /// A sender, and where it leads.
 pub(crate) struct Connected {
-    pub(crate) sender: Sender,
+    pub(crate) pusher: Pusher,
     pub(crate) rails: Vec<ConnectedRail>,
     /// The rails to each inference rank, in words.
     pub(crate) routes: BTreeMap<ReceiverRank, String>,
@@ -53,13 +60,19 @@ pub(crate) struct Connected {
 
 enum Way {
     Local(Vec<Attached>, Vec<u64>),
+    Device(CudaPeer, Vec<u64>),
     Fabric(Vec<RailEndpoint>),
 }
 
-/// The rails so far, and where they lead.
+/// Rails, and the memory that they read.
+enum Rails {
+    Host { rails: Vec<HostRail>, staging: LeaseMut },
+    Device { local: Vec<Box<DeviceRail>>, over_nics: Vec<DeviceOfiRail>, gpu: Arc<Gpu> },
+}
+
+/// The rails so far, in their order, and where they lead.
 #[derive(Default)]
-struct Rails {
-    rails: Vec<HostRail>,
+struct Routes {
     connected: Vec<ConnectedRail>,
     routes: BTreeMap<ReceiverRank, Route>,
 }
@@ -85,7 +98,8 @@ impl Connecting {
         let until = Instant::now() + self.config.deadline * 3 / 4;
         let peers = decode_peers(&planned.peers)?;
         let busy_poll = fabric::a_core_each(&self.endpoint.host, &peers);
-        let (mut by_fabric, mut by_memory) = (BTreeMap::new(), BTreeMap::new());
+        let (mut by_fabric, mut by_memory, mut by_device) =
+            (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let mut banks = Vec::new();
         for (Peer { member, turned, .. }, peer) in planned.peers.iter().zip(peers) {
             let Rank::Receiver(to) = *member else { continue };
@@ -94,20 +108,42 @@ impl Connecting {
             }
             match self.choose(to, peer, until)? {
                 Way::Local(attached, bytes) => drop(by_memory.insert(to, (attached, bytes))),
+                Way::Device(peer, bytes) => drop(by_device.insert(to, (peer, bytes))),
                 Way::Fabric(rails) => drop(by_fabric.insert(to, rails)),
             }
         }
-        // A staging slot holds the longest operation that is staged, and all slots together the watermark. Shared memory takes rows as
-        // they are: without another fabric and without transforms nothing is staged.
-        let slot_bytes = plan.ops.iter().map(Op::staged_bytes).max().unwrap_or(0);
-        let transforms = plan.ops.iter().any(|op| op.kind() == OpKind::Transform);
-        let staging = self.staging(if by_fabric.is_empty() && !transforms { 0 } else { slot_bytes })?;
         let (config, region_bytes, progress) =
             (self.config.clone(), self.region_bytes.clone(), self.progress.clone());
-        let mut rails = Rails::default();
-        rails.add_local(by_memory);
-        self.add_fabric(rank, by_fabric, &staging, until, &mut rails)?;
-        let Rails { rails, connected, routes } = rails;
+        let mut routes = Routes::default();
+        // A staging slot holds the longest operation that is staged, and all slots together the watermark. Rails within a host take
+        // rows as they are: without other rails and without transforms nothing is staged.
+        let slot_bytes = plan.ops.iter().map(Op::staged_bytes).max().unwrap_or(0);
+        let transforms = plan.ops.iter().any(|op| op.kind() == OpKind::Transform);
+        let stages = transforms || !by_fabric.is_empty();
+        let staged_bytes = if stages { self.staged_bytes(slot_bytes)? } else { 0 };
+        let rails = match self.gpu.clone() {
+            Some(gpu) => {
+                // NICs are told of it only where there are any.
+                let regions = self.device_memories.iter().filter(|_| !by_fabric.is_empty());
+                let memories: Vec<_> = regions.map(for_nics).collect::<Result<_, _>>()?;
+                let local = routes.add_device(&gpu, by_device)?;
+                let connect = |rail, peers, left| DeviceOfiRail::connect(rail, &memories, peers, left);
+                let over_nics = add_fabric(self.opened, rank, by_fabric, until, &mut routes, connect)?;
+                Rails::Device { local, over_nics, gpu }
+            }
+            None => {
+                let staging = LeaseMut::zeroed(usize::try_from(staged_bytes).unwrap_or(usize::MAX));
+                let staging = staging.map_err(|error| no_staging(error.to_string()))?;
+                let mut memories = self.memories;
+                memories.push(staging.memory().clone());
+                let mut rails = routes.add_local(by_memory);
+                let connect = |rail, peers, left| OfiRail::connect(rail, &memories, peers, left);
+                let over_fabric = add_fabric(self.opened, rank, by_fabric, until, &mut routes, connect)?;
+                rails.extend(over_fabric.into_iter().map(|rail: OfiRail| Box::new(rail) as HostRail));
+                Rails::Host { rails, staging }
+            }
+        };
+        let Routes { connected, routes } = routes;
         let described = routes.iter().map(|(to, route)| (*to, in_words(route, &connected))).collect();
         // Half: it fails, drains and says which peer is to blame before the controller gives up on this trainer.
         let deadline = config.deadline / 2;
@@ -119,103 +155,70 @@ impl Connecting {
             program = program.with_banks(to, turned)?;
         }
         let stall = deadline / STALL_DIVISOR;
-        let driver = DriverConfig { program, rails, staging, slot_bytes, deadline, stall };
         let thread = ThreadConfig { name: rank.to_string(), busy_poll, cpus: config.cpus, progress };
-        let sender = Sender::start(driver, thread)?;
-        Ok(Connected { sender, rails: connected, routes: described, outgoing })
+        let pusher = match rails {
+            Rails::Host { rails, staging } => {
+                let driver = DriverConfig { program, rails, staging, slot_bytes, deadline, stall };
+                Pusher::Host(Sender::start(driver, thread)?)
+            }
+            Rails::Device { local, mut over_nics, gpu } => {
+                let memory = GpuMemoryConfig {
+                    staging_bytes: staged_bytes,
+                    // Where there is no staging memory all rails take rows as they lie.
+                    slot_bytes: if staged_bytes > 0 { slot_bytes } else { 0 },
+                    multiprocessors: CudaRailConfig::default().multiprocessors,
+                    close_max: deadline,
+                };
+                let memory = GpuMemory::new(gpu.kernels(), &program, memory, None)?;
+                if staged_bytes > 0 && !over_nics.is_empty() {
+                    let staging = for_nics(memory.staging())?;
+                    let failed = |error: RailError| FabricError::Rail(error.to_string());
+                    over_nics.iter_mut().try_for_each(|rail| rail.register(&staging)).map_err(failed)?;
+                }
+                let over_nics = over_nics.into_iter().map(|rail| Box::new(rail) as Box<DeviceRail>);
+                let rails = local.into_iter().chain(over_nics).collect();
+                let driver = Driver::over(memory, program, rails, deadline, stall);
+                Pusher::Device(Sender::drive(driver, thread)?, gpu)
+            }
+        };
+        Ok(Connected { pusher, rails: connected, routes: described, outgoing })
     }
 
-    /// Staging memory: the watermark, if anything is staged at all.
-    fn staging(&self, slot_bytes: u64) -> Result<LeaseMut, Error> {
+    /// Bytes of staging memory: the watermark, if anything is staged at all.
+    fn staged_bytes(&self, slot_bytes: u64) -> Result<u64, Error> {
         let watermark_bytes = self.config.watermark_bytes;
         if slot_bytes > watermark_bytes {
-            let reason = format!(
+            return Err(no_staging(format!(
                 "the plan stages {slot_bytes} bytes at once, more than the watermark of {watermark_bytes}; raise it or shorten \
                  the chunks"
-            );
-            return Err(Error::Memory { what: "staging", reason });
+            )));
         }
-        let bytes = if slot_bytes == 0 { 0 } else { watermark_bytes };
-        LeaseMut::zeroed(usize::try_from(bytes).unwrap_or(usize::MAX))
-            .map_err(|error| Error::Memory { what: "staging", reason: error.to_string() })
-    }
-
-    /// Connects every rail of this rank, all at once, each to its pair at every peer.
-    fn add_fabric(
-        self,
-        trainer: TrainerRank,
-        peers: BTreeMap<ReceiverRank, Vec<RailEndpoint>>,
-        staging: &LeaseMut,
-        until: Instant,
-        rails: &mut Rails,
-    ) -> Result<(), FabricError> {
-        if peers.is_empty() {
-            return Ok(());
-        }
-        let mut memories = self.memories;
-        memories.push(staging.memory().clone());
-        let first = rails.rails.len();
-        let count = self.opened.len();
-        for (to, theirs) in &peers {
-            let region_bytes = theirs
-                .first()
-                .map_or_else(Vec::new, |rail| rail.regions.iter().map(|region| region.len).collect());
-            let all = (first..first + count).map(|rail| RailIndex(rail as u16)).collect();
-            rails.routes.insert(*to, Route { rails: all, region_bytes });
-        }
-        let left = until.saturating_duration_since(Instant::now());
-        let connect = |number: usize, opened: OpenRail| {
-            let name = opened.rail.name().to_owned();
-            let paired = || {
-                peers
-                    .iter()
-                    .map(|(to, theirs)| (*to, paired_rail(trainer, count, number, theirs.len()), theirs))
-            };
-            let peer = |(to, at, theirs): (ReceiverRank, usize, &Vec<RailEndpoint>)| {
-                let RailEndpoint { address, regions, scratch, .. } = theirs.get(at)?.clone();
-                Some((to, OfiPeer { address, regions, scratch: scratch? }))
-            };
-            let theirs = paired().map(|(to, at, _)| (to, at as u16)).collect();
-            let connected =
-                OfiRail::connect(opened.rail, &memories, paired().filter_map(peer).collect(), left);
-            connected.map(|rail| (rail, ConnectedRail { name, theirs }))
-        };
-        let connected = std::thread::scope(|scope| {
-            let connect = &connect;
-            let rails = self.opened.into_iter().enumerate();
-            let threads: Vec<_> = rails.map(|(at, rail)| scope.spawn(move || connect(at, rail))).collect();
-            threads.into_iter().map(|thread| thread.join()).collect::<Vec<_>>()
-        });
-        for one in connected {
-            let one = one.map_err(|_| FabricError::Rail("defect: a thread that connects panicked".into()))?;
-            let (rail, described) = one.map_err(|error| FabricError::Rail(error.to_string()))?;
-            rails.rails.push(Box::new(rail));
-            rails.connected.push(described);
-        }
-        Ok(())
+        Ok(if slot_bytes == 0 { 0 } else { watermark_bytes })
     }
 
     /// The way to one peer.
     fn choose(&self, to: ReceiverRank, peer: Endpoint, until: Instant) -> Result<Way, FabricError> {
         let name = || to.to_string();
         let same_host = fabric::same_host(&peer.host, &self.endpoint.host);
+        let memory = if self.gpu.is_some() { LocalMemory::Device } else { LocalMemory::Host };
         if self.config.fabric.allows_local()
             && same_host
-            && let Some(local) = &peer.local
+            && let Some(local) = peer.local.as_ref().filter(|local| local.memory == memory)
         {
-            let failed = |error: xfer_exec::local::LocalError| FabricError::Local {
-                peer: name(),
-                reason: error.to_string(),
-            };
+            let failed = |reason: String| FabricError::Local { peer: name(), reason };
+            let bytes = local.region_bytes.clone();
+            // A socket takes no timeout of 0.
+            let left = || until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            if let Some(gpu) = &self.gpu {
+                let peer = CudaPeer::open(gpu.device(), &local.doorman(), &bytes, left());
+                return Ok(Way::Device(peer.map_err(|error| failed(error.to_string()))?, bytes));
+            }
             let attach = |(region, bytes): (u32, &u64)| {
-                // A socket takes no timeout of 0.
-                let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-                let file = fetch(&local.doorman(), region, left)?;
+                let file = fetch(&local.doorman(), region, left())?;
                 Attached::new(&file, region, *bytes)
             };
-            let attached =
-                (0..).zip(&local.region_bytes).map(attach).collect::<Result<_, _>>().map_err(failed)?;
-            return Ok(Way::Local(attached, local.region_bytes.clone()));
+            let attached = (0..).zip(&bytes).map(attach).collect::<Result<_, LocalError>>();
+            return Ok(Way::Local(attached.map_err(|error| failed(error.to_string()))?, bytes));
         }
         if self.config.fabric == Fabric::Local && !same_host {
             return Err(FabricError::NotLocal { peer: name() });
@@ -225,25 +228,103 @@ impl Connecting {
         if !peer.rails.is_empty() && peer.rails.iter().all(fits) {
             return Ok(Way::Fabric(peer.rails));
         }
-        let (here, there) = (self.endpoint.offers(), peer.offers());
+        let mut here = self.endpoint.offers();
+        if self.gpu.is_some() {
+            here = format!("GPU memory, which reaches that of GPUs on the same host, and {here}");
+        }
+        let there = peer.offers();
         Err(FabricError::NothingInCommon { peer: name(), here, there })
     }
 }
 
-impl Rails {
-    fn add_local(&mut self, peers: BTreeMap<ReceiverRank, (Vec<Attached>, Vec<u64>)>) {
+fn no_staging(reason: String) -> Error {
+    Error::Memory { what: "staging", reason }
+}
+
+/// Connects every rail of a rank, all at once, each to its pair at every peer.
+fn add_fabric<R: Send>(
+    opened: Vec<OpenRail>,
+    trainer: TrainerRank,
+    peers: BTreeMap<ReceiverRank, Vec<RailEndpoint>>,
+    until: Instant,
+    routes: &mut Routes,
+    connect: impl Fn(efa_core::Rail, BTreeMap<ReceiverRank, OfiPeer>, Duration) -> Result<R, RailError> + Sync,
+) -> Result<Vec<R>, FabricError> {
+    if peers.is_empty() {
+        return Ok(Vec::new());
+    }
+    let first = routes.connected.len();
+    let count = opened.len();
+    for (to, theirs) in &peers {
+        let region_bytes = theirs
+            .first()
+            .map_or_else(Vec::new, |rail| rail.regions.iter().map(|region| region.len).collect());
+        let all = (first..first + count).map(|rail| RailIndex(rail as u16)).collect();
+        routes.routes.insert(*to, Route { rails: all, region_bytes });
+    }
+    let left = until.saturating_duration_since(Instant::now());
+    let connect = |number: usize, opened: OpenRail| {
+        let name = opened.rail.name().to_owned();
+        let paired = || {
+            peers.iter().map(|(to, theirs)| (*to, paired_rail(trainer, count, number, theirs.len()), theirs))
+        };
+        let peer = |(to, at, theirs): (ReceiverRank, usize, &Vec<RailEndpoint>)| {
+            let RailEndpoint { address, regions, scratch, .. } = theirs.get(at)?.clone();
+            Some((to, OfiPeer { address, regions, scratch: scratch? }))
+        };
+        let theirs = paired().map(|(to, at, _)| (to, at as u16)).collect();
+        let connected = connect(opened.rail, paired().filter_map(peer).collect(), left);
+        connected.map(|rail| (rail, ConnectedRail { name, theirs }))
+    };
+    let connected = std::thread::scope(|scope| {
+        let connect = &connect;
+        let rails = opened.into_iter().enumerate();
+        let threads: Vec<_> = rails.map(|(at, rail)| scope.spawn(move || connect(at, rail))).collect();
+        threads.into_iter().map(|thread| thread.join()).collect::<Vec<_>>()
+    });
+    let mut rails = Vec::new();
+    for one in connected {
+        let one = one.map_err(|_| FabricError::Rail("defect: a thread that connects panicked".into()))?;
+        let (rail, described) = one.map_err(|error| FabricError::Rail(error.to_string()))?;
+        rails.push(rail);
+        routes.connected.push(described);
+    }
+    Ok(rails)
+}
+
+impl Routes {
+    fn add_local(&mut self, peers: BTreeMap<ReceiverRank, (Vec<Attached>, Vec<u64>)>) -> Vec<HostRail> {
         if peers.is_empty() {
-            return;
+            return Vec::new();
         }
-        let rail = RailIndex(self.rails.len() as u16);
-        let mut attached = BTreeMap::new();
-        for (to, (memory, region_bytes)) in peers {
+        let local = LocalRail::new(self.add_each(peers));
+        let name = xfer_exec::Rail::name(&local);
+        self.connected.push(ConnectedRail { name, theirs: BTreeMap::new() });
+        vec![Box::new(local)]
+    }
+
+    fn add_device(
+        &mut self,
+        gpu: &Gpu,
+        peers: BTreeMap<ReceiverRank, (CudaPeer, Vec<u64>)>,
+    ) -> Result<Vec<Box<DeviceRail>>, Error> {
+        if peers.is_empty() {
+            return Ok(Vec::new());
+        }
+        let rail = CudaRail::new(gpu.kernels(), self.add_each(peers), CudaRailConfig::default())?;
+        let name = xfer_exec::Rail::name(&rail);
+        self.connected.push(ConnectedRail { name, theirs: BTreeMap::new() });
+        Ok(vec![Box::new(rail)])
+    }
+
+    /// Peers that the next rail leads to, with the lengths of their regions.
+    fn add_each<P>(&mut self, peers: BTreeMap<ReceiverRank, (P, Vec<u64>)>) -> BTreeMap<ReceiverRank, P> {
+        let rail = RailIndex(self.connected.len() as u16);
+        let add = |(to, (peer, region_bytes))| {
             self.routes.insert(to, Route { rails: vec![rail], region_bytes });
-            attached.insert(to, memory);
-        }
-        let local = LocalRail::new(attached);
-        self.connected.push(ConnectedRail { name: xfer_exec::Rail::name(&local), theirs: BTreeMap::new() });
-        self.rails.push(Box::new(local));
+            (to, peer)
+        };
+        peers.into_iter().map(add).collect()
     }
 }
 

@@ -44,8 +44,16 @@ pub(crate) struct RailEndpoint {
 pub(crate) struct LocalEndpoint {
     name: String,
     key: [u8; KEY_BYTES],
+    pub(crate) memory: LocalMemory,
     /// Bytes of each region.
     pub(crate) region_bytes: Vec<u64>,
+}
+
+/// Where regions are that peers of the same host can open.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum LocalMemory {
+    Host,
+    Device,
 }
 
 impl RailEndpoint {
@@ -61,8 +69,8 @@ impl RailEndpoint {
 }
 
 impl LocalEndpoint {
-    pub(crate) fn new(address: &DoormanAddress, region_bytes: Vec<u64>) -> Self {
-        Self { name: address.name.clone(), key: address.key, region_bytes }
+    pub(crate) fn new(address: &DoormanAddress, memory: LocalMemory, region_bytes: Vec<u64>) -> Self {
+        Self { name: address.name.clone(), key: address.key, memory, region_bytes }
     }
 
     pub(crate) fn doorman(&self) -> DoormanAddress {
@@ -94,7 +102,10 @@ impl Endpoint {
     /// What it offers, for a message.
     pub(crate) fn offers(&self) -> String {
         let rail = self.rails.first().map(|rail| rail.provider.clone());
-        let local = self.local.as_ref().map(|_| "shared memory".to_owned());
+        let local = self.local.as_ref().map(|local| match local.memory {
+            LocalMemory::Host => "shared memory".to_owned(),
+            LocalMemory::Device => "GPU memory".to_owned(),
+        });
         let offers: Vec<String> = rail.into_iter().chain(local).collect();
         if offers.is_empty() { "nothing".into() } else { offers.join(" and ") }
     }

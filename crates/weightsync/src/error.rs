@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use rendezvous::RendezvousError;
+use xfer_exec::cuda::CudaError;
 use xfer_exec::{Failure, ProgramError, QuantError};
 use xfer_plan::Rank;
 
@@ -43,6 +44,9 @@ pub enum Error {
         /// The system's reason.
         reason: String,
     },
+    /// A GPU, or its driver.
+    #[error(transparent)]
+    Gpu(Box<CudaError>),
     /// The operating system refused a thread.
     #[error("cannot start a thread: {0}")]
     Thread(#[from] std::io::Error),
@@ -136,6 +140,24 @@ pub enum Error {
         /// Its length.
         len: u64,
     },
+}
+
+impl From<CudaError> for Error {
+    fn from(error: CudaError) -> Self {
+        Self::Gpu(Box::new(error))
+    }
+}
+
+impl From<gpu_mem::Error> for Error {
+    fn from(error: gpu_mem::Error) -> Self {
+        CudaError::from(error).into()
+    }
+}
+
+impl From<weight_ops::cuda::Error> for Error {
+    fn from(error: weight_ops::cuda::Error) -> Self {
+        CudaError::from(error).into()
+    }
 }
 
 impl Error {

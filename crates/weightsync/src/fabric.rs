@@ -15,7 +15,9 @@ use topology::{Roots, Snapshot};
 use xfer_plan::RailDecl;
 
 use crate::config::SessionConfig;
+use crate::device::Device;
 use crate::endpoint::{Endpoint, RAILS_MAX};
+use crate::gpu::Gpu;
 
 mod place;
 
@@ -123,6 +125,14 @@ pub enum FabricError {
         /// Their names.
         nics: String,
     },
+    /// A rail that does not reach GPU memory.
+    #[error(
+        "fabric {fabric} does not reach the memory of a GPU yet; choose fabric auto, and GPUs of one host"
+    )]
+    NotFromGpu {
+        /// What was asked for.
+        fabric: Fabric,
+    },
     /// Not a rank that a host can have.
     #[error(
         "there is no local rank {local_rank} of {local_ranks}: they count from 0, and a host has at most {max}"
@@ -207,8 +217,11 @@ pub(crate) fn open(config: &SessionConfig, source: IpAddr) -> Result<Vec<OpenRai
     if config.nics.len() > RAILS_MAX {
         return Err(FabricError::TooManyNics { nics: config.nics.len() });
     }
+    let on_gpu = config.device != Device::Cpu;
     let providers: &[fn(&Library) -> Provider] = match fabric {
         Fabric::Local => return Ok(Vec::new()),
+        Fabric::Tcp | Fabric::Shm if on_gpu => return Err(FabricError::NotFromGpu { fabric }),
+        Fabric::Auto if on_gpu => &[|_| Provider::Efa, |_| Provider::Verbs],
         Fabric::Auto => &[|_| Provider::Efa, |_| Provider::Verbs, Library::tcp_provider],
         Fabric::Tcp => &[Library::tcp_provider],
         Fabric::Shm => &[|_| Provider::Shm],
@@ -237,6 +250,11 @@ pub(crate) fn open(config: &SessionConfig, source: IpAddr) -> Result<Vec<OpenRai
             Err(error) => missing = Some(error),
         }
     }
+    if fabric == Fabric::Auto && on_gpu {
+        refuse_idle_nics(&format!("libfabric {} at {}", library.version(), library.path().display()))?;
+        tracing::info!(?missing, "no RDMA NIC reaches GPU memory: only GPUs of this host can be reached");
+        return Ok(Vec::new());
+    }
     match missing {
         Some(source) => Err(FabricError::NoProvider { fabric, source }),
         None => Err(FabricError::Rail(format!("libfabric has no {fabric} rail here"))),
@@ -256,14 +274,15 @@ fn find(
     source: IpAddr,
 ) -> Result<Vec<Info>, InfoError> {
     let has_ip = matches!(provider, Provider::Tcp | Provider::TcpRxm);
+    let on_gpu = config.device != Device::Cpu;
     if config.nics.is_empty() {
-        let hints = Hints::new(provider);
+        let hints = Hints::new(provider).device_memory(on_gpu);
         let hints = if has_ip { hints.source(config.bind.unwrap_or(source)) } else { hints };
         return library.infos(&hints);
     }
     let mut infos = Vec::with_capacity(config.nics.len());
     for nic in &config.nics {
-        let hints = Hints::new(provider).domain(nic.clone());
+        let hints = Hints::new(provider).domain(nic.clone()).device_memory(on_gpu);
         let hints = match config.bind.filter(|_| has_ip) {
             Some(address) => hints.source(address),
             None => hints,
@@ -288,10 +307,11 @@ fn take(provider: Provider, config: &SessionConfig, mut infos: Vec<Info>) -> Res
     Ok(infos)
 }
 
-/// The rails of a manifest: their bandwidth as given, the NIC's, or a memory copy's.
-pub(crate) fn declare(config: &SessionConfig, opened: &[OpenRail]) -> Vec<RailDecl> {
+/// The rails of a manifest: their bandwidth as given, the NIC's, the GPU's, or a memory copy's.
+pub(crate) fn declare(config: &SessionConfig, opened: &[OpenRail], gpu: Option<&Gpu>) -> Vec<RailDecl> {
     let declare = |link: Option<u64>| {
-        let bytes_per_second = config.rail_bytes_per_second.or(link).unwrap_or_else(copy_bytes_per_second);
+        let memory = || gpu.map_or_else(copy_bytes_per_second, Gpu::link_bytes_per_second);
+        let bytes_per_second = config.rail_bytes_per_second.or(link).unwrap_or_else(memory);
         RailDecl { bytes_per_second }
     };
     match opened {

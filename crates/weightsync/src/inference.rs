@@ -10,6 +10,7 @@ use xfer_plan::{BlockQuant, DType, DestinationParam, ParamMap, Quantized, Region
 use crate::arena::{Arenas, CommitMode};
 use crate::config::SessionConfig;
 use crate::error::Error;
+use crate::gpu::Gpu;
 use crate::hooks::Hooks;
 
 mod joining;
@@ -123,9 +124,13 @@ impl Inference {
     /// Whatever keeps this rank, or any other, from being ready within the deadline, by name.
     pub async fn connect(self) -> Result<InferenceSession, Error> {
         let Self { config, params, bytes, mode, hooks } = self;
-        let shared = config.fabric.allows_local();
+        let (shared, device) = (config.fabric.allows_local(), config.device);
         // Before anybody waits for this rank.
-        let arenas = tokio::task::spawn_blocking(move || Arenas::new(mode, bytes, shared)).await;
+        let arenas = tokio::task::spawn_blocking(move || {
+            let gpu = Gpu::of(device)?;
+            Arenas::new(mode, bytes, shared, gpu.as_ref())
+        });
+        let arenas = arenas.await;
         let arenas = arenas.map_err(|error| std::io::Error::other(error.to_string()))??;
         let mut session = InferenceSession::new(config, params, arenas, hooks)?;
         session.ready().await?;

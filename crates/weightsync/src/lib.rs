@@ -4,16 +4,20 @@
 mod arena;
 mod config;
 mod connect;
+mod device;
 mod endpoint;
 mod error;
 mod fabric;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
+mod gpu;
 mod hooks;
 mod inference;
 mod line;
+mod memory;
 pub mod metrics;
+mod pusher;
 mod report;
 mod trainer;
 mod verify;
@@ -21,6 +25,7 @@ mod watch;
 
 pub use arena::CommitMode;
 pub use config::{SessionConfig, WATERMARK_BYTES_DEFAULT};
+pub use device::Device;
 pub use efa_core::LeaseMut;
 pub use error::Error;
 pub use fabric::{Fabric, FabricError};
@@ -37,6 +42,7 @@ pub use rendezvous::{
 pub use rendezvous::{Identity, IdentityError};
 pub use report::{PushReport, RailReport, Span, VerifyReport, VersionReport};
 pub use trainer::{TensorId, TensorSpec, Trainer, TrainerSession};
+pub use weight_ops::cuda::DeviceRange;
 pub use xfer_plan::{
     BlockQuant, DType, DeviceMesh, ParamMap, Placement, PlanOptions, Rank, ScaleFormat, TensorBox,
     TensorPart, shard_box,

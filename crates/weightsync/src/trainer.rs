@@ -2,11 +2,16 @@
 //!
 //! What a trainer declares is here; [`session`] pushes, [`joining`] gets it to where it can, at the start and after every loss.
 
+use std::sync::Arc;
+
 use efa_core::LeaseMut;
-use xfer_plan::{DType, RegionIndex, SourcePiece, TensorBox};
+use weight_ops::cuda::DeviceRange;
+use xfer_plan::{DType, Rank, RegionIndex, SourcePiece, TensorBox, TrainerRank};
 
 use crate::config::SessionConfig;
 use crate::error::Error;
+use crate::gpu::Gpu;
+use crate::memory::Weights;
 
 mod joining;
 mod session;
@@ -65,7 +70,9 @@ struct Tensor {
 /// A trainer that has not joined yet.
 pub struct Trainer {
     config: SessionConfig,
-    regions: Vec<LeaseMut>,
+    weights: Weights,
+    /// Opened when the first memory is allocated on it, or at last to connect.
+    gpu: Option<Arc<Gpu>>,
     tensors: Vec<Tensor>,
     pieces: Vec<SourcePiece>,
 }
@@ -73,13 +80,42 @@ pub struct Trainer {
 impl Trainer {
     /// A trainer that owns nothing yet.
     pub fn new(config: SessionConfig) -> Self {
-        Self { config, regions: Vec::new(), tensors: Vec::new(), pieces: Vec::new() }
+        let weights = Weights::on(config.device);
+        Self { config, weights, gpu: None, tensors: Vec::new(), pieces: Vec::new() }
     }
 
-    /// Takes over memory that tensors are in: one registration, however many tensors.
-    pub fn add_memory(&mut self, memory: LeaseMut) -> RegionIndex {
-        self.regions.push(memory);
-        RegionIndex((self.regions.len() - 1) as u32)
+    /// Takes over host memory that tensors are in: one registration, however many tensors.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Declaration`] where this rank's weights are on a GPU ([`SessionConfig::device`]).
+    pub fn add_memory(&mut self, memory: LeaseMut) -> Result<RegionIndex, Error> {
+        match &mut self.weights {
+            Weights::Host(regions) => Ok(added(regions, memory)),
+            Weights::Device(_) => Err(self.elsewhere("host memory")),
+        }
+    }
+
+    /// The same of memory of this rank's GPU. What a push sends is what stands there when it begins: wait for the streams that
+    /// change it before [`TrainerSession::push`], and change nothing until that returns. A framework's own memory comes from
+    /// `gpu_mem::Foreign`, which can tell before each push whether it is still allocated.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Declaration`] where this rank's weights are in host memory.
+    pub fn add_device_memory(&mut self, memory: DeviceRange) -> Result<RegionIndex, Error> {
+        match &mut self.weights {
+            Weights::Device(regions) => Ok(added(regions, memory)),
+            Weights::Host(_) => Err(self.elsewhere("GPU memory")),
+        }
+    }
+
+    fn elsewhere(&self, what: &str) -> Error {
+        let (rank, device) = (Rank::Trainer(TrainerRank(self.config.rank)), self.config.device);
+        Error::Declaration {
+            name: rank.to_string(),
+            reason: format!("its device is {device}, and it is given {what}"),
+        }
     }
 
     /// Declares a tensor at `offset_bytes` of a region of [`Trainer::add_memory`].
@@ -90,7 +126,7 @@ impl Trainer {
         offset_bytes: u64,
     ) -> Result<TensorId, Error> {
         let bytes = spec.bytes()?;
-        let len = self.regions.get(region.index()).map_or(0, LeaseMut::len) as u64;
+        let len = self.weights.region_len(region.index());
         if offset_bytes.checked_add(bytes).is_none_or(|end| end > len) {
             let reason = format!("{bytes} bytes at {offset_bytes} do not fit in {region} of {len} bytes");
             return Err(Error::Declaration { name: spec.name, reason });
@@ -106,18 +142,19 @@ impl Trainer {
         Ok(TensorId(self.tensors.len() - 1))
     }
 
-    /// Declares a tensor with memory of its own, which it must fill.
+    /// Declares a tensor with host memory of its own, which it must fill.
     pub fn register(&mut self, spec: TensorSpec, memory: LeaseMut) -> Result<TensorId, Error> {
         let bytes = spec.bytes()?;
         if memory.len() as u64 != bytes {
             let reason = format!("its box has {bytes} bytes, but the memory has {}", memory.len());
             return Err(Error::Declaration { name: spec.name, reason });
         }
-        let region = self.add_memory(memory);
+        let region = self.add_memory(memory)?;
         self.register_at(spec, region, 0)
     }
 
-    /// Declares many tensors in one fresh, zeroed region; the ids are in the order of `specs`.
+    /// Declares many tensors in one fresh, zeroed region where this rank's weights are ([`SessionConfig::device`]); the ids are
+    /// in the order of `specs`.
     pub fn allocate(&mut self, specs: Vec<TensorSpec>) -> Result<Vec<TensorId>, Error> {
         let mut offsets = Vec::with_capacity(specs.len());
         let mut end = 0_u64;
@@ -129,18 +166,40 @@ impl Trainer {
             offsets.push(start);
         }
         let memory = |reason: String| Error::Memory { what: "weights", reason };
-        let bytes = usize::try_from(end).map_err(|error| memory(error.to_string()))?;
-        let region = self.add_memory(LeaseMut::zeroed(bytes).map_err(|error| memory(error.to_string()))?);
+        let region = match self.gpu()? {
+            Some(gpu) => {
+                let memory = gpu.zeroed(end)?;
+                self.add_device_memory(memory)?
+            }
+            None => {
+                let bytes = usize::try_from(end).map_err(|error| memory(error.to_string()))?;
+                self.add_memory(LeaseMut::zeroed(bytes).map_err(|error| memory(error.to_string()))?)?
+            }
+        };
         specs.into_iter().zip(offsets).map(|(spec, offset)| self.register_at(spec, region, offset)).collect()
     }
 
-    /// A tensor's bytes, to fill before connecting.
+    fn gpu(&mut self) -> Result<Option<&Arc<Gpu>>, Error> {
+        if self.gpu.is_none() {
+            self.gpu = Gpu::of(self.config.device)?;
+        }
+        Ok(self.gpu.as_ref())
+    }
+
+    /// A tensor's bytes in host memory, to fill before connecting.
     pub fn tensor_mut(&mut self, id: TensorId) -> Option<&mut [u8]> {
         let tensor = self.tensors.get(id.0)?;
-        self.regions
-            .get_mut(tensor.region.index())?
-            .bytes_mut()
-            .get_mut(tensor.offset..tensor.offset + tensor.len)
+        self.weights.bytes_mut(tensor.region.index(), tensor.offset..tensor.offset + tensor.len)
+    }
+
+    /// Fills a tensor, wherever it is, with bytes as long.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Declaration`] for bytes of another length, or a tensor of another session; [`Error::Gpu`].
+    pub fn write(&mut self, id: TensorId, bytes: &[u8]) -> Result<(), Error> {
+        let gpu = self.gpu()?.cloned();
+        write(&self.tensors, &mut self.weights, gpu.as_deref(), id, bytes)
     }
 
     /// Joins the job: exchanges manifests, takes this rank's part of the plan, connects and warms the rails, and
@@ -149,9 +208,30 @@ impl Trainer {
     /// # Errors
     ///
     /// Whatever keeps this rank, or any other, from being ready within the deadline, by name.
-    pub async fn connect(self) -> Result<TrainerSession, Error> {
+    pub async fn connect(mut self) -> Result<TrainerSession, Error> {
+        self.gpu()?;
         let mut session = TrainerSession::new(self)?;
         session.ready().await?;
         Ok(session)
     }
+}
+
+fn added<M>(regions: &mut Vec<M>, memory: M) -> RegionIndex {
+    regions.push(memory);
+    RegionIndex((regions.len() - 1) as u32)
+}
+
+/// Fills a tensor, wherever it is.
+fn write(
+    tensors: &[Tensor],
+    weights: &mut Weights,
+    gpu: Option<&Gpu>,
+    id: TensorId,
+    bytes: &[u8],
+) -> Result<(), Error> {
+    let Some(tensor) = tensors.get(id.0).filter(|tensor| tensor.len == bytes.len()) else {
+        let reason = format!("it has not {} bytes, or belongs to another session", bytes.len());
+        return Err(Error::Declaration { name: format!("tensor number {}", id.0), reason });
+    };
+    weights.write(gpu, tensor.region.index(), tensor.offset, bytes)
 }

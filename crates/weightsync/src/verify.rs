@@ -12,20 +12,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-use efa_core::{Lease, Target};
 use rendezvous::{Checksum, ParamSum, PushId, Verify};
 use tokio::sync::oneshot;
 use xfer_plan::{Inbound, Op, ParamId, ReceiverRank, RegionIndex, Strided};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::Error;
+use crate::memory::{Exposed, Lent, Rows};
 use crate::report::VerifyReport;
 use worker::Worker;
 
 mod worker;
-
-/// Copied at once from memory that others may write; with what hashes it, it stays in a core's own cache.
-const BLOCK_BYTES: usize = 128 << 10;
 
 /// An inference rank has one region.
 const ARENA: RegionIndex = RegionIndex(0);
@@ -87,7 +84,7 @@ impl Outgoing {
     }
 
     /// Begins to hash the operations in these regions.
-    pub(crate) fn start(&self, push: PushId, regions: Vec<Lease>) -> Summing {
+    pub(crate) fn start(&self, push: PushId, regions: Lent) -> Summing {
         let Self { worker, verify, ops, names, progress } = self;
         let (ops, names, progress, verify) = (ops.clone(), names.clone(), progress.clone(), *verify);
         let (reply, summed) = oneshot::channel::<Option<Summed>>();
@@ -125,12 +122,7 @@ fn place(op: &Op) -> (Strided, Strided, u32, u32) {
 
 /// Hashes the covered operations, while `next` says to go on. `None` if it did not, or where an operation reads outside the
 /// regions.
-fn sum(
-    ops: &[Op],
-    regions: &[Lease],
-    covered: &BTreeSet<ParamId>,
-    next: impl Fn() -> bool,
-) -> Option<Summed> {
+fn sum(ops: &[Op], regions: &Lent, covered: &BTreeSet<ParamId>, next: impl Fn() -> bool) -> Option<Summed> {
     let began = Instant::now();
     let mut sums: BTreeMap<(ReceiverRank, ParamId), Checksum> = BTreeMap::new();
     let mut bytes = 0;
@@ -152,15 +144,15 @@ fn sum(
 }
 
 /// `None` where it reads outside the regions.
-fn hash_sent(op: &Op, regions: &[Lease]) -> Option<u128> {
-    let source = regions.get(op.source.region.index())?.bytes();
+fn hash_sent(op: &Op, regions: &Lent) -> Option<u128> {
     let mut hash = hasher(op.destination);
-    for row in 0..u64::from(op.rows) {
-        let from = op.source.offset.checked_add(row.checked_mul(op.source.stride)?)?;
-        let from = usize::try_from(from).ok()?;
-        hash.update(source.get(from..from.checked_add(op.row_bytes as usize)?)?);
-    }
+    let rows = rows(op.source, op.rows, op.row_bytes);
+    regions.rows(op.source.region.index(), rows, &mut |bytes| hash.update(bytes))?;
     Some(hash.digest128())
+}
+
+fn rows(at: Strided, count: u32, bytes: u32) -> Rows {
+    Rows { offset: at.offset, count: count.into(), bytes: bytes.into(), stride: at.stride }
 }
 
 impl Summing {
@@ -231,7 +223,7 @@ impl Incoming {
         &self,
         (push, version): (PushId, u64),
         sent: Vec<(ParamId, Checksum)>,
-        arena: Target,
+        arena: Exposed,
     ) -> oneshot::Receiver<Compared> {
         let Self { worker, verify, inbound, names, progress } = self;
         let (inbound, names, progress, verify) = (inbound.clone(), names.clone(), progress.clone(), *verify);
@@ -255,20 +247,19 @@ impl Incoming {
 /// what was sent. What was not read counts as that.
 fn compare(
     inbound: &[Inbound],
-    arena: &Target,
+    arena: &Exposed,
     covered: &BTreeSet<ParamId>,
     sent: &BTreeMap<ParamId, Checksum>,
     next: impl Fn(u64) -> bool,
 ) -> Result<VerifyReport, BTreeSet<ParamId>> {
     let began = Instant::now();
     let mut found: BTreeMap<ParamId, Checksum> = BTreeMap::new();
-    let mut block = vec![0; BLOCK_BYTES];
     let mut bytes = 0;
     for arrived in inbound.iter().filter(|arrived| covered.contains(&arrived.param)) {
         if !next(arrived.bytes()) {
             break;
         }
-        if let Some(hash) = hash_arrived(arrived, arena, &mut block) {
+        if let Some(hash) = hash_arrived(arrived, arena) {
             found.entry(arrived.param).or_default().add(hash.into());
             bytes += arrived.bytes();
         }
@@ -285,25 +276,10 @@ fn compare(
 }
 
 /// `None` where it is not all in the arena.
-fn hash_arrived(arrived: &Inbound, arena: &Target, block: &mut [u8]) -> Option<u128> {
-    let Inbound { destination, .. } = arrived;
-    let (rows, row_bytes) = match destination.stride == u64::from(arrived.row_bytes) {
-        true => (1, arrived.bytes()),
-        false => (u64::from(arrived.rows), u64::from(arrived.row_bytes)),
-    };
-    let mut hash = hasher(*destination);
-    for row in 0_u64..rows {
-        let mut at =
-            usize::try_from(destination.offset.checked_add(row.checked_mul(destination.stride)?)?).ok()?;
-        let mut left = usize::try_from(row_bytes).ok()?;
-        while left > 0 {
-            let len = left.min(block.len());
-            let block = block.get_mut(..len)?;
-            arena.read(at, block).ok()?;
-            hash.update(block);
-            (at, left) = (at.checked_add(len)?, left - len);
-        }
-    }
+fn hash_arrived(arrived: &Inbound, arena: &Exposed) -> Option<u128> {
+    let mut hash = hasher(arrived.destination);
+    let rows = rows(arrived.destination, arrived.rows, arrived.row_bytes);
+    arena.rows(rows, &mut |bytes| hash.update(bytes))?;
     Some(hash.digest128())
 }
 

@@ -236,7 +236,7 @@ fn wrong_declarations_are_refused_by_name() {
     let short = weightsync::LeaseMut::zeroed(63).unwrap();
     let error = trainer.register(spec(), short).unwrap_err().to_string();
     assert!(error.contains("model.w") && error.contains("64 bytes") && error.contains("63"), "{error}");
-    let region = trainer.add_memory(weightsync::LeaseMut::zeroed(100).unwrap());
+    let region = trainer.add_memory(weightsync::LeaseMut::zeroed(100).unwrap()).unwrap();
     trainer.register_at(spec(), region, 36).unwrap();
     let error = trainer.register_at(spec(), region, 37).unwrap_err().to_string();
     assert!(error.contains("model.w") && error.contains("do not fit"), "{error}");

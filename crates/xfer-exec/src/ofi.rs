@@ -5,15 +5,21 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use efa_core::{Completion, Lease, MemoryRef, PeerId, RailAddress, RegionId, RemoteRegion, Write};
+use efa_core::{Completion, Lease, PeerId, RailAddress, RegionId, RemoteRegion, Write};
 use xfer_plan::{ReceiverRank, RegionIndex};
 
 use crate::program::WriteId;
 use crate::rail::{Armed, Done, Rail, RailError, RailLimits, RailWrite, Rows, SOFTWARE_IN_FLIGHT_BYTES_MAX};
 
+#[cfg(feature = "cuda")]
+mod device;
+mod source;
 mod target;
 mod warm_up;
 
+#[cfg(feature = "cuda")]
+pub use device::{DeviceOfiRail, for_nics};
+pub use source::OfiSource;
 pub use target::OfiTarget;
 use warm_up::{Scratch, warm_up};
 
@@ -28,21 +34,21 @@ pub struct OfiPeer {
     pub scratch: RemoteRegion,
 }
 
-/// The sender's side of a rail.
-pub struct OfiRail {
+/// The sender's side of a rail, which reads host memory or a GPU's.
+pub struct OfiRail<S: OfiSource = Lease> {
     rail: efa_core::Rail,
     depth: u32,
     /// By base address.
-    memories: Vec<(MemoryRef, RegionId)>,
+    memories: Vec<(S::Memory, RegionId)>,
     /// By receiver.
     peers: Vec<Option<(PeerId, Vec<RemoteRegion>)>>,
-    batch: VecDeque<Write>,
+    batch: VecDeque<Write<S>>,
     /// Beside `batch`: what a refused WRITE is turned back into.
     targets: VecDeque<(ReceiverRank, RegionIndex, u64, u32)>,
     completions: Vec<Completion>,
 }
 
-impl OfiRail {
+impl<S: OfiSource> OfiRail<S> {
     /// Registers `memories`, connects to `peers`, and writes a few bytes to each: the first push finds every
     /// connection made, and a peer that cannot be reached is named before it.
     ///
@@ -51,7 +57,7 @@ impl OfiRail {
     /// [`RailError`] naming the peer that could not be written to within `deadline`.
     pub fn connect(
         rail: efa_core::Rail,
-        memories: &[MemoryRef],
+        memories: &[S::Memory],
         peers: BTreeMap<ReceiverRank, OfiPeer>,
         deadline: Duration,
     ) -> Result<Self, RailError> {
@@ -68,7 +74,7 @@ impl OfiRail {
     /// [`RailError`] where memory cannot be registered, or an address makes no sense.
     pub fn connect_cold(
         rail: efa_core::Rail,
-        memories: &[MemoryRef],
+        memories: &[S::Memory],
         peers: BTreeMap<ReceiverRank, OfiPeer>,
     ) -> Result<Self, RailError> {
         Ok(Self::insert(rail, memories, peers)?.0)
@@ -77,18 +83,11 @@ impl OfiRail {
     /// Registers memories and inserts peers; also where the warm-ups go.
     fn insert(
         mut rail: efa_core::Rail,
-        memories: &[MemoryRef],
+        memories: &[S::Memory],
         peers: BTreeMap<ReceiverRank, OfiPeer>,
     ) -> Result<(Self, Vec<Scratch>), RailError> {
         let name = rail.name().to_owned();
         let failed = |reason: String| RailError { rail: name.clone(), reason };
-        let mut memories = memories
-            .iter()
-            .map(|memory| {
-                Ok((memory.clone(), rail.register(memory).map_err(|error| failed(error.to_string()))?))
-            })
-            .collect::<Result<Vec<_>, RailError>>()?;
-        memories.sort_by_key(|(memory, _)| memory.base_address());
         let ranks = peers.last_key_value().map_or(0, |(last, _)| last.index() + 1);
         let mut connected = vec![None; ranks];
         let mut scratches = Vec::new();
@@ -97,16 +96,30 @@ impl OfiRail {
             scratches.push((rank, to, peer.scratch));
             connected[rank.index()] = Some((to, peer.regions));
         }
-        let this = Self {
+        let mut this = Self {
             depth: rail.room(),
             rail,
-            memories,
+            memories: Vec::new(),
             peers: connected,
             batch: VecDeque::new(),
             targets: VecDeque::new(),
             completions: Vec::new(),
         };
+        memories.iter().try_for_each(|memory| this.register(memory))?;
         Ok((this, scratches))
+    }
+
+    /// Registers one more memory to write from.
+    ///
+    /// # Errors
+    ///
+    /// [`RailError`] where it cannot be registered.
+    pub fn register(&mut self, memory: &S::Memory) -> Result<(), RailError> {
+        let id = S::register(&mut self.rail, memory).map_err(|error| self.error(error.to_string()))?;
+        let base = S::base_address(memory);
+        let at = self.memories.partition_point(|(other, _)| S::base_address(other) < base);
+        self.memories.insert(at, (memory.clone(), id));
+        Ok(())
     }
 
     fn error(&self, reason: String) -> RailError {
@@ -114,13 +127,14 @@ impl OfiRail {
     }
 
     /// A WRITE as libfabric takes it.
-    fn prepare(&self, write: RailWrite<Lease>) -> Result<Write, Box<(RailWrite<Lease>, String)>> {
+    fn prepare(&self, write: RailWrite<S>) -> Result<Write<S>, Box<(RailWrite<S>, String)>> {
         let memory = write.from.memory();
-        let at = self.memories.partition_point(|(other, _)| other.base_address() < memory.base_address());
-        let region = self.memories.get(at).filter(|(other, _)| other.ptr_eq(memory)).map(|(_, id)| *id);
+        let base = S::base_address(memory);
+        let at = self.memories.partition_point(|(other, _)| S::base_address(other) < base);
+        let region = self.memories.get(at).filter(|(other, _)| S::same(other, memory)).map(|(_, id)| *id);
         let target = self.peers.get(write.to.index()).and_then(Option::as_ref).and_then(|(peer, regions)| {
             let remote = regions.get(write.region.index())?;
-            Some((*peer, remote.at(write.offset, write.from.len() as u64)))
+            Some((*peer, remote.at(write.offset, write.from.bytes())))
         });
         match (region, target) {
             _ if write.rows.count != 1 => Err(Box::new((write, "a rail of libfabric takes one row".into()))),
@@ -143,8 +157,8 @@ impl OfiRail {
     }
 }
 
-impl Rail for OfiRail {
-    type Buffer = Lease;
+impl<S: OfiSource> Rail for OfiRail<S> {
+    type Buffer = S;
 
     fn name(&self) -> String {
         self.rail.name().to_owned()
@@ -157,7 +171,7 @@ impl Rail for OfiRail {
         RailLimits { depth: self.depth, in_flight_bytes_max, takes_rows: false }
     }
 
-    fn post(&mut self, writes: &mut VecDeque<RailWrite<Lease>>) -> Result<(), RailError> {
+    fn post(&mut self, writes: &mut VecDeque<RailWrite<S>>) -> Result<(), RailError> {
         let mut failed = None;
         while let Some(write) = writes.pop_front() {
             let target = (write.to, write.region, write.offset, write.tag);
@@ -189,7 +203,7 @@ impl Rail for OfiRail {
         {
             writes.push_front(RailWrite {
                 id: WriteId::from_token(write.token),
-                rows: Rows::one(write.from.len() as u32),
+                rows: Rows::one(write.from.bytes() as u32),
                 from: write.from,
                 to,
                 region,
@@ -206,12 +220,12 @@ impl Rail for OfiRail {
         }
     }
 
-    fn poll(&mut self, done: &mut Vec<Done<Lease>>) -> Result<(), RailError> {
+    fn poll(&mut self, done: &mut Vec<Done<S>>) -> Result<(), RailError> {
         let polled = self.rail.poll(&mut self.completions);
         for completion in self.completions.drain(..) {
             match completion {
                 Completion::Op { token, result, lease, .. } => {
-                    if let Some(from) = lease.shared() {
+                    if let Some(from) = S::returned(lease) {
                         let result = result.map(drop).map_err(|error| error.to_string());
                         done.push(Done { id: WriteId::from_token(token), from, result });
                     }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests on this host's GPUs, then the benchmark. `cargo xtask hw` makes the folder that this lies in and runs it; on a host
+# The tests on this host's GPUs and a whole job, then the benchmark. `cargo xtask hw` makes the folder that this lies in and runs it; on a host
 # without Rust or a network, run it by hand. It ends with 1 if a test failed or a result was wrong.
 set -u
 
@@ -52,7 +52,7 @@ check() {
     echo "==> $name"
     if timeout -k 10 "$seconds" "$@" >"$log" 2>&1; then
         sed -n '/^skipped: /p' "$log" | sort | uniq -c
-        grep -E '^(test result|=+ ERROR SUMMARY)' "$log"
+        grep -E '^(test result|=+ ERROR SUMMARY|verified)' "$log"
     else
         local status=$?
         cat "$log"
@@ -67,6 +67,8 @@ run_tests() {
         # One at a time: some of them fill the GPU's memory.
         check "${binary##*/}" "$plain_seconds" "$binary" --test-threads=1 --show-output
     done
+    # A whole job, in processes; it writes its checkpoint (1.2 GB) on the first run.
+    check "demo" "$plain_seconds" "$here/weightsync" demo --device cuda
 }
 
 run_sanitized() {

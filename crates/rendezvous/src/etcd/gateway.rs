@@ -227,7 +227,7 @@ fn with_sources(error: &dyn std::error::Error) -> String {
 }
 
 /// What an answer means.
-fn answer((status, bytes): (StatusCode, Vec<u8>)) -> Result<Value, Failure> {
+pub(super) fn answer((status, bytes): (StatusCode, Vec<u8>)) -> Result<Value, Failure> {
     // A stream has one value a line; ours have one.
     let first = serde_json::Deserializer::from_slice(&bytes).into_iter::<Value>().next();
     if let (StatusCode::OK, Some(Ok(value))) = (status, &first)

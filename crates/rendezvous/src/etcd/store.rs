@@ -101,11 +101,7 @@ impl Store {
         let ranges = keys.iter().map(|key| json!({ "request_range": { "key": self.encoded(key) } }));
         let body = json!({ "success": ranges.collect::<Vec<_>>() });
         let answer: Transaction = self.call("/v3/kv/txn", body).await?;
-        let entries = answer.responses.into_iter().map(|response| {
-            let entry = response.response_range.and_then(|range| range.kvs.into_iter().next());
-            entry.map(Entry::try_from).transpose()
-        });
-        let entries: Vec<Option<Entry>> = entries.collect::<Result<_, _>>()?;
+        let entries: Vec<Option<Entry>> = answer.entries()?;
         entries.try_into().map_err(|_| malformed("an answer for each key is missing"))
     }
 
@@ -191,6 +187,26 @@ struct Transaction {
     succeeded: bool,
     #[serde(default)]
     responses: Vec<Response>,
+}
+
+impl Transaction {
+    /// What each range holds of its one key.
+    fn entries(self) -> Result<Vec<Option<Entry>>, Failure> {
+        let entries = self.responses.into_iter().map(|response| {
+            let entry = response.response_range.and_then(|range| range.kvs.into_iter().next());
+            entry.map(Entry::try_from).transpose()
+        });
+        entries.collect()
+    }
+}
+
+/// What is made of bytes that somebody says in etcd's place: values of keys.
+#[cfg(feature = "fuzzing")]
+pub(super) fn values(status: u16, bytes: Vec<u8>) -> Option<Vec<Entry>> {
+    let answer = super::gateway::answer((hyper::StatusCode::from_u16(status).ok()?, bytes)).ok()?;
+    let _ = serde_json::from_value::<Streamed<Granted>>(answer.clone());
+    let answer: Transaction = serde_json::from_value(answer).ok()?;
+    Some(answer.entries().ok()?.into_iter().flatten().collect())
 }
 
 #[derive(Deserialize)]

@@ -10,7 +10,7 @@ use weightsync::SessionConfig;
 
 use super::access::{NAME_VARIABLE, RENDEZVOUS_VARIABLE};
 use super::local_rank::{self, LocalRank};
-use super::{JobArgs, MetricsArgs, RailArgs};
+use super::{DeviceArg, JobArgs, MetricsArgs, RailArgs};
 
 /// Which rank of a job, where it runs and what it loads.
 #[derive(Args, Clone)]
@@ -28,6 +28,9 @@ pub(crate) struct RankArgs {
     /// The name or address in the controller's certificate, with TLS [default: the host of --controller]
     #[arg(long, value_name = "NAME", env = NAME_VARIABLE, hide_env_values = true)]
     pub(crate) tls_name: Option<String>,
+    /// Where this rank's weights are: cpu, cuda:N, or cuda, which is the GPU of this rank's number on its host (--local-rank)
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    pub(crate) device: DeviceArg,
     #[command(flatten)]
     pub(crate) rail: RailArgs,
     /// The address that this rank's rail binds to [default: the one that reaches the controller]
@@ -75,9 +78,9 @@ impl RankArgs {
         config.cpus = self.cpus.iter().flat_map(CpuSet::iter).map(|cpu| cpu as usize).collect();
         let variable = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
         let launched = || local_rank::of_launcher(&variable);
-        if let Some(LocalRank { index, count }) =
-            self.local_rank.map_or_else(launched, |rank| Ok(Some(rank)))?
-        {
+        let local_rank = self.local_rank.map_or_else(launched, |rank| Ok(Some(rank)))?;
+        config.device = self.device.of_local_rank(local_rank.map_or(0, |rank| rank.index))?;
+        if let Some(LocalRank { index, count }) = local_rank {
             config.place(index, count)?;
         }
         Ok(config)

@@ -39,7 +39,7 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     };
     let checkpoint = Checkpoint::open(&path)?;
     let world = World { trainers: args.trainers, inference: args.inference };
-    let mut demo = Demo::new(&args, world);
+    let mut demo = Demo::new(&args, world)?;
     if !args.json {
         say!("checkpoint {} ({})", path.display(), bytes_text(checkpoint.bytes()));
         say!("{world}, {} versions, fabric {}", args.steps, args.rail.fabric);
@@ -88,7 +88,7 @@ struct Demo {
 }
 
 impl Demo {
-    fn new(args: &DemoArgs, world: World) -> Self {
+    fn new(args: &DemoArgs, world: World) -> anyhow::Result<Self> {
         let bar = bar(
             args.steps.saturating_mul(u64::from(args.inference)),
             "{msg:32} {bar:40} {pos}/{len} rank versions verified",
@@ -97,9 +97,13 @@ impl Demo {
             Rank::Trainer(rank) => share(&args.rail.nic, rank.index(), args.trainers as usize),
             Rank::Receiver(rank) => share(&args.rail.nic, rank.index(), args.inference as usize),
         };
-        let ranks = world.members().map(|rank| RankFacts::new(rank, nics(rank).len().max(1))).collect();
+        let rank = |(number, rank)| {
+            let device = args.device.of_local_rank(number)?;
+            anyhow::Ok(RankFacts::new(rank, device, nics(rank).len().max(1)))
+        };
+        let ranks = (0..).zip(world.members()).map(rank).collect::<Result<_, _>>()?;
         let facts = Facts::new(world, ranks);
-        Self { world, facts, trace: Trace::default(), bar, last_words: BTreeMap::new() }
+        Ok(Self { world, facts, trace: Trace::default(), bar, last_words: BTreeMap::new() })
     }
 
     /// Starts the job and follows it to its end.
@@ -219,6 +223,9 @@ impl Demo {
         ]
         .map(OsString::from)
         .into();
+        if let Some(facts) = self.facts.ranks.get(number) {
+            line.extend(["--device".into(), facts.device.clone().into()]);
+        }
         if let Some(gbps) = args.rail.nic_gbps {
             line.extend(["--nic-gbps".into(), gbps.to_string().into()]);
         }

@@ -118,7 +118,9 @@ fn meaning(snapshot: &Snapshot, libfabric: Option<&Libfabric>) -> Vec<String> {
     }
     match (snapshot.gpus.len(), &snapshot.nvidia_driver_version) {
         (0, _) => lines.push("no NVIDIA GPU: weights live in host memory".into()),
-        (gpus, Some(_)) => lines.push(format!("{gpus} NVIDIA GPUs; this release pushes host memory only")),
+        (gpus, Some(_)) => lines.push(format!(
+            "{gpus} NVIDIA GPUs: weights may be on them (--device cuda), where both ends of a push are on this host"
+        )),
         (gpus, None) => lines.push(format!("{gpus} NVIDIA GPUs, but their driver is not loaded")),
     }
     lines

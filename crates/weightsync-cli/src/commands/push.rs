@@ -27,9 +27,17 @@ pub(crate) async fn run(args: PushArgs) -> anyhow::Result<()> {
     let _page = args.rank.metrics.serve(&config.metrics).await?;
     let mut trainer = Trainer::new(config);
     let ids = trainer.allocate(shards.clone())?;
+    let mut offloaded = Vec::new();
     for (shard, id) in shards.iter().zip(&ids) {
-        let into = trainer.tensor_mut(*id).ok_or_else(|| anyhow!("no memory for {}", shard.name))?;
-        checkpoint.read_box(&shard.name, &shard.bounds, into)?;
+        match trainer.tensor_mut(*id) {
+            Some(into) => checkpoint.read_box(&shard.name, &shard.bounds, into)?,
+            None => {
+                let mut bytes = vec![0; usize::try_from(shard.bytes()?)?];
+                checkpoint.read_box(&shard.name, &shard.bounds, &mut bytes)?;
+                trainer.write(*id, &bytes)?;
+                offloaded.push(bytes);
+            }
+        }
     }
     let weight_bytes = shards.iter().map(TensorSpec::bytes).sum::<Result<u64, _>>()?;
     Event::Loaded { weight_bytes, seconds: began.elapsed().as_secs_f64() }.print(json);
@@ -47,7 +55,7 @@ pub(crate) async fn run(args: PushArgs) -> anyhow::Result<()> {
         if trained > 0 {
             tokio::time::sleep(args.pause).await;
         }
-        train(&mut session, &shards, &ids, (trained, step))?;
+        train(&mut session, &shards, &ids, &mut offloaded, (trained, step))?;
         trained = step;
         let report = match push(&mut session, step, args.retries).await {
             Ok(Some(report)) => report,
@@ -109,17 +117,27 @@ async fn push(
     }
 }
 
-/// The stand-in for optimiser steps: brings every weight from one step to another.
+/// The stand-in for optimiser steps: brings every weight from one step to another. Weights on a GPU are changed in host memory, where
+/// they are `offloaded`, and copied over.
 fn train(
     session: &mut TrainerSession,
     shards: &[TensorSpec],
     ids: &[TensorId],
+    offloaded: &mut [Vec<u8>],
     steps: (u64, u64),
 ) -> anyhow::Result<()> {
+    let mut offloaded = offloaded.iter_mut();
     for (TensorSpec { name, dtype, shape, bounds }, id) in shards.iter().zip(ids) {
-        let bytes = session.tensor_mut(*id)?;
+        let mut host = offloaded.next();
+        let bytes = match &mut host {
+            Some(bytes) => bytes.as_mut_slice(),
+            None => session.tensor_mut(*id)?,
+        };
         if !training::advance_box(*dtype, name, shape, bounds, steps, bytes) {
             return Err(anyhow!("{name}: the shard does not fit its box"));
+        }
+        if let Some(bytes) = host {
+            session.write(*id, bytes)?;
         }
     }
     Ok(())

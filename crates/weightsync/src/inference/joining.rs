@@ -3,20 +3,23 @@
 //!
 //! Every step leaves its result with the session, so a call that is dropped in the middle is taken up by the next.
 
-use efa_core::{LeaseMut, RegionError, Target};
+use efa_core::{LeaseMut, RegionError};
 use rendezvous::member::InferenceStep;
 use rendezvous::{Holds, Join, MemberManifest, Planned, PlannedPart, RendezvousError};
+use xfer_exec::cuda::{self, Arrivals};
 use xfer_exec::local::{Doorman, LocalError};
 use xfer_exec::ofi::OfiTarget;
 use xfer_plan::{RailDecl, Rank, ReceiverManifest, ReceiverRank};
 
 use super::InferenceSession;
 use super::session::LOST;
+use crate::arena::Ways;
 use crate::connect::decode_peers;
-use crate::endpoint::{Endpoint, LocalEndpoint, RailEndpoint};
+use crate::endpoint::{Endpoint, LocalEndpoint, LocalMemory, RailEndpoint};
 use crate::error::Error;
 use crate::fabric::{self, FabricError, OpenRail};
 use crate::line::out_of_turn;
+use crate::memory::Exposed as Arena;
 use crate::verify::Incoming;
 
 /// Bytes that anybody may overwrite, for warm-ups.
@@ -31,6 +34,8 @@ pub(super) struct Exposed {
     rails: usize,
     target: Option<OfiTarget>,
     _doorman: Option<Doorman>,
+    /// What senders tell; nothing, while this rank passes nothing on.
+    _arrivals: Option<Arrivals>,
 }
 
 impl InferenceSession {
@@ -89,7 +94,7 @@ impl InferenceSession {
         }
         let local = self.line.open().await?;
         let opened = fabric::open(&self.config, self.config.bind.unwrap_or(local))?;
-        let declared = fabric::declare(&self.config, &opened);
+        let declared = fabric::declare(&self.config, &opened, self.arenas.gpu());
         let endpoint = self.expose(opened)?;
         let join = self.describe(declared, &endpoint)?;
         self.was_undecided = self.member.is_undecided();
@@ -101,23 +106,32 @@ impl InferenceSession {
     fn expose(&mut self, mut opened: Vec<OpenRail>) -> Result<Endpoint, Error> {
         let peer = self.rank().to_string();
         let local_error = |error: LocalError| FabricError::Local { peer, reason: error.to_string() };
-        let (arenas, files) = self.arenas.expose();
-        let doorman = files.map(Doorman::open).transpose().map_err(local_error)?;
+        let (arenas, Ways { files, device }) = self.arenas.expose()?;
+        let memory = if device.is_empty() { LocalMemory::Host } else { LocalMemory::Device };
+        let (doorman, arrivals) = match (device.is_empty(), files.is_empty()) {
+            (false, _) => {
+                let (doorman, arrivals) = cuda::expose(device)?;
+                (Some(doorman), Some(arrivals))
+            }
+            (true, false) => (Some(Doorman::open(files).map_err(local_error)?), None),
+            (true, true) => (None, None),
+        };
         let rails = opened.iter_mut().map(|opened| expose(opened, &arenas)).collect::<Result<_, _>>()?;
-        let bytes = arenas.iter().map(|arena| arena.len() as u64).collect();
+        let bytes = arenas.iter().map(Arena::len).collect();
         let endpoint = Endpoint {
             host: fabric::host_identity(),
             rails,
-            local: doorman.as_ref().map(|doorman| LocalEndpoint::new(doorman.address(), bytes)),
+            local: doorman.as_ref().map(|doorman| LocalEndpoint::new(doorman.address(), memory, bytes)),
             stages: self.arenas.has_banks(),
         };
         let rails: Vec<_> = opened.into_iter().map(|opened| opened.rail).collect();
         let count = rails.len();
+        self.has_rails = count > 0;
         let target = match rails.is_empty() {
             true => None,
             false => Some(OfiTarget::start(rails, self.config.cpus.clone())?),
         };
-        self.exposed = Exposed { rails: count, target, _doorman: doorman };
+        self.exposed = Exposed { rails: count, target, _doorman: doorman, _arrivals: arrivals };
         Ok(endpoint)
     }
 
@@ -125,7 +139,7 @@ impl InferenceSession {
         let config = &self.config;
         let manifest = ReceiverManifest {
             host: endpoint.host.clone(),
-            regions: vec![self.arenas.served().len() as u64],
+            regions: vec![self.arenas.served().len()],
             rails,
             params: self.params.clone(),
         };
@@ -159,7 +173,7 @@ impl InferenceSession {
             self.line.give_up(CANNOT_PASS_ON.into()).await;
             return Err(FabricError::Rail(CANNOT_PASS_ON.into()).into());
         }
-        let sizes = (part.bytes, self.arenas.served().len() as u64);
+        let sizes = (part.bytes, self.arenas.served().len());
         self.incoming = match Incoming::new(planned.verify, inbound, names, sizes, self.line.progress()) {
             Ok(incoming) => incoming,
             Err(error) => {
@@ -217,16 +231,20 @@ impl Exposed {
 }
 
 /// Exposes arenas and a scratch page on the rail, and describes them.
-fn expose(opened: &mut OpenRail, arenas: &[Target]) -> Result<RailEndpoint, Error> {
+fn expose(opened: &mut OpenRail, arenas: &[Arena]) -> Result<RailEndpoint, Error> {
     let rail_error = |error: RegionError| FabricError::Rail(error.to_string());
     let scratch = LeaseMut::zeroed(SCRATCH_BYTES)
         .map_err(|error| Error::Memory { what: "the scratch page", reason: error.to_string() })?
         .expose();
     let (_, scratch) = opened.rail.expose(&scratch).map_err(rail_error)?;
     // A rank that needs nothing has nothing to expose.
-    let arenas = arenas.iter().filter(|arena| !arena.is_empty());
-    let regions = arenas.map(|arena| Ok(opened.rail.expose(arena)?.1)).collect::<Result<_, _>>();
-    let regions = regions.map_err(rail_error)?;
+    let arenas = arenas.iter().filter(|arena| arena.len() > 0);
+    let regions = arenas.map(|arena| {
+        // Where this cannot be done, better now than after a commit.
+        arena.flush()?;
+        arena.expose(&mut opened.rail)
+    });
+    let regions = regions.collect::<Result<_, Error>>()?;
     Ok(RailEndpoint {
         provider: opened.provider.to_string(),
         address: opened.rail.address().clone(),

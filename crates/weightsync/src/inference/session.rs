@@ -36,7 +36,7 @@ pub(super) struct Showing {
     version: u64,
     /// The controller waits for a word of it.
     confirm: bool,
-    copying: Option<JoinHandle<Arenas>>,
+    copying: Option<JoinHandle<Result<Arenas, Error>>>,
     began: std::time::Instant,
 }
 
@@ -49,6 +49,8 @@ pub struct InferenceSession {
     pub(super) member: InferenceMember,
     // Field order is teardown order: nobody can write to the arena any more when it goes.
     pub(super) exposed: Exposed,
+    /// It is written to over libfabric, or was before it closed its rails.
+    pub(super) has_rails: bool,
     pub(super) arenas: Arenas,
     pub(super) hooks: Hooks,
     pub(super) params: Vec<DestinationParam>,
@@ -81,6 +83,7 @@ impl InferenceSession {
             line: Line::new(&config)?,
             member: InferenceMember::new(arenas.mode().stages()),
             exposed: Exposed::default(),
+            has_rails: false,
             arenas,
             hooks,
             params,
@@ -190,12 +193,13 @@ impl InferenceSession {
                         stage.next("verify", stages);
                         self.watch.stage("verify");
                     }
-                    match &self.incoming {
-                        Some(incoming) => {
+                    match (&self.incoming, self.flush()) {
+                        (Some(incoming), Ok(())) => {
                             self.verifying =
-                                Some(incoming.start((push, version), sums, self.arenas.written().clone()));
+                                Some(incoming.start((push, version), sums, self.arenas.written()));
                         }
-                        None => self.compared(Err(NOT_COMPARED.into()))?,
+                        (_, Err(error)) => self.compared(Err(error.to_string()))?,
+                        (None, _) => self.compared(Err(NOT_COMPARED.into()))?,
                     }
                 }
                 InferenceStep::Commit { version, .. } => {
@@ -248,16 +252,20 @@ impl InferenceSession {
         let mode = self.arenas.mode();
         // In place it has been stopped since the push began.
         let stopped = if mode.stages() { self.hooks.stop(version) } else { Ok(()) };
+        let flushed = self.flush();
         let showing = self.showing.insert(Showing { version, confirm, copying: None, began });
         if let Err(reason) = stopped {
             return Err(self.hook_failed(version, reason).await);
+        }
+        if let Err(error) = flushed {
+            return Err(self.cannot_show(error).await);
         }
         let arenas = self.arenas.clone();
         match mode {
             CommitMode::StagedCopy => {
                 showing.copying = Some(tokio::task::spawn_blocking(move || arenas.commit()));
             }
-            CommitMode::InPlace | CommitMode::Staged => self.arenas = arenas.commit(),
+            CommitMode::InPlace | CommitMode::Staged => self.arenas = arenas.commit()?,
         }
         Ok(())
     }
@@ -271,7 +279,11 @@ impl InferenceSession {
             return Err(Error::Broken);
         }
         if let Some(copying) = copying {
-            self.arenas = copying.await.map_err(|error| std::io::Error::other(error.to_string()))?;
+            let copied = copying.await.map_err(|error| std::io::Error::other(error.to_string()).into());
+            match copied.flatten() {
+                Ok(arenas) => self.arenas = arenas,
+                Err(error) => return Err(self.cannot_show(error).await),
+            }
         }
         self.showing = None;
         let confirms = if confirm { self.member.committed() } else { None };
@@ -282,6 +294,17 @@ impl InferenceSession {
             self.line.say(confirms)?;
         }
         Ok(self.push.take().map(|push| self.commits(push, began)))
+    }
+
+    /// Makes what NICs have written to this rank visible, where there are any.
+    fn flush(&self) -> Result<(), Error> {
+        if self.has_rails { self.arenas.written().flush() } else { Ok(()) }
+    }
+
+    /// The decision was taken, and its bytes are not what is served: this rank is lost to the job.
+    async fn cannot_show(&mut self, error: Error) -> Error {
+        self.line.leave(Some(error.to_string())).await;
+        error
     }
 
     /// The decision was taken, and the engine cannot follow it: this rank is lost to the job.
@@ -336,12 +359,11 @@ impl InferenceSession {
         if offset.checked_add(bytes).is_none_or(|end| end > len) {
             return Err(outside());
         }
-        let at = usize::try_from(param.offset + offset).map_err(|_| outside())?;
-        self.arenas.served().read(at, into).map_err(|_| outside())
+        self.arenas.served().read(param.offset + offset, into)
     }
 
     /// The base address of what is served, for an engine that reads the weights where they are: parameter `i` is at
-    /// `params()[i].offset` from it. Under [`CommitMode::Staged`] every commit changes it; otherwise it stays the same until the
+    /// `params()[i].offset` from it. On a GPU it is an address of that GPU. Under [`CommitMode::Staged`] every commit changes it; otherwise it stays the same until the
     /// session is dropped.
     pub fn arena_ptr(&self) -> *mut u8 {
         self.arenas.served().as_ptr()

@@ -95,7 +95,7 @@ impl TrainerSession {
         let manifest = TrainerManifest {
             host: fabric::host_identity(),
             regions: self.region_bytes.clone(),
-            rails: fabric::declare(config, &opened),
+            rails: fabric::declare(config, &opened, self.gpu.as_deref()),
             pieces: self.pieces.clone(),
         };
         let endpoint = Endpoint {
@@ -133,8 +133,10 @@ impl TrainerSession {
         self.decided = self.undecided.take().filter(|report| Some(report.version) == missed);
         let (config, rank) = (self.config.clone(), TrainerRank(self.config.rank));
         let (memories, region_bytes) = (self.memories.clone(), self.region_bytes.clone());
+        let (gpu, device_memories) = (self.gpu.clone(), self.device_memories.clone());
         let progress = self.line.progress();
-        let connecting = Connecting { config, endpoint, opened, memories, region_bytes, progress };
+        let connecting =
+            Connecting { config, endpoint, opened, memories, gpu, device_memories, region_bytes, progress };
         self.rails =
             Rails::Connecting(tokio::task::spawn_blocking(move || connecting.connect(rank, planned)));
         Ok(())
@@ -158,14 +160,14 @@ impl TrainerSession {
 
     /// Returns when nothing of this rank is on its way any more.
     pub(super) async fn close_rails(&mut self) {
-        let sender = match std::mem::replace(&mut self.rails, Rails::Closed) {
+        let pusher = match std::mem::replace(&mut self.rails, Rails::Closed) {
             Rails::Closed | Rails::Open(..) => return,
             Rails::Connecting(connecting) => match connecting.await {
-                Ok(Ok(connected)) => connected.sender,
+                Ok(Ok(connected)) => connected.pusher,
                 _ => return,
             },
-            Rails::Connected(connected) => connected.sender,
+            Rails::Connected(connected) => connected.pusher,
         };
-        let _ = tokio::task::spawn_blocking(move || sender.close()).await;
+        let _ = tokio::task::spawn_blocking(move || pusher.close()).await;
     }
 }

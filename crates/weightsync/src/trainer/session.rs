@@ -5,40 +5,60 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use efa_core::{Lease, LeaseMut, MemoryRef};
+use efa_core::MemoryRef;
 use rendezvous::member::{TrainerMember, TrainerStep};
 use rendezvous::status::{RAILS_TOLD_MAX, RailStatus};
 use rendezvous::{Bank, Fence, PushId, RendezvousError, ToController};
 use tokio::sync::oneshot;
-use xfer_exec::driver::{Measured, Outcome};
+use weight_ops::cuda::DeviceRange;
 use xfer_exec::{Failure, RailUse};
 use xfer_plan::{Rank, ReceiverRank, SourcePiece, TrainerRank};
 
 use super::joining::Rails;
-use super::{Tensor, TensorId, Trainer};
+use super::{Tensor, TensorId, Trainer, write};
 use crate::config::SessionConfig;
 use crate::connect::Connected;
 use crate::error::Error;
+use crate::gpu::Gpu;
 use crate::line::{Line, out_of_turn};
+use crate::memory::Weights;
+use crate::pusher::Written;
 use crate::report::{PushReport, RailReport, Stopwatch, gb_per_second};
 use crate::verify::Summed;
 use crate::watch::Watch;
 
-/// Where the weights are.
-enum Weights {
-    /// With the session.
-    Here(Vec<LeaseMut>),
-    /// With the rails, until these come back.
-    Lent(oneshot::Receiver<Vec<Lease>>),
+/// Who has the weights.
+enum Holder {
+    /// The session.
+    Here(Weights),
+    /// The rails, until these come back; without them, where a rail did not close.
+    Lent(oneshot::Receiver<Option<Weights>>),
     /// Lost to a rail that did not close.
     Lost,
 }
 
-/// How the rails' part of a push ended. The weights come back by themselves.
-struct Written {
-    outcome: Outcome,
-    /// What was hashed; `None` where nothing was delivered whole, or nothing is verified.
-    summed: Option<Summed>,
+impl Holder {
+    fn of(weights: Option<Weights>) -> Self {
+        weights.map_or(Self::Lost, Self::Here)
+    }
+
+    /// Gives the weights away until they come back over `lent`.
+    fn lend(&mut self, lent: oneshot::Receiver<Option<Weights>>) -> Result<Weights, Error> {
+        match std::mem::replace(self, Self::Lent(lent)) {
+            Self::Here(weights) => Ok(weights),
+            other => {
+                *self = other;
+                Err(Error::Broken)
+            }
+        }
+    }
+
+    /// Waits until they are back.
+    async fn take_back(&mut self) {
+        if let Self::Lent(weights) = self {
+            *self = Self::of(weights.await.ok().flatten());
+        }
+    }
 }
 
 /// A trainer that is part of a job.
@@ -47,10 +67,12 @@ pub struct TrainerSession {
     pub(super) line: Line,
     pub(super) member: TrainerMember,
     pub(super) rails: Rails,
-    weights: Weights,
+    weights: Holder,
+    pub(super) gpu: Option<Arc<Gpu>>,
     tensors: Vec<Tensor>,
     pub(super) pieces: Vec<SourcePiece>,
     pub(super) memories: Vec<MemoryRef>,
+    pub(super) device_memories: Vec<DeviceRange>,
     pub(super) region_bytes: Vec<u64>,
     pub(super) bound_seconds: f64,
     pub(super) committed: u64,
@@ -82,7 +104,7 @@ impl Drop for InPush<'_> {
         // controller learns it in another way.
         let _ = self.session.line.send(ToController::Leave { reason: Some(GIVEN_UP.to_owned()) });
         if let Rails::Connected(connected) = &self.session.rails {
-            connected.sender.abort(GIVEN_UP.into());
+            connected.pusher.abort(GIVEN_UP.into());
         }
         self.session.watch.given_up(GIVEN_UP);
     }
@@ -98,14 +120,16 @@ const LOST: &str = "this rank lost the controller, or was given up by it";
 
 impl TrainerSession {
     pub(super) fn new(trainer: Trainer) -> Result<Self, Error> {
-        let Trainer { config, regions, tensors, pieces } = trainer;
+        let Trainer { config, weights, gpu, tensors, pieces } = trainer;
         Ok(Self {
             line: Line::new(&config)?,
             member: TrainerMember::new(),
             rails: Rails::Closed,
-            memories: regions.iter().map(|region| region.memory().clone()).collect(),
-            region_bytes: regions.iter().map(|region| region.len() as u64).collect(),
-            weights: Weights::Here(regions),
+            memories: weights.memories(),
+            device_memories: weights.device_memories(),
+            region_bytes: weights.region_bytes(),
+            weights: Holder::Here(weights),
+            gpu,
             tensors,
             pieces,
             bound_seconds: 0.0,
@@ -142,28 +166,41 @@ impl TrainerSession {
         &self.behind
     }
 
-    /// A tensor's bytes, to change between pushes.
+    /// A tensor's bytes in host memory, to change between pushes.
     ///
     /// # Errors
     ///
-    /// [`Error::Busy`] while a push that was given up half way still reads them.
+    /// [`Error::Busy`] while a push that was given up half way still reads them; [`Error::Declaration`] where they are on a GPU.
     pub fn tensor_mut(&mut self, id: TensorId) -> Result<&mut [u8], Error> {
-        if let Weights::Lent(regions) = &mut self.weights
-            && let Ok(regions) = regions.try_recv()
-        {
-            self.weights = thaw(regions);
-        }
-        let Weights::Here(regions) = &mut self.weights else {
-            return Err(Error::Busy);
-        };
-        let bytes = self.tensors.get(id.0).and_then(|tensor| {
-            let region = regions.get_mut(tensor.region.index())?;
-            region.bytes_mut().get_mut(tensor.offset..tensor.offset + tensor.len)
+        let tensor = self.tensors.get(id.0).cloned();
+        let weights = self.weights_here()?;
+        let bytes = tensor.and_then(|Tensor { region, offset, len, .. }| {
+            weights.bytes_mut(region.index(), offset..offset + len)
         });
         bytes.ok_or_else(|| Error::Declaration {
             name: format!("tensor number {}", id.0),
-            reason: "it belongs to another session".into(),
+            reason: "it belongs to another session, or is not in host memory".into(),
         })
+    }
+
+    /// Fills a tensor, wherever it is, between pushes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Busy`] as [`TrainerSession::tensor_mut`]; [`Error::Declaration`] for bytes that are not as many as the tensor's.
+    pub fn write(&mut self, id: TensorId, bytes: &[u8]) -> Result<(), Error> {
+        self.weights_here()?;
+        let Holder::Here(weights) = &mut self.weights else { return Err(Error::Busy) };
+        write(&self.tensors, weights, self.gpu.as_deref(), id, bytes)
+    }
+
+    fn weights_here(&mut self) -> Result<&mut Weights, Error> {
+        if let Holder::Lent(weights) = &mut self.weights
+            && let Ok(weights) = weights.try_recv()
+        {
+            self.weights = Holder::of(weights);
+        }
+        if let Holder::Here(weights) = &mut self.weights { Ok(weights) } else { Err(Error::Busy) }
     }
 
     /// A tensor's name.
@@ -200,7 +237,7 @@ impl TrainerSession {
     }
 
     async fn push_to_end(&mut self, version: u64) -> Result<PushReport, Error> {
-        let Weights::Here(_) = &self.weights else {
+        let Holder::Here(_) = &self.weights else {
             // The others need not wait for it.
             self.line.leave(Some(WEIGHTS_LOST.to_owned())).await;
             return Err(Error::Broken);
@@ -235,10 +272,10 @@ impl TrainerSession {
         stage.next("write", &mut stages);
         self.watch.named(push);
         self.watch.stage("write");
-        let (Written { outcome, summed }, ended) = self.write((push, version), bank, told).await?;
+        let (mut outcome, ended) = self.write_out((push, version), bank, told).await?;
         self.tell_rails(&outcome);
         let fences = self.fences(&outcome.rails);
-        let (sums, verified) = summed.map(|Summed { sums, report }| (sums, report)).unzip();
+        let (sums, verified) = outcome.summed.take().map(|Summed { sums, report }| (sums, report)).unzip();
         let result = match (&ended, &outcome.result) {
             (None, Ok(_)) if self.hashes() && sums.is_none() => Err(NOT_HASHED.into()),
             (None, Ok(delivered)) => Ok((delivered.bytes, delivered.writes)),
@@ -322,24 +359,21 @@ impl TrainerSession {
 
     /// Lends the weights to the rails and waits until they are back, whatever the controller says meanwhile: that comes with
     /// the outcome, where it ended the push.
-    async fn write(
+    async fn write_out(
         &mut self,
         (push, version): (PushId, u64),
         bank: Bank,
         told: Vec<f32>,
     ) -> Result<(Written, Option<Error>), Error> {
         let ((reply, mut written), (back, lent)) = (oneshot::channel(), oneshot::channel());
-        let Rails::Connected(Connected { sender, outgoing, .. }) = &self.rails else {
+        let Rails::Connected(Connected { pusher, outgoing, .. }) = &self.rails else {
             return Err(Error::Broken);
         };
-        let regions = lend(&mut self.weights, lent)?;
-        let summing = outgoing.as_ref().map(|outgoing| outgoing.start(push, regions.clone()));
-        sender.set_bank(bank.index() == 1);
-        sender.push_told(regions, told, move |mut outcome| {
-            // On the thread of the rails, which have nothing left to do.
-            let summed = summing.and_then(|summing| summing.end(outcome.result.is_ok()));
-            drop(back.send(std::mem::take(&mut outcome.regions)));
-            drop(reply.send(Written { outcome, summed }));
+        let weights = self.weights.lend(lent)?;
+        pusher.set_bank(bank.index() == 1);
+        pusher.push((push, told), weights, outgoing.as_ref(), move |weights, written| {
+            drop(back.send(weights));
+            drop(reply.send(written));
         });
         let mut ended: Option<Error> = None;
         let written = loop {
@@ -352,12 +386,12 @@ impl TrainerSession {
                         Ok(Some(_)) => out_of_turn("an abort or nothing"),
                         Err(error) => error,
                     };
-                    sender.abort(error.to_string());
+                    pusher.abort(error.to_string());
                     ended = Some(error);
                 }
             }
         };
-        self.take_back().await;
+        self.weights.take_back().await;
         written.map(|written| (written, ended)).map_err(|_| Error::Broken)
     }
 
@@ -366,28 +400,21 @@ impl TrainerSession {
     async fn measure(&mut self) -> Result<Duration, Error> {
         let began = std::time::Instant::now();
         let ((reply, measured), (back, lent)) = (oneshot::channel(), oneshot::channel());
-        let Rails::Connected(Connected { sender, .. }) = &self.rails else {
+        let Rails::Connected(Connected { pusher, .. }) = &self.rails else {
             return Err(Error::Broken);
         };
-        sender.magnitudes(lend(&mut self.weights, lent)?, move |Measured { result, regions }| {
-            drop(back.send(regions));
+        pusher.measure(self.weights.lend(lent)?, move |weights, result| {
+            drop(back.send(weights));
             drop(reply.send(result));
         });
         let measured = measured.await;
-        self.take_back().await;
+        self.weights.take_back().await;
         self.line.say(self.member.measured(measured.map_err(|_| Error::Broken)?))?;
         Ok(began.elapsed())
     }
 
-    /// Waits until the rails have given the weights back.
-    async fn take_back(&mut self) {
-        if let Weights::Lent(regions) = &mut self.weights {
-            self.weights = regions.await.map_or(Weights::Lost, thaw);
-        }
-    }
-
     /// For whoever watches: logs, metrics, and observers of the controller.
-    fn tell_rails(&mut self, outcome: &Outcome) {
+    fn tell_rails(&mut self, outcome: &Written) {
         let rails = || self.rails.connected().iter().map(|rail| rail.name.as_str()).zip(&outcome.rails);
         let seconds = outcome.timings.total.as_secs_f64();
         let told = rails().take(RAILS_TOLD_MAX);
@@ -446,24 +473,5 @@ async fn next(
             Some(step) => return Ok(Some(step)),
             None => {}
         }
-    }
-}
-
-/// Gives the weights away until they come back over `lent`.
-fn lend(weights: &mut Weights, lent: oneshot::Receiver<Vec<Lease>>) -> Result<Vec<Lease>, Error> {
-    match std::mem::replace(weights, Weights::Lent(lent)) {
-        Weights::Here(regions) => Ok(regions.into_iter().map(LeaseMut::freeze).collect()),
-        other => {
-            *weights = other;
-            Err(Error::Broken)
-        }
-    }
-}
-
-fn thaw(regions: Vec<Lease>) -> Weights {
-    match regions.into_iter().map(Lease::thaw).collect::<Result<_, _>>() {
-        Ok(regions) => Weights::Here(regions),
-        // A rail that did not close still holds them.
-        Err(_) => Weights::Lost,
     }
 }

@@ -139,7 +139,9 @@ impl Pushed {
     fn sent(&self, to: usize, covered: &BTreeSet<ParamId>) -> BTreeMap<ParamId, Checksum> {
         let mut sent: BTreeMap<ParamId, Checksum> = BTreeMap::new();
         for (source, plan) in self.sources.iter().zip(&self.parts.trainers) {
-            let summed = sum(&by_place(&plan.ops), &[lease(source).freeze()], covered, || true).unwrap();
+            let summed =
+                sum(&by_place(&plan.ops), &Lent::Host(vec![lease(source).freeze()]), covered, || true)
+                    .unwrap();
             for ParamSum { param, sum, .. } in summed.sums.iter().filter(|sum| sum.to.index() == to) {
                 sent.entry(*param).or_default().add(*sum);
             }
@@ -148,7 +150,7 @@ impl Pushed {
     }
 
     fn compare(&self, to: usize, covered: &BTreeSet<ParamId>) -> Result<VerifyReport, BTreeSet<ParamId>> {
-        let arena = lease(&self.arenas[to]).expose();
+        let arena = Exposed::Host(lease(&self.arenas[to]).expose());
         compare(&self.parts.inbound()[to], &arena, covered, &self.sent(to, covered), |_| true)
     }
 }
@@ -223,13 +225,14 @@ fn small() -> Job {
 fn what_was_not_sent_or_not_read_is_not_verified() {
     let pushed = push(&small(), 4);
     let covered = covered(Verify::Full, PushId([3; 16]), &pushed.names);
-    let (inbound, arena) = (&pushed.parts.inbound()[0], lease(&pushed.arenas[0]).expose());
+    let (inbound, arena) = (&pushed.parts.inbound()[0], Exposed::Host(lease(&pushed.arenas[0]).expose()));
     let sent = pushed.sent(0, &covered);
     let one = ParamId(1);
     let mut fewer = sent.clone();
     fewer.remove(&one);
     assert_eq!(compare(inbound, &arena, &covered, &fewer, |_| true).unwrap_err(), [one].into());
-    let unread = compare(inbound, &lease(&[0; 4]).expose(), &covered, &sent, |_| true).unwrap_err();
+    let unread =
+        compare(inbound, &Exposed::Host(lease(&[0; 4]).expose()), &covered, &sent, |_| true).unwrap_err();
     assert_eq!(unread, covered);
     let left = Cell::new(3);
     let stopped = compare(inbound, &arena, &covered, &sent, |_| left.replace(left.get() - 1) > 0);
@@ -268,7 +271,7 @@ fn weights_are_free_once_hashing_was_given_up() {
     let mut weights = lease(&pushed.sources[0]);
     for _ in 0..10 {
         let frozen = weights.freeze();
-        let summing = outgoing.start(PushId([3; 16]), vec![frozen.clone()]);
+        let summing = outgoing.start(PushId([3; 16]), Lent::Host(vec![frozen.clone()]));
         std::thread::sleep(Duration::from_micros(200));
         summing.end(false);
         weights = frozen.thaw().expect("the thread that hashes holds them");

@@ -10,7 +10,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gpu_mem::{DeviceBuffer, DeviceMemory, Pending, Stream};
+use gpu_mem::{DeviceMemory, Pending, Stream};
 use weight_ops::Dtype;
 use weight_ops::cuda::{BoxCopy, CopyBatch, DeviceRange, Kernels, Operation, PendingBatch, Place};
 use xfer_plan::{Op, Transform};
@@ -26,6 +26,9 @@ use crate::runner::Memory;
 
 /// Staging slots at most, as of host memory.
 const SLOTS_MAX: u64 = 1024;
+
+/// Where allocations of CUDA begin, too.
+const SLOT_ALIGN_BYTES: u64 = 256;
 
 /// A rail from device memory.
 pub type DeviceRail = dyn Rail<Buffer = DeviceRange> + Send;
@@ -48,7 +51,9 @@ pub struct GpuMemory {
     kernels: Kernels,
     multiprocessors: NonZeroU32,
     regions: Vec<DeviceRange>,
-    slots: Vec<Arc<DeviceBuffer>>,
+    /// All slots, one behind the other: one memory to register with a NIC.
+    staging: DeviceRange,
+    slots: Vec<Arc<DeviceRange>>,
     /// Where rows lie between their gather and their cast: one for all, because the stream does one after the other.
     between: DeviceRange,
     /// In the order in which they were begun.
@@ -101,13 +106,18 @@ impl GpuMemory {
                 return Err(CudaError::Transform { transform: op.transform });
             }
         }
-        let slots = config.staging_bytes.checked_div(config.slot_bytes).unwrap_or(0).min(SLOTS_MAX);
-        let slot = |_| Ok(Arc::new(device.alloc(config.slot_bytes)?));
+        // Slots begin where kernels read and write fastest.
+        let apart = config.slot_bytes.next_multiple_of(SLOT_ALIGN_BYTES);
+        let slots = config.staging_bytes.checked_div(apart).unwrap_or(0).min(SLOTS_MAX);
+        let slots = slots.max(u64::from(config.slot_bytes > 0 && config.staging_bytes >= config.slot_bytes));
+        let staging = DeviceRange::whole(&Arc::new(device.alloc(slots * apart)?));
+        let slot = |slot| Ok(Arc::new(staging.part(slot * apart..slot * apart + config.slot_bytes)?));
         Ok(Self {
             kernels: kernels.clone(),
             multiprocessors: config.multiprocessors,
             regions: Vec::new(),
             slots: (0..slots).map(slot).collect::<Result<_, CudaError>>()?,
+            staging,
             between: DeviceRange::whole(&Arc::new(device.alloc(between)?)),
             filling: VecDeque::new(),
             idle: Vec::new(),
@@ -117,6 +127,11 @@ impl GpuMemory {
             uploads: device.stream()?,
             fills: device.stream()?,
         })
+    }
+
+    /// What rails read beside the regions, to be registered with NICs; empty where nothing is staged.
+    pub fn staging(&self) -> &DeviceRange {
+        &self.staging
     }
 
     /// Puts on the stream what fills a slot.

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::bail;
 use serde::Serialize;
-use weightsync::{PushReport, RailReport, Rank, VerifyReport, VersionReport, World};
+use weightsync::{Device, PushReport, RailReport, Rank, VerifyReport, VersionReport, World};
 
 use crate::losses::{Loss, Losses};
 use crate::say::say;
@@ -18,6 +18,8 @@ use crate::table::{Table, bytes_text, seconds_text};
 #[derive(Default, Serialize)]
 pub(super) struct RankFacts {
     pub(super) rank: String,
+    /// Where its weights are.
+    pub(super) device: String,
     pub(super) weight_bytes: u64,
     pub(super) peak_rss_bytes: Option<u64>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
@@ -131,8 +133,8 @@ pub(super) struct Facts {
 }
 
 impl RankFacts {
-    pub(super) fn new(rank: Rank, nics: usize) -> Self {
-        Self { rank: rank.to_string(), nics, ..Self::default() }
+    pub(super) fn new(rank: Rank, device: Device, nics: usize) -> Self {
+        Self { rank: rank.to_string(), device: device.to_string(), nics, ..Self::default() }
     }
 
     /// Adds what its rails did in a version; which of them, or of their ways, it gave up since the report before.
@@ -320,10 +322,11 @@ impl Facts {
     }
 
     fn rank_table(&self) -> Table {
-        let mut table = Table::new(&["rank", "weights", "rails", "peak memory"]);
+        let mut table = Table::new(&["rank", "device", "weights", "rails", "peak memory"]);
         for rank in &self.ranks {
             let peak = rank.peak_rss_bytes.map_or_else(|| "?".into(), bytes_text);
-            table.row(vec![rank.rank.clone(), bytes_text(rank.weight_bytes), rank.rails_text(), peak]);
+            let (rank_name, device) = (rank.rank.clone(), rank.device.clone());
+            table.row(vec![rank_name, device, bytes_text(rank.weight_bytes), rank.rails_text(), peak]);
         }
         table
     }

@@ -1,0 +1,232 @@
+//! Sessions whose weights are on GPUs, in every mode and past losses; skipped where there is none.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use weightsync::{
+    CommitMode, Controller, DType, Device, Error, Inference, InferenceSession, OnLoss, ParamId, ParamMap,
+    Rank, Report, Served, ServerConfig, ServerHandle, SessionConfig, TensorBox, TensorId, TensorSpec,
+    Trainer, TrainerSession, Verify, World,
+};
+use xfer_plan::ReceiverRank;
+
+const WORLD: World = World { trainers: 2, inference: 2 };
+const DEADLINE: Duration = Duration::from_secs(3);
+
+/// Of `w`, of which each trainer has one half of the rows, and each inference rank one half of the columns.
+const ROWS: u64 = 600;
+const COLUMNS: u64 = 1000;
+
+const HALF: usize = (ROWS * COLUMNS / 2) as usize;
+
+/// How many GPUs there are; `None` where the test is to be skipped.
+fn gpus() -> Option<u32> {
+    match Device::cuda_count() {
+        Ok(count @ 1..) => Some(count),
+        other => {
+            let asked = std::env::var_os("WEIGHTSYNC_HW").is_some_and(|value| value == "1");
+            assert!(!asked, "WEIGHTSYNC_HW=1 asks for a GPU: {other:?}");
+            println!("skipped: no CUDA device");
+            None
+        }
+    }
+}
+
+/// What stands at an element of `w` in a version.
+fn byte(version: u64, row: u64, column: u64) -> u8 {
+    (version * 131 + row * 7 + column * 3 + (row ^ column) / 5) as u8
+}
+
+struct Job {
+    server: ServerHandle,
+    /// How often the second inference rank has joined.
+    joined: watch::Receiver<u32>,
+    gpus: u32,
+}
+
+impl Job {
+    async fn start(gpus: u32) -> Self {
+        let mut config = ServerConfig::loopback(WORLD).unwrap();
+        config.controller.deadline = DEADLINE;
+        config.controller.on_loss = OnLoss::Continue;
+        config.controller.verify = Verify::Full;
+        let (count, joined) = watch::channel(0);
+        let server = Controller::bind(config).await.unwrap().spawn(move |report| {
+            if report == Report::Joined(Rank::Receiver(ReceiverRank(1))) {
+                count.send_modify(|count| *count += 1);
+            }
+        });
+        Self { server, joined, gpus }
+    }
+
+    /// The trainers' GPUs first, then the inference ranks'; all the same where there is one.
+    fn session(&self, rank: u32, number: u32) -> SessionConfig {
+        let mut config = SessionConfig::new(self.server.local_addr().to_string(), WORLD, rank);
+        (config.deadline, config.device) = (DEADLINE, Device::Cuda(number % self.gpus));
+        config
+    }
+
+    async fn trainer(&self, rank: u32) -> Pushing {
+        let mut trainer = Trainer::new(self.session(rank, rank));
+        let bounds = TensorBox::new(&[u64::from(rank) * ROWS / 2, 0], &[ROWS / 2, COLUMNS]).unwrap();
+        let spec = TensorSpec { name: "w".into(), dtype: DType::U8, shape: vec![ROWS, COLUMNS], bounds };
+        let id = trainer.allocate(vec![spec]).unwrap()[0];
+        assert!(trainer.tensor_mut(id).is_none(), "no host code can follow its address");
+        Pushing { session: trainer.connect().await.unwrap(), id, rank: rank.into() }
+    }
+
+    async fn inference(&self, rank: u32, mode: CommitMode) -> Serving {
+        let mut inference = Inference::new(self.session(rank, 2 + rank));
+        inference.commit_mode(mode);
+        let map = ParamMap::tensor("w").shard(&[ROWS, COLUMNS], 1, 2, rank.into()).unwrap();
+        let id = inference.register("w", DType::U8, &[ROWS, COLUMNS / 2], map).unwrap();
+        Serving { session: inference.connect().await.unwrap(), id, rank: rank.into() }
+    }
+}
+
+struct Pushing {
+    session: TrainerSession,
+    id: TensorId,
+    rank: u64,
+}
+
+impl Pushing {
+    /// Pushes again until it is committed.
+    async fn push(&mut self, version: u64) {
+        let at = |at: u64| byte(version, self.rank * ROWS / 2 + at / COLUMNS, at % COLUMNS);
+        let bytes: Vec<u8> = (0..HALF as u64).map(at).collect();
+        self.session.write(self.id, &bytes).unwrap();
+        while let Err(error) = self.session.push(version).await {
+            // It was lost between the commit and the word of it.
+            if self.session.committed() >= version {
+                return;
+            }
+            assert!(error.may_be_tried_again(), "{error}");
+        }
+    }
+}
+
+struct Serving {
+    session: InferenceSession,
+    id: ParamId,
+    rank: u64,
+}
+
+impl Serving {
+    async fn serves(&mut self, version: u64) {
+        loop {
+            match self.session.wait_version(version, Some(10 * DEADLINE)).await {
+                Ok(_) => break,
+                Err(Error::Aborted { .. }) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+        self.is_at(version);
+    }
+
+    fn is_at(&self, version: u64) {
+        assert_eq!(self.session.served(), Served::Version(version));
+        let mut bytes = vec![0; HALF];
+        self.session.read(self.id, 0, &mut bytes).unwrap();
+        let columns = COLUMNS / 2;
+        let at = |at: u64| byte(version, at / columns, self.rank * columns + at % columns);
+        assert!(bytes.iter().copied().eq((0..HALF as u64).map(at)), "version {version}");
+        let mut few = [0; 3];
+        self.session.read(self.id, 700, &mut few).unwrap();
+        assert_eq!(few, bytes[700..703]);
+        let outside = self.session.read(self.id, HALF as u64 - 2, &mut few);
+        assert!(matches!(outside, Err(Error::Range { .. })), "{outside:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn versions_go_from_gpu_to_gpu() {
+    let Some(gpus) = gpus() else { return };
+    for (mode, _) in CommitMode::ALL {
+        let job = Job::start(gpus).await;
+        let (mut a, mut b, mut first, mut second) = tokio::join!(
+            job.trainer(0),
+            job.trainer(1),
+            job.inference(0, mode),
+            job.inference(1, CommitMode::InPlace)
+        );
+        let address = first.session.arena_ptr();
+        let mut addresses = vec![];
+        for version in 1..=4 {
+            tokio::join!(a.push(version), b.push(version), first.serves(version), second.serves(version));
+            addresses.push(first.session.arena_ptr());
+        }
+        let stays = addresses.iter().all(|found| *found == address);
+        assert_eq!(stays, mode != CommitMode::Staged, "{mode}: {address:?}, {addresses:?}");
+        tokio::join!(a.session.leave(), b.session.leave());
+    }
+}
+
+/// An inference rank is lost and comes back; then a trainer is, at any moment of a push. What it may still have under way
+/// is never seen: the memory is another, at the same address.
+#[tokio::test(flavor = "multi_thread")]
+async fn ranks_are_lost_and_come_back() {
+    let Some(gpus) = gpus() else { return };
+    let job = Job::start(gpus).await;
+    let (mut a, mut b, mut first, second) = tokio::join!(
+        job.trainer(0),
+        job.trainer(1),
+        job.inference(0, CommitMode::InPlace),
+        job.inference(1, CommitMode::InPlace)
+    );
+    let address = first.session.arena_ptr();
+    drop(second);
+    tokio::join!(a.push(1), b.push(1), first.serves(1));
+    let back = async {
+        let mut second = job.inference(1, CommitMode::Staged).await;
+        second.serves(2).await;
+        second
+    };
+    let push_then = async {
+        job.joined.clone().wait_for(|joined| *joined == 2).await.unwrap();
+        tokio::join!(a.push(2), b.push(2));
+    };
+    let ((), (), mut second) = tokio::join!(push_then, first.serves(2), back);
+    for version in 3..9 {
+        let moment = Duration::from_micros(500 * version);
+        let lost = async {
+            if tokio::time::timeout(moment, b.push(version)).await.is_err() {
+                drop(b);
+                b = job.trainer(1).await;
+            }
+            b.push(version).await;
+            b
+        };
+        let ((), back, (), ()) =
+            tokio::join!(a.push(version), lost, first.serves(version), second.serves(version));
+        b = back;
+    }
+    assert_eq!(first.session.arena_ptr(), address);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn host_memory_and_gpus_have_nothing_in_common() {
+    let Some(gpus) = gpus() else { return };
+    let job = Job::start(gpus).await;
+    let mut trainer = Trainer::new(job.session(0, 0));
+    let error = trainer.add_memory(weightsync::LeaseMut::zeroed(100).unwrap()).unwrap_err().to_string();
+    assert!(error.contains("trainer 0") && error.contains("cuda:0"), "{error}");
+    let on_host = |rank: u32| {
+        let mut config = job.session(rank, 0);
+        config.device = Device::Cpu;
+        let mut trainer = Trainer::new(config);
+        let bounds = TensorBox::new(&[u64::from(rank) * ROWS / 2, 0], &[ROWS / 2, COLUMNS]).unwrap();
+        let spec = TensorSpec { name: "w".into(), dtype: DType::U8, shape: vec![ROWS, COLUMNS], bounds };
+        trainer.allocate(vec![spec]).unwrap();
+        trainer.connect()
+    };
+    let mut inference = Inference::new(job.session(0, 0));
+    inference.register("w", DType::U8, &[ROWS, COLUMNS], ParamMap::tensor("w")).unwrap();
+    let other = job.inference(1, CommitMode::InPlace);
+    let connected = async { tokio::join!(on_host(0), on_host(1)) };
+    let error = tokio::select! {
+        (one, _) = connected => one.err().unwrap().to_string(),
+        _ = async { tokio::join!(inference.connect(), other) } => panic!("they wait for the trainers"),
+    };
+    assert!(error.contains("GPU memory"), "{error}");
+}

@@ -8,9 +8,9 @@ use rendezvous::member::{TrainerMember, TrainerStep};
 use rendezvous::{Client, ClientConfig, Holds, Join, MemberManifest, SessionId, ToController};
 use weight_ops::{BlockGrid, oracle};
 use weightsync::{
-    BlockQuant, Controller, DType, DeviceMesh, Error, Fabric, Inference, InferenceSession, OnLoss, ParamId,
-    ParamMap, Placement, Served, ServerConfig, ServerHandle, SessionConfig, TensorBox, TensorId, TensorPart,
-    TensorSpec, Trainer, TrainerSession, Transport, Verify, World, shard_box,
+    BlockQuant, Controller, DType, Device, DeviceMesh, Error, Fabric, Inference, InferenceSession, OnLoss,
+    ParamId, ParamMap, Placement, Served, ServerConfig, ServerHandle, SessionConfig, TensorBox, TensorId,
+    TensorPart, TensorSpec, Trainer, TrainerSession, Transport, Verify, World, shard_box,
 };
 use xfer_plan::{RailDecl, SourcePiece, TrainerManifest, TrainerRank};
 
@@ -30,6 +30,8 @@ fn element(tensor: usize, version: u64, at: u64) -> bf16 {
 struct Job {
     server: ServerHandle,
     fabric: Fabric,
+    /// 0: weights are in host memory.
+    gpus: u32,
 }
 
 impl Job {
@@ -39,7 +41,7 @@ impl Job {
         (config.controller.verify, config.controller.on_loss) = (verify, on_loss);
         // Rows of blocks are cut between operations too.
         config.controller.options.gather_chunk_bytes_max = 24 << 10;
-        Self { server: Controller::bind(config).await.unwrap().spawn(|_| {}), fabric }
+        Self { server: Controller::bind(config).await.unwrap().spawn(|_| {}), fabric, gpus: 0 }
     }
 
     fn session(&self, rank: u32) -> SessionConfig {
@@ -48,13 +50,22 @@ impl Job {
         config
     }
 
+    /// GPUs are dealt to the ranks, trainers first.
+    fn device(&self, number: u32) -> Device {
+        number.checked_rem(self.gpus).map_or(Device::Cpu, Device::Cuda)
+    }
+
     fn trainer(&self, rank: u32) -> Trainer {
-        Trainer::new(self.session(rank))
+        let mut config = self.session(rank);
+        config.device = self.device(rank);
+        Trainer::new(config)
     }
 
     /// Half of `up` by rows and of `down` by columns, where blocks end, and all of `norm` in f32.
     fn inference(&self, rank: u32) -> (Inference, Vec<Wanted>) {
-        let mut inference = Inference::new(self.session(rank));
+        let mut config = self.session(rank);
+        config.device = self.device(WORLD.trainers + rank);
+        let mut inference = Inference::new(config);
         let mut wanted = Vec::new();
         for (tensor, (name, shape)) in TENSORS.into_iter().enumerate() {
             let half = |dim: usize, border: u64| match rank {
@@ -108,10 +119,9 @@ impl Pushing {
     async fn push(&mut self, version: u64) -> Result<weightsync::PushReport, Error> {
         for (tensor, (shard, id)) in self.shards.iter().zip(&self.ids).enumerate() {
             let ((row, _), columns) = (shard.bounds.extent(0).unwrap(), shard.shape[1]);
-            let bytes = self.session.tensor_mut(*id)?;
-            for (at, into) in (row * columns..).zip(bytes.chunks_exact_mut(2)) {
-                into.copy_from_slice(&element(tensor, version, at).to_ne_bytes());
-            }
+            let elements = row * columns..row * columns + shard.bounds.volume().unwrap();
+            let bytes: Vec<u8> = elements.flat_map(|at| element(tensor, version, at).to_ne_bytes()).collect();
+            self.session.write(*id, &bytes)?;
         }
         self.session.push(version).await
     }
@@ -173,8 +183,8 @@ fn expected(tensor: usize, version: u64, bounds: &TensorBox) -> Vec<Vec<u8>> {
     vec![part_of_codes, part_of_scales]
 }
 
-async fn versions_arrive_as_the_whole_tensors_are_quantised(fabric: Fabric) {
-    let job = Job::start(fabric, Verify::Off, OnLoss::Fail).await;
+async fn versions_arrive_as_the_whole_tensors_are_quantised(fabric: Fabric, gpus: u32) {
+    let job = Job { gpus, ..Job::start(fabric, Verify::Off, OnLoss::Fail).await };
     let (mut a, mut b, mut c, mut first, mut second) = tokio::join!(
         Pushing::connect(&job, 0),
         Pushing::connect(&job, 1),
@@ -200,12 +210,24 @@ async fn versions_arrive_as_the_whole_tensors_are_quantised(fabric: Fabric) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn over_shared_memory() {
-    versions_arrive_as_the_whole_tensors_are_quantised(Fabric::Local).await;
+    versions_arrive_as_the_whole_tensors_are_quantised(Fabric::Local, 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn over_tcp() {
-    versions_arrive_as_the_whole_tensors_are_quantised(Fabric::Tcp).await;
+    versions_arrive_as_the_whole_tensors_are_quantised(Fabric::Tcp, 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn between_gpus() {
+    match Device::cuda_count() {
+        Ok(gpus @ 1..) => versions_arrive_as_the_whole_tensors_are_quantised(Fabric::Local, gpus).await,
+        other => {
+            let asked = std::env::var_os("WEIGHTSYNC_HW").is_some_and(|value| value == "1");
+            assert!(!asked, "WEIGHTSYNC_HW=1 asks for a GPU: {other:?}");
+            println!("skipped: no CUDA device");
+        }
+    }
 }
 
 /// A trainer that measures nothing: it says so, and hangs up.

@@ -49,6 +49,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
         let _ = trains.handle(message.clone());
         trains.ready();
         trains.begin(1);
+        trains.measured(if well { Ok(Vec::new()) } else { Err("no".to_owned()) });
         trains.written(result(), Vec::new(), Vec::new());
         trains.take_missed_commit();
         match serves.handle(message) {

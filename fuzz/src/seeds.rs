@@ -75,6 +75,7 @@ fn messages(folder: &Path) -> io::Result<()> {
         join(Rank::Trainer(TrainerRank(0)), MemberManifest::Trainer(trainer), Holds::Nothing),
         join(Rank::Receiver(ReceiverRank(0)), MemberManifest::Inference(receiver.clone()), Holds::Nothing),
         ToController::Begin { version: 1 },
+        ToController::Magnitudes { push, magnitudes: vec![0.5, 2.0] },
         ToController::Prepared { push },
         ToController::Written { push, bytes: 1, writes: 1, fences: fences.clone(), sums: Vec::new() },
         ToController::Failed { push, reason: "no".into(), fences },
@@ -88,7 +89,9 @@ fn messages(folder: &Path) -> io::Result<()> {
     ];
     let heard = [
         ToMember::Start,
+        ToMember::Measure { push, version: 1 },
         ToMember::Prepare { push, version: 1, fence: vec![0], bank: Bank::default() },
+        ToMember::Write { push, version: 1, bank: Bank::default(), told: vec![2.0] },
         ToMember::Verify { push, sums: vec![(ParamId(0), Checksum([3; 16]))] },
         ToMember::Done { push, version: 1, unconfirmed: vec![Rank::Receiver(ReceiverRank(0))] },
         ToMember::Abort { version: 1, reason: "no".into() },

@@ -16,7 +16,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use xfer_plan::{Digest, Manifest, Parts, Plan, PlanError, PlanOptions, Planner, Rank, ReceiverRank};
+use xfer_plan::{
+    Digest, Magnitudes, Manifest, Parts, Plan, PlanError, PlanOptions, Planner, Rank, ReceiverRank,
+};
 
 use crate::protocol::{
     Bank, Commit, DEADLINE_RANGE, Fence, Holds, JOB_BYTES_MAX, MemberManifest, OnLoss, PushId, RANKS_MAX,
@@ -27,6 +29,7 @@ use crate::verify::Verify;
 mod event;
 mod joining;
 mod losses;
+mod measuring;
 mod push;
 mod status;
 mod verifying;
@@ -154,6 +157,8 @@ pub struct Controller {
     quotas: BTreeMap<Rank, Quota>,
     /// Of those, how many checksums each may report; empty where nothing is verified.
     sums_max: BTreeMap<Rank, usize>,
+    /// Of the present attempt, where the plan cuts quantised blocks.
+    magnitudes: Option<Magnitudes>,
     /// Inference ranks that were told to pass on what arrives in an attempt, and have not said how that ended.
     relaying: BTreeMap<Rank, PushId>,
     /// Rails that inference ranks have yet to close.
@@ -196,6 +201,7 @@ impl Controller {
             digest: Digest([0; 32]),
             quotas: BTreeMap::new(),
             sums_max: BTreeMap::new(),
+            magnitudes: None,
             relaying: BTreeMap::new(),
             fences: BTreeSet::new(),
             assembly: BTreeSet::new(),
@@ -279,6 +285,9 @@ impl Controller {
             ToController::Rails { rails } => self.history.rails(member, rails),
             ToController::Ready { digest } => self.ready(member, digest, now, actions),
             ToController::Begin { version } => self.begin(member, version, now, actions),
+            ToController::Magnitudes { push, magnitudes } => {
+                self.measured(member, push, &magnitudes, now, actions);
+            }
             ToController::Prepared { push } => self.advance(member, push, Stage::Preparing, now, actions),
             ToController::Written { push, bytes, writes, fences, sums } => {
                 self.owe(fences);

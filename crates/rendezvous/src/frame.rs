@@ -21,6 +21,15 @@ pub(crate) async fn read<T: DeserializeOwned>(
     peer: SocketAddr,
     bytes_max: u32,
 ) -> Result<Option<T>, RendezvousError> {
+    read_bounded(from, peer, || bytes_max).await
+}
+
+/// As [`read`], with a bound that counts when the frame begins to come.
+pub(crate) async fn read_bounded<T: DeserializeOwned>(
+    from: &mut (impl AsyncRead + Unpin),
+    peer: SocketAddr,
+    bytes_max: impl Fn() -> u32,
+) -> Result<Option<T>, RendezvousError> {
     let io = |source| RendezvousError::Io { peer, source };
     let mut prefix = [0; 4];
     match from.read_exact(&mut prefix).await {
@@ -28,7 +37,7 @@ pub(crate) async fn read<T: DeserializeOwned>(
         Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(None),
         Err(error) => return Err(io(error)),
     }
-    let bytes = u32::from_le_bytes(prefix);
+    let (bytes, bytes_max) = (u32::from_le_bytes(prefix), bytes_max());
     if bytes > bytes_max {
         return Err(RendezvousError::FrameTooLong { peer, bytes, bytes_max });
     }

@@ -16,8 +16,11 @@
 //! | connecting | `ready()` | `Ready` | starting |
 //! | starting | `Start` | step `Started` | idle |
 //! | idle | `begin()` | `Begin` | begun |
-//! | begun | `Write` | step `Write` | writing |
-//! | begun | `Abort` | step `Aborted` | idle |
+//! | begun | `Measure` | step `Measure` | measuring |
+//! | measuring | `measured(Ok)` | `Magnitudes` | measured |
+//! | measuring | `measured(Err)` | `Failed` | failed |
+//! | begun, measured | `Write` | step `Write` | writing |
+//! | begun, measuring, measured | `Abort` | step `Aborted` | idle |
 //! | writing | `written(Ok)` | `Written` | deciding |
 //! | writing | `written(Err)` | `Failed` | failed |
 //! | writing | `Abort` | step `Stop` | stopping |

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use xfer_plan::{
-    Digest, Inbound, ParamId, Rank, RankPlan, ReceiverManifest, ReceiverPart, ReceiverRank, RelayPlan,
-    TrainerManifest, TrainerRank,
+    Digest, Inbound, ParamId, QuantPart, Rank, RankPlan, ReceiverManifest, ReceiverPart, ReceiverRank,
+    RelayPlan, TrainerManifest, TrainerRank,
 };
 
 mod commit;
@@ -23,14 +23,14 @@ use crate::status::{RailStatus, Status};
 use crate::verify::{Checksum, ParamSum, Verify};
 
 /// Raised whenever a message changes its meaning or its bytes. Both sides say theirs before anything else.
-pub const PROTOCOL_VERSION: u32 = 7;
+pub const PROTOCOL_VERSION: u32 = 8;
 
 /// Bytes of a frame before the peer is authenticated: the handshake's messages are under 100 bytes.
 #[cfg(feature = "net")]
 pub(crate) const HANDSHAKE_FRAME_BYTES_MAX: u32 = 256;
 
-/// Bytes of a frame from a member that has joined: a reason is the longest. Where a job verifies, the checksums of
-/// [`ToController::Written`] may be longer: as long as any frame.
+/// Bytes of a frame from a member that has joined: a reason is the longest. Where a job verifies or its plan cuts quantised
+/// blocks, checksums and magnitudes may be longer: as long as any frame.
 #[cfg(any(feature = "net", test))]
 pub(crate) const MEMBER_FRAME_BYTES_MAX: u32 = 16 << 10;
 
@@ -44,6 +44,10 @@ pub(crate) const FRAME_BYTES_MAX: u32 = 64 << 20;
 
 /// Bytes of one rank's opaque endpoint: a rail's address and key is about 300 bytes, times 32 rails and some regions.
 pub const ENDPOINT_BYTES_MAX: usize = 64 << 10;
+
+/// Magnitudes in one message at most. One has 4 bytes, so all have 48 MiB, which a frame of 64 MiB holds. In blocks of
+/// 128 x 128 they stand for 200 billion elements, of blocks that a border cuts alone.
+pub(crate) const MAGNITUDES_MAX: usize = 12 << 20;
 
 /// Bytes of a reason that travels; longer ones are cut.
 pub const ABORT_REASON_BYTES_MAX: usize = 4 << 10;
@@ -238,6 +242,8 @@ pub enum PlannedPart {
         plan: RankPlan,
         /// Names of the parameters in its operations, by their id.
         names: BTreeMap<ParamId, String>,
+        /// The tensors that it quantises; empty where there are none.
+        quant: QuantPart,
     },
     /// What must arrive at an inference rank, and what it passes on.
     Inference {
@@ -266,6 +272,13 @@ pub enum ToController {
     Begin {
         /// The version to push.
         version: u64,
+    },
+    /// A trainer has measured its parts of the quantised blocks that shard borders cut.
+    Magnitudes {
+        /// The attempt.
+        push: PushId,
+        /// As many as the plan says, in its order.
+        magnitudes: Vec<f32>,
     },
     /// An inference rank has stopped serving and marked itself torn (or turned to its shadow arena).
     Prepared {
@@ -335,6 +348,13 @@ pub enum ToMember {
     Planned(Box<Planned>),
     /// All are ready.
     Start,
+    /// To a trainer with parts of quantised blocks that shard borders cut: how large are their elements?
+    Measure {
+        /// The attempt.
+        push: PushId,
+        /// Its version.
+        version: u64,
+    },
     /// To inference ranks: `push` of `version` begins.
     Prepare {
         /// The attempt.
@@ -362,6 +382,8 @@ pub enum ToMember {
         version: u64,
         /// Which of the two arenas of an inference rank that has two: see [`Peer::bank`].
         bank: Bank,
+        /// The largest magnitudes of the quantised blocks of which it has a part and others the rest, in the plan's order.
+        told: Vec<f32>,
     },
     /// To an inference rank: everything has been written. Are these the checksums of your bytes?
     Verify {
@@ -439,6 +461,7 @@ impl ToMember {
         match self {
             Self::Planned(_) => "a plan",
             Self::Start => "a start",
+            Self::Measure { .. } => "a request to measure",
             Self::Prepare { .. } => "a prepare",
             Self::Fence { .. } => "a fence",
             Self::Write { .. } => "a write",

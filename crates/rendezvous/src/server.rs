@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
@@ -173,11 +174,7 @@ impl Server {
         };
         let start = Instant::now();
         let join_max = controller.deadline();
-        // A member that joins again says again what it has.
-        let frame_bytes_max = match controller.verify().is_on() || controller.on_loss() != OnLoss::Fail {
-            true => FRAME_BYTES_MAX,
-            false => MEMBER_FRAME_BYTES_MAX,
-        };
+        let bound = Arc::new(AtomicU32::new(frame_bytes_max(&controller)));
         let mut ticks = interval(controller.tick_interval());
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (events_in, mut events) = mpsc::channel(EVENTS_MAX);
@@ -194,6 +191,7 @@ impl Server {
                     let (stream, peer, place) = accepted;
                     connections += 1;
                     let (id, events) = (ConnectionId(connections), events_in.clone());
+                    let frame_bytes_max = bound.clone();
                     let observers = observers.clone();
                     let connection = Connection { id, peer, events, observers, join_max, frame_bytes_max };
                     let (secret, transport, door) = (secret.clone(), transport.clone(), door.clone());
@@ -242,6 +240,8 @@ impl Server {
                 _ => None,
             };
             controller.handle(event, start.elapsed(), &mut actions);
+            // Before anybody is told of a plan.
+            bound.store(frame_bytes_max(&controller), Ordering::Relaxed);
             // Carrying out an action can find a connection gone, which is an event in turn.
             let mut next = std::mem::take(&mut actions);
             while !next.is_empty() {
@@ -291,6 +291,13 @@ impl Server {
         }
         ended
     }
+}
+
+/// The longest frame of a member: one that joins again says again what it has, and checksums and magnitudes are many.
+fn frame_bytes_max(controller: &Controller) -> u32 {
+    let is_long =
+        controller.verify().is_on() || controller.measures() || controller.on_loss() != OnLoss::Fail;
+    if is_long { FRAME_BYTES_MAX } else { MEMBER_FRAME_BYTES_MAX }
 }
 
 /// The next connection, once there is room for one that has not proved itself.

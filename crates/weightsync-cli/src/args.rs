@@ -113,6 +113,9 @@ pub(crate) struct DemoArgs {
     pub(crate) plan: PlanArgs,
     #[command(flatten)]
     pub(crate) checksums: ChecksumArgs,
+    /// Serve linear layers in FP8, quantised in blocks of 128 x 128 on the way (see `serve`)
+    #[arg(long)]
+    pub(crate) fp8: bool,
     /// What a version does to the weights that are served meanwhile: in-place, staged or staged-copy (see `serve`)
     #[arg(long, default_value_t = CommitMode::InPlace, value_name = "MODE")]
     pub(crate) commit: CommitMode,
@@ -285,6 +288,10 @@ pub(crate) struct PushArgs {
 pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub(crate) rank: RankArgs,
+    /// Hold the weights of linear layers in FP8, quantised by the trainers in blocks of 128 x 128 on the way, with their scales
+    /// beside them as `..._scale_inv`; layers whose parts would cut blocks stay as they are. The same on all inference ranks
+    #[arg(long)]
+    pub(crate) fp8: bool,
     /// What a version does to the weights that are served meanwhile: in-place (written over them), staged (written beside them, and
     /// takes their place) or staged-copy (written beside them, and copied over them)
     #[arg(long, default_value_t = CommitMode::InPlace, value_name = "MODE")]

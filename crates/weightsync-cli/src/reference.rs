@@ -3,13 +3,16 @@
 //! Everything else in a transfer is planned, cut, ordered and checked by the same code; if that code has the layout
 //! wrong, both sides agree on the wrong bytes. So this module has its own small rules by name and its own plain loops
 //! over rows. It must never use the planner's maps, boxes or shards, nor the layout of the receivers. It reads the
-//! checkpoint by byte ranges, steps them as the stand-in optimiser does, and compares, at most 1 MiB at a time.
+//! checkpoint by byte ranges, steps them as the stand-in optimiser does, and compares, at most 1 MiB at a time; [`fp8`] reads
+//! whole rows of blocks.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
 
 use crate::checkpoint::{Checkpoint, CheckpointError, TensorInfo};
 use crate::training::step_bytes;
+
+pub mod fp8;
 
 /// Bytes compared at a time, and read from the checkpoint at a time. Small enough to stay in a core's cache.
 const BLOCK_BYTES: u64 = 1 << 20;

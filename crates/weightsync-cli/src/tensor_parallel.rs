@@ -11,12 +11,13 @@
 //! many, and anything else is refused. Sizes that do not divide are cut like `torch.chunk` does: the last ranks get less
 //! or nothing. The vocabulary is not padded.
 
+mod fp8;
 mod rules;
 
 use std::collections::BTreeMap;
 use std::fmt;
 
-use xfer_plan::{DType, DeviceMesh, ParamMap, Placement, TensorBox, shard_box};
+use xfer_plan::{BlockQuant, DType, DeviceMesh, ParamMap, Placement, TensorBox, shard_box};
 
 use self::rules::{Fusion, Role, fusion_of, is_fused, module_of, role_of, sibling};
 use crate::checkpoint::{HeadCounts, TensorInfo};
@@ -156,6 +157,8 @@ struct Param {
     name: String,
     rule: String,
     parts: Vec<Part>,
+    /// How it is quantised, if it is.
+    quant: Option<BlockQuant>,
 }
 
 /// A source tensor and how it is cut.
@@ -211,7 +214,10 @@ impl Layout {
                 }
                 None => {
                     let rule = single_rule(name, role, cut);
-                    params.insert(name.into(), Param { name: name.into(), rule, parts: vec![part] });
+                    params.insert(
+                        name.into(),
+                        Param { name: name.into(), rule, parts: vec![part], quant: None },
+                    );
                 }
             }
         }
@@ -234,7 +240,12 @@ impl Layout {
         if rank >= self.tp {
             return Err(LayoutError::NoRank { rank, tp: self.tp });
         }
-        self.params.iter().map(|param| param.local(self.tp, rank)).collect()
+        let mut params = Vec::with_capacity(self.params.len());
+        for param in &self.params {
+            params.extend(param.local(self.tp, rank)?);
+        }
+        params.sort_by(|a: &LocalParam, b| a.name.cmp(&b.name));
+        Ok(params)
     }
 }
 
@@ -256,6 +267,7 @@ impl fmt::Display for Layout {
         let mut lines: BTreeMap<(String, String), usize> = BTreeMap::new();
         for param in &self.params {
             let local = param.local(self.tp, 0).map_err(|_| fmt::Error)?;
+            let Some(local) = local.first() else { continue };
             // Layers differ in a number only: one line for all of them.
             let name: Vec<&str> = param
                 .name
@@ -274,7 +286,11 @@ impl fmt::Display for Layout {
 }
 
 impl Param {
-    fn local(&self, tp: u32, rank: u32) -> Result<LocalParam, LayoutError> {
+    /// The parameter, and its scales if it is quantised.
+    fn local(&self, tp: u32, rank: u32) -> Result<Vec<LocalParam>, LayoutError> {
+        if let Some(quant) = self.quant {
+            return self.quantised(quant, tp, rank);
+        }
         let mut shape: Option<Vec<u64>> = None;
         let mut dtype = DType::U8;
         let mut maps = Vec::with_capacity(self.parts.len());
@@ -294,7 +310,7 @@ impl Param {
             1 => maps.remove(0),
             _ => ParamMap::concat(0, maps),
         };
-        Ok(LocalParam { name: self.name.clone(), dtype, shape: shape.unwrap_or_default(), map })
+        Ok(vec![LocalParam { name: self.name.clone(), dtype, shape: shape.unwrap_or_default(), map }])
     }
 }
 
@@ -438,5 +454,5 @@ fn fuse(name: String, fusion: Fusion, parts: Vec<Part>) -> Result<Param, LayoutE
         }
         _ => "rows cut evenly".into(),
     };
-    Ok(Param { name, rule: format!("{} fused, {how}", fusion.parts), parts })
+    Ok(Param { name, rule: format!("{} fused, {how}", fusion.parts), parts, quant: None })
 }

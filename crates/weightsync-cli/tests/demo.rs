@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use common::job::{Cluster, Job, Output};
-use common::{checkpoint_of, tiny, write_tensors};
+use common::{blocks, checkpoint_of, synthetic, tiny, write_tensors};
 use safetensors::Dtype;
 use serde_json::Value;
 use weightsync_cli::checkpoint::{Checkpoint, INDEX_FILE};
@@ -16,6 +16,7 @@ use weightsync_cli::synthetic::Shape;
 over_each_fabric! {
     every_version_is_verified_and_traced,
     the_json_adds_up,
+    linear_layers_arrive_in_fp8,
     checksums_are_compared_before_each_commit,
     ranks_without_a_row_take_part,
     an_indexed_checkpoint_goes_to_more_ranks_than_it_comes_from,
@@ -88,6 +89,28 @@ fn the_json_adds_up(fabric: &str) {
         assert_eq!(version["writes"], summary["plan"]["writes"]);
     }
     assert_eq!(versions.len(), 3);
+    job.end();
+}
+
+/// Trainers' shards cut blocks, and those of two inference ranks do not. Those of three do: then nothing is quantised.
+fn linear_layers_arrive_in_fp8(fabric: &str) {
+    let (job, shape) = (Job::new(), blocks());
+    let checkpoint = synthetic(&shape);
+    let held = |inference: u32, more: &str| {
+        let line = format!("--trainers 3 --inference {inference} --steps 2 --json {more}");
+        let summary = json(&demo(&job, fabric, checkpoint.path(), &line));
+        assert_eq!(summary["verified"], true);
+        let held = sum(&summary["ranks"].as_array().unwrap()[3..], "weight_bytes");
+        for version in summary["versions"].as_array().unwrap() {
+            assert_eq!((&version["verified_bytes"], &version["bytes"]), (&held.into(), &held.into()));
+        }
+        held
+    };
+    // Of two bytes an element one is left, and there is a scale for each block.
+    let linear = 2 * (4 * 256 * 200 + 3 * 512 * 200);
+    let scales = 2 * 4 * (4 * 2 * 2 + 3 * 4 * 2);
+    assert_eq!(held(2, "") - held(2, "--fp8"), linear - scales);
+    assert_eq!(held(3, ""), held(3, "--fp8"));
     job.end();
 }
 

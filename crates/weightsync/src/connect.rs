@@ -14,7 +14,7 @@ use xfer_exec::local::{Attached, LocalError, LocalRail, fetch};
 use xfer_exec::ofi::{DeviceOfiRail, OfiPeer, OfiRail, for_nics};
 use xfer_exec::program::Route;
 use xfer_exec::{Program, RailError, RailIndex, RankLimits};
-use xfer_plan::{OpKind, Rank, ReceiverRank, TrainerRank, paired_rail};
+use xfer_plan::{Op, OpKind, Rank, ReceiverRank, TrainerRank, paired_rail};
 
 use crate::config::SessionConfig;
 use crate::endpoint::{Endpoint, LocalMemory, RailEndpoint};
@@ -88,7 +88,7 @@ pub(crate) fn decode_peers(peers: &[Peer]) -> Result<Vec<Endpoint>, FabricError>
 impl Connecting {
     /// Blocks while it attaches, connects and warms up.
     pub(crate) fn connect(self, rank: TrainerRank, planned: Planned) -> Result<Connected, Error> {
-        let PlannedPart::Trainer { plan, names } = planned.part else {
+        let PlannedPart::Trainer { plan, names, quant } = planned.part else {
             return Err(Error::Rendezvous(RendezvousError::Unexpected {
                 expected: "a trainer's part of the plan",
                 found: "an inference rank's".into(),
@@ -115,10 +115,12 @@ impl Connecting {
         let (config, region_bytes, progress) =
             (self.config.clone(), self.region_bytes.clone(), self.progress.clone());
         let mut routes = Routes::default();
-        // A staging slot holds the longest gather, and all slots together the watermark; without gathers there is none.
-        let gathers = plan.ops.iter().filter(|op| op.kind() == OpKind::Gather);
-        let slot_bytes = gathers.map(|op| op.bytes()).max().unwrap_or(0);
-        let staged_bytes = if by_fabric.is_empty() { 0 } else { self.staged_bytes(slot_bytes)? };
+        // A staging slot holds the longest operation that is staged, and all slots together the watermark. Rails within a host take
+        // rows as they are: without other rails and without transforms nothing is staged.
+        let slot_bytes = plan.ops.iter().map(Op::staged_bytes).max().unwrap_or(0);
+        let transforms = plan.ops.iter().any(|op| op.kind() == OpKind::Transform);
+        let stages = transforms || !by_fabric.is_empty();
+        let staged_bytes = if stages { self.staged_bytes(slot_bytes)? } else { 0 };
         let rails = match self.gpu.clone() {
             Some(gpu) => {
                 // NICs are told of it only where there are any.
@@ -145,10 +147,10 @@ impl Connecting {
         let described = routes.iter().map(|(to, route)| (*to, in_words(route, &connected))).collect();
         // Half: it fails, drains and says which peer is to blame before the controller gives up on this trainer.
         let deadline = config.deadline / 2;
-        let limits = RankLimits { region_bytes, slot_bytes, transforms: false };
-        // Without transforms, what is sent is what stands at the source.
+        let limits = RankLimits { region_bytes, slot_bytes, transforms: true };
+        // Where a job verifies nothing is transformed: what is sent is what stands at the source.
         let outgoing = Outgoing::new(planned.verify, &plan.ops, &names, progress.clone())?;
-        let mut program = Program::new(plan, names, &limits, routes)?;
+        let mut program = Program::new(plan, names, &limits, routes)?.with_quantization(&quant, &limits)?;
         for (to, turned) in banks {
             program = program.with_banks(to, turned)?;
         }
@@ -168,7 +170,7 @@ impl Connecting {
                     close_max: deadline,
                 };
                 let memory = GpuMemory::new(gpu.kernels(), &program, memory, None)?;
-                if staged_bytes > 0 {
+                if staged_bytes > 0 && !over_nics.is_empty() {
                     let staging = for_nics(memory.staging())?;
                     let failed = |error: RailError| FabricError::Rail(error.to_string());
                     over_nics.iter_mut().try_for_each(|rail| rail.register(&staging)).map_err(failed)?;
@@ -182,12 +184,12 @@ impl Connecting {
         Ok(Connected { pusher, rails: connected, routes: described, outgoing })
     }
 
-    /// Bytes of staging memory: the watermark, if anything is gathered at all.
+    /// Bytes of staging memory: the watermark, if anything is staged at all.
     fn staged_bytes(&self, slot_bytes: u64) -> Result<u64, Error> {
         let watermark_bytes = self.config.watermark_bytes;
         if slot_bytes > watermark_bytes {
             return Err(no_staging(format!(
-                "the plan gathers {slot_bytes} bytes at once, more than the watermark of {watermark_bytes}; raise it or shorten \
+                "the plan stages {slot_bytes} bytes at once, more than the watermark of {watermark_bytes}; raise it or shorten \
                  the chunks"
             )));
         }

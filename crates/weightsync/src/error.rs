@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rendezvous::RendezvousError;
 use xfer_exec::cuda::CudaError;
-use xfer_exec::{Failure, ProgramError};
+use xfer_exec::{Failure, ProgramError, QuantError};
 use xfer_plan::Rank;
 
 use crate::fabric::FabricError;
@@ -22,6 +22,9 @@ pub enum Error {
     /// The plan does not fit this rank.
     #[error("the controller's plan does not fit this rank: {0}")]
     Program(#[from] ProgramError),
+    /// What the plan has this rank quantise does not fit it.
+    #[error("the controller's plan does not fit this rank: {0}")]
+    Quantization(#[from] QuantError),
     /// What the plan says of the bytes that arrive here, to be verified, is not possible.
     #[error("the controller's plan does not fit this rank: {0}; do both run the same release?")]
     Inbound(String),

@@ -5,7 +5,7 @@
 //! a push's beginning and its commit; a session says so ([`Served::Torn`]) and gives out no bytes meanwhile.
 
 pub use rendezvous::member::Served;
-use xfer_plan::{DType, DestinationParam, ParamMap, RegionIndex};
+use xfer_plan::{BlockQuant, DType, DestinationParam, ParamMap, Quantized, RegionIndex, TensorPart};
 
 use crate::arena::{Arenas, CommitMode};
 use crate::config::SessionConfig;
@@ -51,7 +51,8 @@ impl Inference {
     }
 
     /// Declares a parameter of this rank: its local shape, and the source tensors that it is made of. Parameters lie
-    /// one after another in one arena, each on a multiple of 256 bytes.
+    /// one after another in one arena, each on a multiple of 256 bytes. Where trainers hold another type than `dtype`, the map says
+    /// so ([`ParamMap::cast`]), and they convert it on its way.
     pub fn register(
         &mut self,
         name: impl Into<String>,
@@ -80,6 +81,40 @@ impl Inference {
         (param.offset, self.bytes) = (offset, end);
         self.params.push(param);
         Ok(ParamId(self.params.len() - 1))
+    }
+
+    /// Declares a parameter in FP8: these parts of source tensors, one above the other, quantised in blocks on their way. Behind
+    /// it, as `{name}_scale_inv`, come the scales of its blocks. The bytes are those of quantising the whole tensors, however
+    /// trainers shard them.
+    ///
+    /// ```
+    /// # use weightsync::{BlockQuant, Inference, SessionConfig, TensorBox, TensorPart, World};
+    /// # let mut inference = Inference::new(SessionConfig::new("host:1", World { trainers: 1, inference: 2 }, 0));
+    /// // The upper half of a projection, in blocks of 128 x 128 with f32 scales.
+    /// let part = TensorPart {
+    ///     tensor: "up_proj.weight".into(),
+    ///     shape: vec![512, 1000],
+    ///     bounds: TensorBox::new(&[0, 0], &[256, 1000])?,
+    /// };
+    /// let [codes, scales] = inference.register_quantized("up_proj.weight", &[part], BlockQuant::default())?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Declaration`] where a part does not begin and end at borders of blocks, or is of no matrix.
+    pub fn register_quantized(
+        &mut self,
+        name: impl Into<String>,
+        parts: &[TensorPart],
+        quant: BlockQuant,
+    ) -> Result<[ParamId; 2], Error> {
+        let name = name.into();
+        let Quantized { codes, shape, scales, scales_shape } = Quantized::stack(parts, quant)
+            .map_err(|error| Error::Declaration { name: name.clone(), reason: error.to_string() })?;
+        let scales_name = format!("{name}_scale_inv");
+        let codes = self.register(name, DType::F8E4M3, &shape, codes)?;
+        Ok([codes, self.register(scales_name, quant.scales.dtype(), &scales_shape, scales)?])
     }
 
     /// Joins the job: makes the arena, exposes it, exchanges manifests and returns when every rank is ready.

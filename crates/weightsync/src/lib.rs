@@ -43,7 +43,10 @@ pub use rendezvous::{Identity, IdentityError};
 pub use report::{PushReport, RailReport, Span, VerifyReport, VersionReport};
 pub use trainer::{TensorId, TensorSpec, Trainer, TrainerSession};
 pub use weight_ops::cuda::DeviceRange;
-pub use xfer_plan::{DType, DeviceMesh, ParamMap, Placement, PlanOptions, Rank, TensorBox, shard_box};
+pub use xfer_plan::{
+    BlockQuant, DType, DeviceMesh, ParamMap, Placement, PlanOptions, Rank, ScaleFormat, TensorBox,
+    TensorPart, shard_box,
+};
 
 /// Tensors and parameters begin on multiples of this in an arena: what CUDA's allocator and kernels count on.
 pub(crate) const ALIGN_BYTES: u64 = 256;

@@ -5,12 +5,14 @@ use std::sync::Arc;
 use efa_core::{Lease, LeaseMut};
 use rendezvous::PushId;
 use weight_ops::cuda::DeviceRange;
-use xfer_exec::driver::{Outcome, Sender, Timings};
+use xfer_exec::driver::{Measured, Outcome, Sender, Timings};
 use xfer_exec::{Delivered, Failure, RailUse};
 
 use crate::gpu::Gpu;
 use crate::memory::{Lent, Weights};
 use crate::verify::{Outgoing, Summed, Summing};
+
+const ELSEWHERE: &str = "defect: weights that are not where the rails read";
 
 /// See the module.
 pub(crate) enum Pusher {
@@ -23,35 +25,59 @@ pub(crate) struct Written {
     pub(crate) result: Result<Delivered, Failure>,
     pub(crate) timings: Timings,
     pub(crate) rails: Vec<RailUse>,
-    /// `None`: a rail that did not close still holds them.
-    pub(crate) weights: Option<Weights>,
     /// What was hashed; `None` where nothing was delivered whole, or nothing is verified.
     pub(crate) summed: Option<Summed>,
 }
 
 impl Pusher {
-    /// Begins to push, and to hash what is `outgoing`. `reply` is called from the thread when both are over; if the thread is
-    /// gone, or the weights are of other memory, it is dropped.
+    /// Begins to push, with the magnitudes that this rank is `told`, and to hash what is `outgoing`. `reply` is called from the thread
+    /// when both are over, with the weights, or `None` where a rail that did not close still holds them; if the thread is gone, or
+    /// the weights are of other memory, it is dropped.
     pub(crate) fn push(
         &self,
-        push: PushId,
+        (push, told): (PushId, Vec<f32>),
         weights: Weights,
         outgoing: Option<&Outgoing>,
-        reply: impl FnOnce(Written) + Send + 'static,
+        reply: impl FnOnce(Option<Weights>, Written) + Send + 'static,
     ) {
         match (self, weights) {
             (Self::Host(sender), Weights::Host(regions)) => {
                 let regions: Vec<Lease> = regions.into_iter().map(LeaseMut::freeze).collect();
                 let summing = outgoing.map(|outgoing| outgoing.start(push, Lent::Host(regions.clone())));
-                sender.push(regions, move |outcome| reply(written(outcome, summing, thawed)));
+                sender.push_told(regions, told, move |outcome| {
+                    let (regions, written) = written(outcome, summing);
+                    reply(thawed(regions), written);
+                });
             }
             (Self::Device(sender, gpu), Weights::Device(regions)) => {
                 let lent = || Lent::Device(Arc::clone(gpu), regions.clone());
                 let summing = outgoing.map(|outgoing| outgoing.start(push, lent()));
-                let returned = |regions| Some(Weights::Device(regions));
-                sender.push(regions, move |outcome| reply(written(outcome, summing, returned)));
+                sender.push_told(regions, told, move |outcome| {
+                    let (regions, written) = written(outcome, summing);
+                    reply(Some(Weights::Device(regions)), written);
+                });
             }
-            _ => tracing::error!("defect: weights that are not where the rails read"),
+            _ => tracing::error!("{ELSEWHERE}"),
+        }
+    }
+
+    /// Begins to find the magnitudes that this rank reports of these weights. `reply` as for [`Pusher::push`].
+    pub(crate) fn measure(
+        &self,
+        weights: Weights,
+        reply: impl FnOnce(Option<Weights>, Result<Vec<f32>, String>) + Send + 'static,
+    ) {
+        match (self, weights) {
+            (Self::Host(sender), Weights::Host(regions)) => {
+                let regions = regions.into_iter().map(LeaseMut::freeze).collect();
+                sender.magnitudes(regions, |Measured { result, regions }| reply(thawed(regions), result));
+            }
+            (Self::Device(sender, _), Weights::Device(regions)) => {
+                sender.magnitudes(regions, |Measured { result, regions }| {
+                    reply(Some(Weights::Device(regions)), result);
+                });
+            }
+            _ => tracing::error!("{ELSEWHERE}"),
         }
     }
 
@@ -81,14 +107,10 @@ impl Pusher {
 }
 
 /// On the thread of the rails, which have nothing left to do.
-fn written<B>(
-    outcome: Outcome<B>,
-    summing: Option<Summing>,
-    weights: impl FnOnce(Vec<B>) -> Option<Weights>,
-) -> Written {
+fn written<B>(outcome: Outcome<B>, summing: Option<Summing>) -> (Vec<B>, Written) {
     let Outcome { result, regions, timings, rails } = outcome;
     let summed = summing.and_then(|summing| summing.end(result.is_ok()));
-    Written { result, timings, rails, weights: weights(regions), summed }
+    (regions, Written { result, timings, rails, summed })
 }
 
 fn thawed(regions: Vec<Lease>) -> Option<Weights> {

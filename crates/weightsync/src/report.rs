@@ -55,7 +55,8 @@ pub struct PushReport {
     pub bytes: u64,
     /// WRITEs that carried them.
     pub writes: u64,
-    /// Of the bytes, those copied once on this side because their rows are too short for a WRITE each.
+    /// Of the bytes, those that were staged on this side: cast or quantised, or copied because their rows are too short for a
+    /// WRITE each.
     pub bytes_gathered: u64,
     /// How often the rail had no room for a WRITE.
     pub refusals: u64,
@@ -63,8 +64,11 @@ pub struct PushReport {
     pub seconds: f64,
     /// Seconds of this trainer's writes alone.
     pub write_seconds: f64,
-    /// Seconds that its gather thread was busy; within the writes.
+    /// Seconds that the threads were busy which fill the staging memory; within the writes.
     pub gather_seconds: f64,
+    /// Seconds that it took to measure the quantised blocks that this rank shares with others; before the writes.
+    #[serde(default)]
+    pub measure_seconds: f64,
     /// `bytes` over `write_seconds`, in 10^9 bytes per second.
     pub gb_per_second: f64,
     /// Lower bound of the whole push: the busiest NIC's bytes over its bandwidth.

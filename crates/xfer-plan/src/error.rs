@@ -57,6 +57,10 @@ pub enum LayoutError {
         "blocks of {block:?} do not cut a tensor of {shape:?}: it needs two dimensions, and blocks at least one row and column"
     )]
     NotBlocks { block: [u32; 2], shape: Vec<u64> },
+    #[error(
+        "part {bounds} of `{tensor}` does not start and end on borders of {block:?} blocks: cut where blocks end, or do not quantise"
+    )]
+    CutBlocks { tensor: String, bounds: Box<TensorBox>, block: [u32; 2] },
     #[error("shard borders cut the blocks of a tensor into more than {max} ranges: align its shards")]
     TooManyBlockRanges { max: usize },
     #[error("map {what}s what is not a whole tensor: {what} first, then slice and concatenate")]

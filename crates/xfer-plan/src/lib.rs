@@ -21,6 +21,7 @@ pub mod model;
 mod param_map;
 mod plan;
 mod quant;
+mod quantized;
 mod relay;
 pub mod report;
 mod route;
@@ -55,6 +56,7 @@ pub use plan::{
     Transfer, paired_rail,
 };
 pub use quant::{Exchange, ScaleTable};
+pub use quantized::{Quantized, TensorPart};
 pub use relay::{NO_TAG, Parts, RelayPlan};
 pub use report::PlanReport;
 pub use route::{Group, Leg, Link, Loads, ReceiverLoad, Route, TrainerLoad};

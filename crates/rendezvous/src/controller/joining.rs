@@ -252,8 +252,10 @@ impl Controller {
         let writers = trainers.chain(relays.filter(|(_, plan)| !plan.ops.is_empty()));
         self.quotas =
             writers.map(|(rank, plan)| (rank, Quota { bytes: plan.bytes, writes: plan.writes })).collect();
-        let inbound = match self.plan_verification(&parts) {
-            Ok(inbound) => inbound,
+        let agreed = self.plan_verification(&plan, &parts);
+        let agreed = agreed.and_then(|inbound| Ok((inbound, self.plan_measuring(&plan, &manifest)?)));
+        let (inbound, quants) = match agreed {
+            Ok(agreed) => agreed,
             Err(reason) => return self.end(Some(reason), actions),
         };
         let bytes_total = self.quotas.values().map(|quota| quota.bytes).sum();
@@ -294,10 +296,10 @@ impl Controller {
                 actions.push(Action::Send(seat.connection, ToMember::Planned(Box::new(planned))));
             }
         };
-        for (rank, part) in (0..).map(TrainerRank).zip(parts.trainers) {
+        for (rank, (part, quant)) in (0..).map(TrainerRank).zip(parts.trainers.into_iter().zip(quants)) {
             let names = names(&plan, part.ops.iter().map(|op| op.param));
             let peers = destinations(&part.ops).collect();
-            send(Rank::Trainer(rank), PlannedPart::Trainer { plan: part, names }, peers);
+            send(Rank::Trainer(rank), PlannedPart::Trainer { plan: part, names, quant }, peers);
         }
         let receivers = plan.receivers.iter().zip(parts.receivers).zip(inbound);
         for (rank, ((part, relay), inbound)) in (0..).map(ReceiverRank).zip(receivers) {

@@ -19,6 +19,8 @@ pub enum Stage {
     Collecting,
     /// Inference ranks stop passing on what is left of the attempt before.
     Stopping,
+    /// Trainers measure their parts of the quantised blocks that shard borders cut.
+    Measuring,
     /// Inference ranks stop serving.
     Preparing,
     /// Everyone who writes does.
@@ -39,6 +41,7 @@ impl Stage {
         match self {
             Self::Collecting => "to begin the version",
             Self::Stopping => "to stop passing on what the attempt before left",
+            Self::Measuring => "to measure the blocks that it shares with others",
             Self::Preparing => "to stop serving and prepare",
             Self::Writing => "to finish its writes",
             Self::Fencing => "to close the rails that a trainer gave up on",
@@ -59,6 +62,7 @@ impl Stage {
         match self {
             Self::Collecting => "collecting",
             Self::Stopping => "stopping",
+            Self::Measuring => "measuring",
             Self::Preparing => "preparing",
             Self::Writing => "writing",
             Self::Fencing => "fencing",

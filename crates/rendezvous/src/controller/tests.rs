@@ -8,6 +8,7 @@ use xfer_plan::{
 use super::*;
 use crate::protocol::{ENDPOINT_BYTES_MAX, Holds, Join, SessionId};
 
+mod measuring;
 mod random;
 mod regroup;
 mod status;
@@ -77,6 +78,7 @@ fn connection(member: Rank) -> ConnectionId {
 
 struct Bench {
     controller: Controller,
+    join: fn(Rank) -> Join,
     now: Duration,
     log: Vec<Action>,
     /// How recording a commit ends.
@@ -105,6 +107,7 @@ impl Bench {
     fn of(config: ControllerConfig) -> Self {
         Self {
             controller: Controller::new(config).unwrap(),
+            join,
             now: Duration::ZERO,
             log: Vec::new(),
             recorded: Ok(()),
@@ -123,7 +126,7 @@ impl Bench {
     fn start(self) -> Self {
         let mut bench = self;
         for member in world().members() {
-            bench.say(member, ToController::Join(Box::new(join(member))));
+            bench.say(member, ToController::Join(Box::new((bench.join)(member))));
         }
         let digest = bench.controller.digest;
         for member in world().members() {
@@ -196,7 +199,10 @@ const WRITTEN: fn(PushId) -> ToController =
 fn a_version_is_committed_when_every_byte_is_reported_and_not_before() {
     let mut bench = Bench::started();
     let push = bench.begin_to_writing(1);
-    assert_eq!(bench.told(T0), [ToMember::Write { push, version: 1, bank: Bank::default() }]);
+    assert_eq!(
+        bench.told(T0),
+        [ToMember::Write { push, version: 1, bank: Bank::default(), told: Vec::new() }]
+    );
     bench.say(T0, WRITTEN(push));
     assert_eq!(bench.controller.committed(), 0);
     assert_eq!(

@@ -97,6 +97,7 @@ impl Controller {
                 Stage::Collecting | Stage::Stopping | Stage::Committing | Stage::Recording => {
                     self.finish(now, actions);
                 }
+                Stage::Measuring => self.enter(Stage::Preparing, now, actions),
                 Stage::Preparing => self.enter(Stage::Writing, now, actions),
                 Stage::Writing if !self.fences.is_empty() => self.enter(Stage::Fencing, now, actions),
                 Stage::Writing | Stage::Fencing if self.config.verify.is_on() => {
@@ -158,7 +159,7 @@ impl Controller {
             && current.waiting.remove(&member)
             && current.waiting.is_empty()
         {
-            self.enter(Stage::Preparing, now, actions);
+            self.enter(Stage::Measuring, now, actions);
         }
     }
 
@@ -174,6 +175,7 @@ impl Controller {
             Stage::Collecting => self.trainers().collect(),
             // What an inference rank still passes on could arrive in the next attempt, and count for it.
             Stage::Stopping => self.relaying.keys().copied().collect(),
+            Stage::Measuring => self.start_measuring(),
             Stage::Preparing | Stage::Verifying | Stage::Committing => self.receivers().collect(),
             Stage::Writing => self.quotas.keys().copied().collect(),
             Stage::Fencing => self.fences.iter().map(|fence| Rank::Receiver(fence.at)).collect(),
@@ -194,8 +196,11 @@ impl Controller {
         if stage == Stage::Stopping {
             push.began_at = now;
             if waiting.is_empty() {
-                return self.enter(Stage::Preparing, now, actions);
+                return self.enter(Stage::Measuring, now, actions);
             }
+        }
+        if stage == Stage::Measuring && waiting.is_empty() {
+            return self.enter(Stage::Preparing, now, actions);
         }
         if stage == Stage::Preparing {
             actions.push(Action::Report(Report::Pushing { version, push: id }));
@@ -220,8 +225,11 @@ impl Controller {
                     let sums = sums.remove(&rank).unwrap_or_default().into_iter().collect();
                     ToMember::Verify { push: id, sums }
                 }
+                (Stage::Measuring, _) => ToMember::Measure { push: id, version },
                 (Stage::Preparing, _) => ToMember::Prepare { push: id, version, fence: rails, bank },
-                (Stage::Writing, Rank::Trainer(_)) => ToMember::Write { push: id, version, bank },
+                (Stage::Writing, Rank::Trainer(rank)) => {
+                    ToMember::Write { push: id, version, bank, told: self.told(rank) }
+                }
                 (Stage::Fencing, _) => ToMember::Fence { push: id, rails },
                 (Stage::Committing, _) => ToMember::Commit { push: id, version },
             };
@@ -285,7 +293,7 @@ impl Controller {
         // A trainer that has not begun, or an inference rank that was not told, knows of no attempt.
         let involved = |member: Rank| match member {
             Rank::Trainer(_) => push.stage != Stage::Collecting || !push.waiting.contains(&member),
-            Rank::Receiver(_) => !matches!(push.stage, Stage::Collecting | Stage::Stopping),
+            Rank::Receiver(_) => push.stage >= Stage::Preparing,
         };
         self.send_all(involved, message, actions);
         let (push, stage) = (push.id, push.stage);

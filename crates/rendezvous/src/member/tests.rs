@@ -2,8 +2,8 @@
 
 use proptest::prelude::*;
 use xfer_plan::{
-    Op, ParamId, Rank, RankPlan, ReceiverManifest, ReceiverPart, ReceiverRank, RegionIndex, RelayPlan,
-    Strided, TrainerManifest, TrainerRank, Transform,
+    Op, ParamId, QuantPart, Rank, RankPlan, ReceiverManifest, ReceiverPart, ReceiverRank, RegionIndex,
+    RelayPlan, Strided, TrainerManifest, TrainerRank, Transform,
 };
 
 use super::*;
@@ -65,7 +65,14 @@ fn for_trainer() -> ToMember {
 }
 
 fn for_trainer_at(committed: Option<Commit>) -> ToMember {
-    planned_at(PlannedPart::Trainer { plan: RankPlan::default(), names: Default::default() }, committed)
+    planned_at(
+        PlannedPart::Trainer {
+            plan: RankPlan::default(),
+            names: Default::default(),
+            quant: QuantPart::default(),
+        },
+        committed,
+    )
 }
 
 fn for_inference_at(committed: Option<Commit>) -> ToMember {
@@ -144,9 +151,13 @@ fn a_trainer_that_is_stopped_still_says_what_it_owes() {
     let mut member = trainer();
     assert_eq!(member.begin(1), Some(ToController::Begin { version: 1 }));
     assert_eq!(member.begin(2), None);
-    assert!(member.handle(ToMember::Write { push: P, version: 2, bank: Bank::default() }).is_err());
+    assert!(
+        member
+            .handle(ToMember::Write { push: P, version: 2, bank: Bank::default(), told: Vec::new() })
+            .is_err()
+    );
     assert!(matches!(
-        member.handle(ToMember::Write { push: P, version: 1, bank: Bank::default() }),
+        member.handle(ToMember::Write { push: P, version: 1, bank: Bank::default(), told: Vec::new() }),
         Ok(Some(TrainerStep::Write { .. }))
     ));
     assert!(matches!(member.handle(abort(1)), Ok(Some(TrainerStep::Stop { .. }))));
@@ -159,10 +170,51 @@ fn a_trainer_that_is_stopped_still_says_what_it_owes() {
 }
 
 #[test]
+fn a_trainer_writes_for_the_attempt_that_it_measured_for() {
+    let measure = |push, version| ToMember::Measure { push, version };
+    let write = |push| ToMember::Write { push, version: 1, bank: Bank::default(), told: vec![2.0] };
+    let mut member = trainer();
+    assert!(member.handle(measure(P, 1)).is_err(), "it has not begun");
+    member.begin(1);
+    assert!(member.handle(measure(P, 2)).is_err());
+    assert!(matches!(member.handle(measure(P, 1)), Ok(Some(TrainerStep::Measure { .. }))));
+    assert_eq!(member.handle(write(P)).unwrap_err().expected, "its own measuring");
+    let magnitudes = vec![1.0];
+    assert_eq!(
+        member.measured(Ok(magnitudes.clone())),
+        Some(ToController::Magnitudes { push: P, magnitudes })
+    );
+    assert_eq!(member.measured(Ok(Vec::new())), None, "once");
+    assert!(member.handle(write(Q)).is_err());
+    let step = member.handle(write(P)).unwrap();
+    assert!(matches!(step, Some(TrainerStep::Write { told, .. }) if told == [2.0]));
+}
+
+#[test]
+fn an_attempt_that_ends_while_a_trainer_measures_is_owed_nothing() {
+    for ended in [abort(1), regroup()] {
+        let mut member = trainer();
+        member.begin(1);
+        member.handle(ToMember::Measure { push: P, version: 1 }).unwrap();
+        let step = member.handle(ended).unwrap();
+        assert!(matches!(step, Some(TrainerStep::Aborted { .. } | TrainerStep::Regroup { .. })));
+        assert_eq!(member.measured(Ok(vec![1.0])), None);
+        assert!(member.is_idle() != member.is_out() && !member.is_undecided());
+    }
+    let mut member = trainer();
+    member.begin(1);
+    member.handle(ToMember::Measure { push: P, version: 1 }).unwrap();
+    let failed = ToController::Failed { push: P, reason: "no".into(), fences: Vec::new() };
+    assert_eq!(member.measured(Err("no".into())), Some(failed));
+    assert!(matches!(member.handle(abort(1)), Ok(Some(TrainerStep::Aborted { .. }))));
+    assert!(member.begin(1).is_some());
+}
+
+#[test]
 fn a_trainer_that_failed_is_not_told_of_a_commit() {
     let mut member = trainer();
     member.begin(1);
-    member.handle(ToMember::Write { push: P, version: 1, bank: Bank::default() }).unwrap();
+    member.handle(ToMember::Write { push: P, version: 1, bank: Bank::default(), told: Vec::new() }).unwrap();
     member.written(Err("no".into()), Vec::new(), Vec::new());
     let done = ToMember::Done { push: P, version: 1, unconfirmed: Vec::new() };
     assert_eq!(
@@ -213,7 +265,7 @@ fn what_is_passed_on_ends_before_the_next_attempt() {
 fn written() -> TrainerMember {
     let mut member = trainer();
     member.begin(1);
-    member.handle(ToMember::Write { push: P, version: 1, bank: Bank::default() }).unwrap();
+    member.handle(ToMember::Write { push: P, version: 1, bank: Bank::default(), told: Vec::new() }).unwrap();
     member.written(Ok((0, 0)), Vec::new(), Vec::new());
     member
 }
@@ -243,7 +295,9 @@ fn a_trainer_that_was_given_up_while_it_wrote_stops_first() {
     for told_before in [false, true] {
         let mut member = trainer();
         member.begin(1);
-        member.handle(ToMember::Write { push: P, version: 1, bank: Bank::default() }).unwrap();
+        member
+            .handle(ToMember::Write { push: P, version: 1, bank: Bank::default(), told: Vec::new() })
+            .unwrap();
         if told_before {
             assert!(matches!(member.handle(abort(1)), Ok(Some(TrainerStep::Stop { .. }))));
             assert!(matches!(member.handle(regroup()), Ok(None)));
@@ -344,12 +398,13 @@ fn message(number: u8) -> ToMember {
         2 => ToMember::Start,
         3 => prepare(push, version),
         4 => ToMember::Fence { push, rails: vec![0] },
-        5 => ToMember::Write { push, version, bank: Bank::default() },
+        5 => ToMember::Write { push, version, bank: Bank::default(), told: Vec::new() },
         6 => ToMember::Commit { push, version },
         7 => ToMember::Done { push, version, unconfirmed: Vec::new() },
         8 => abort(version),
         9 => ToMember::Finished,
         10 => ToMember::Verify { push, sums: Vec::new() },
+        11 => ToMember::Measure { push, version },
         _ => ToMember::Heartbeat,
     }
 }
@@ -358,14 +413,16 @@ proptest! {
     /// Whatever comes, and whatever the driver answers: no panic, a version is served only after its commit, and every attempt
     /// is reported once.
     #[test]
-    fn no_order_of_messages_is_half_obeyed(events in prop::collection::vec((0u8..96, any::<bool>()), 0..60)) {
+    fn no_order_of_messages_is_half_obeyed(events in prop::collection::vec((0u8..104, any::<bool>()), 0..60)) {
         let (mut trains, mut serves) = (trainer(), prepared(true));
         // The relay of `prepared` is under way.
         let (mut owed, mut reports) = (1, 0);
         for (number, well) in events {
             let result = || if well { Ok((0, 0)) } else { Err("no".to_owned()) };
             let closed = if well { Ok(()) } else { Err("no".to_owned()) };
-            let _ = trains.handle(message(number));
+            let asked = matches!(trains.handle(message(number)), Ok(Some(TrainerStep::Measure { .. })));
+            let measured = if well { Ok(vec![1.0]) } else { Err("no".to_owned()) };
+            prop_assert_eq!(trains.measured(measured).is_some(), asked);
             trains.begin(u64::from(number));
             trains.written(result(), Vec::new(), Vec::new());
             let committed = serves.committed_version();

@@ -13,6 +13,14 @@ pub enum TrainerStep {
     Connect(Box<Planned>),
     /// Every rank is ready: [`TrainerMember::begin`] when there is a version.
     Started,
+    /// Find the magnitudes that the plan has it report, then [`TrainerMember::measured`]. An attempt that ends meanwhile is over
+    /// with [`TrainerStep::Aborted`], and owes no answer.
+    Measure {
+        /// The attempt.
+        push: PushId,
+        /// Its version.
+        version: u64,
+    },
     /// Write everything, then [`TrainerMember::written`].
     Write {
         /// The attempt.
@@ -21,6 +29,8 @@ pub enum TrainerStep {
         version: u64,
         /// Which arena of inference ranks that have two.
         bank: Bank,
+        /// The magnitudes that it is told.
+        told: Vec<f32>,
     },
     /// The attempt is over while this rank still writes: stop, then [`TrainerMember::written`].
     Stop {
@@ -62,6 +72,9 @@ enum State {
     Joining(Admission),
     Idle,
     Begun(u64),
+    Measuring(Attempt),
+    /// `Magnitudes` was said.
+    Measured(Attempt),
     Writing(Attempt),
     Stopping(PushId),
     /// As stopping, and then it has to join again.
@@ -141,6 +154,20 @@ impl TrainerMember {
         Some(ToController::Begin { version })
     }
 
+    /// What it has measured, or why it could not.
+    pub fn measured(&mut self, result: Result<Vec<f32>, String>) -> Option<ToController> {
+        let State::Measuring(attempt) = self.state else { return None };
+        let push = attempt.push;
+        let (next, message) = match result {
+            Ok(magnitudes) => (State::Measured(attempt), ToController::Magnitudes { push, magnitudes }),
+            Err(reason) => {
+                (State::Failed(attempt.version), ToController::Failed { push, reason, fences: Vec::new() })
+            }
+        };
+        self.state = next;
+        Some(message)
+    }
+
     /// The end of its writes: bytes and writes delivered, or why not all were. `fences`: where bytes may still be on
     /// their way that it has given up on. `sums`: of what it sent, where the job verifies.
     pub fn written(
@@ -210,12 +237,19 @@ impl TrainerMember {
                 }
                 AdmissionStep::Started => (State::Idle, TrainerStep::Started),
             },
-            (State::Begun(begun), ToMember::Write { push, version, bank }) if *begun == version => {
-                (State::Writing(Attempt { push, version }), TrainerStep::Write { push, version, bank })
+            (State::Begun(begun), ToMember::Measure { push, version }) if *begun == version => {
+                (State::Measuring(Attempt { push, version }), TrainerStep::Measure { push, version })
             }
-            (State::Begun(version) | State::Failed(version), ToMember::Abort { reason, .. }) => {
-                (State::Idle, TrainerStep::Aborted { version: *version, reason })
+            (state, ToMember::Write { push, version, bank, told }) if state.may_write(push, version) => {
+                (State::Writing(Attempt { push, version }), TrainerStep::Write { push, version, bank, told })
             }
+            (
+                State::Begun(version)
+                | State::Measuring(Attempt { version, .. })
+                | State::Measured(Attempt { version, .. })
+                | State::Failed(version),
+                ToMember::Abort { reason, .. },
+            ) => (State::Idle, TrainerStep::Aborted { version: *version, reason }),
             (State::Writing(attempt), ToMember::Abort { reason, .. }) => {
                 (State::Stopping(attempt.push), TrainerStep::Stop { reason })
             }
@@ -235,13 +269,23 @@ impl TrainerMember {
 }
 
 impl State {
+    /// Whether the attempt is the one that this rank has begun, and measured for if it was asked to.
+    fn may_write(&self, push: PushId, version: u64) -> bool {
+        match self {
+            Self::Begun(begun) => *begun == version,
+            Self::Measured(attempt) => attempt.push == push && attempt.version == version,
+            _ => false,
+        }
+    }
+
     /// What the controller may say now, for errors.
     fn expects(&self) -> &'static str {
         match self {
             Self::Out => "nothing before it joins again",
             Self::Joining(_) => "the job",
             Self::Idle => "its own next version",
-            Self::Begun(_) => "the start of the push",
+            Self::Begun(_) | Self::Measured(_) => "the start of the push",
+            Self::Measuring(_) => "its own measuring",
             Self::Writing(_) => "an abort or nothing",
             Self::Stopping(_) | Self::Leaving(_) => "its own writes to stop",
             Self::Deciding(_) => "the commit",

@@ -5,6 +5,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -44,8 +45,8 @@ pub(super) struct Connection {
     pub(super) observers: Arc<Semaphore>,
     /// From its proof to its join.
     pub(super) join_max: Duration,
-    /// Once it has joined.
-    pub(super) frame_bytes_max: u32,
+    /// Once it has joined; the plan may raise it.
+    pub(super) frame_bytes_max: Arc<AtomicU32>,
 }
 
 impl Connection {
@@ -92,9 +93,10 @@ impl Connection {
         let (mut read_half, write_half) = tokio::io::split(stream);
         let _ = self.events.send(Input::Opened(self.id, self.peer, sender)).await;
         let _ = self.events.send(Input::Event(Event::Received(self.id, first))).await;
+        let bytes_max = || self.frame_bytes_max.load(Ordering::Relaxed);
         let read = async {
             loop {
-                match frame::read(&mut read_half, self.peer, self.frame_bytes_max).await {
+                match frame::read_bounded(&mut read_half, self.peer, bytes_max).await {
                     Ok(Some(message)) => {
                         let event = Input::Event(Event::Received(self.id, message));
                         if self.events.send(event).await.is_err() {

@@ -121,6 +121,8 @@ impl Cluster {
                 self.say(rank, |protocol| protocol.trainer().begin(version));
             }
             Next::Report(rank) => self.report(rank),
+            Next::Measured(rank) => self.measured(rank, true),
+            Next::NotMeasured(rank) => self.measured(rank, false),
             Next::Store => self.store(),
             Next::Recorded => {
                 let (commit, _) = self.recording.take().unwrap();

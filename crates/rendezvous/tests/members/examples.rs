@@ -20,6 +20,31 @@ fn without_faults_every_version_is_committed_at_once() {
 }
 
 #[test]
+fn nobody_writes_before_all_who_share_a_block_have_measured_it() {
+    let trainers = [0, 1].map(|rank| Rank::Trainer(TrainerRank(rank)));
+    let mut cluster = Cluster::new(Setup { quantised: true, ..Setup::default() });
+    let late = |next: &Next| !matches!(next, Next::Measured(rank) if *rank == trainers[1]);
+    go_on(&mut cluster, late, |cluster| cluster.aborts.len() == 1);
+    assert!(cluster.aborts[0].contains("waited 30s for trainer 1 to measure"), "{:?}", cluster.aborts);
+    assert!(!trainers.iter().any(|rank| cluster.is_writing(*rank)));
+    // Nobody was told to stop serving.
+    assert_eq!(cluster.served(), [Served::Version(0); 4]);
+    to_the_end(&mut cluster);
+    assert_eq!(cluster.served(), [Served::Version(TARGET); 4]);
+    // Where everybody has all of a block, nobody measures for others.
+    let mut cluster = Cluster::new(Setup { quantised: true, replicated: true, ..Setup::default() });
+    go_on(&mut cluster, |next| !matches!(next, Next::Measured(_)), Cluster::is_at_the_target);
+}
+
+#[test]
+fn a_job_that_verifies_and_quantises_ends_before_it_begins() {
+    let mut cluster = Cluster::new(Setup { quantised: true, verify: Verify::Full, ..Setup::default() });
+    to_the_end(&mut cluster);
+    let reason = cluster.ended.flatten().unwrap();
+    assert!(reason.contains("is cast or quantised") && reason.contains("turn `verify` off"), "{reason}");
+}
+
+#[test]
 fn a_byte_that_became_another_aborts_the_attempt() {
     let rank = Rank::Receiver(ReceiverRank(2));
     for (relay, stages) in [(Relay::Never, 0), (Relay::PerHost, 15), (Relay::Chain, 0)] {

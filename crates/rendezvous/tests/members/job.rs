@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use rendezvous::{Holds, Join, MemberManifest, OnLoss, SessionId, Verify, World};
 use xfer_plan::{
-    DType, DestinationParam, ParamMap, RailDecl, Rank, ReceiverManifest, ReceiverRank, RegionIndex, Relay,
-    SourcePiece, TensorBox, TrainerManifest, TrainerRank,
+    BlockQuant, DType, DestinationParam, ParamMap, RailDecl, Rank, ReceiverManifest, ReceiverRank,
+    RegionIndex, Relay, ScaleFormat, SourcePiece, TensorBox, TrainerManifest, TrainerRank,
 };
 
 pub(crate) const WORLD: World = World { trainers: 2, inference: 4 };
@@ -29,6 +29,8 @@ pub(crate) struct Setup {
     pub(crate) stages: u8,
     /// Each trainer owns everything.
     pub(crate) replicated: bool,
+    /// A tensor is quantised on its way, and where each trainer owns a part of it, they share its blocks.
+    pub(crate) quantised: bool,
     /// The controller's record outlives it.
     pub(crate) records: bool,
     /// Trainers push the committed version again as soon as somebody has not got it; otherwise only the last one.
@@ -46,6 +48,7 @@ impl Default for Setup {
             on_loss: OnLoss::Fail,
             stages: 0,
             replicated: false,
+            quantised: false,
             records: true,
             repeats: false,
             forever: None,
@@ -81,41 +84,65 @@ impl Endpoint {
     }
 }
 
+/// A tensor of the job, by its name: how many columns it has at which offset, in which type.
+type Declared = (&'static str, DType, u64, u64);
+
+const PLAIN: [Declared; 2] = [("v", DType::U8, 8, 0), ("w", DType::U8, 8, 16)];
+
+/// Blocks of two rows, of which each trainer has one.
+const QUANT: BlockQuant = BlockQuant { block: [2, 3], scales: ScaleFormat::F32 };
+
+const QUANTISED: [Declared; 2] = [("v", DType::BF16, 6, 0), ("w", DType::U8, 6, 24)];
+
 /// Two trainers with a row each of two tensors, or with both rows, that all inference ranks need whole, two of them on
 /// each host.
-pub(crate) fn join(member: Rank, replicated: bool, endpoint: &Endpoint) -> Join {
+pub(crate) fn join(member: Rank, setup: &Setup, endpoint: &Endpoint) -> Join {
     let rails = vec![RailDecl { bytes_per_second: 1000 }];
-    let (region, names) = (RegionIndex(0), ["v", "w"]);
+    let region = RegionIndex(0);
     let manifest = match member {
         Rank::Trainer(TrainerRank(rank)) => {
-            let (origin, rows) = if replicated { (0, 2) } else { (u64::from(rank), 1) };
-            let piece = |(name, offset): (&str, u64)| SourcePiece {
+            let tensors = if setup.quantised { QUANTISED } else { PLAIN };
+            let (origin, rows) = if setup.replicated { (0, 2) } else { (u64::from(rank), 1) };
+            let piece = |(name, dtype, columns, offset): Declared| SourcePiece {
                 tensor: name.into(),
-                dtype: DType::U8,
-                shape: vec![2, 8],
-                bounds: TensorBox::new(&[origin, 0], &[rows, 8]).unwrap(),
+                dtype,
+                shape: vec![2, columns],
+                bounds: TensorBox::new(&[origin, 0], &[rows, columns]).unwrap(),
                 region,
                 offset,
             };
-            let pieces = names.into_iter().zip([0, 16]).map(piece).collect();
+            let pieces = tensors.map(piece).into();
             MemberManifest::Trainer(TrainerManifest {
                 host: "trainers".into(),
-                regions: vec![32],
+                regions: vec![36],
                 rails,
                 pieces,
             })
         }
         Rank::Receiver(ReceiverRank(rank)) => {
-            let param = |(name, offset): (&str, u64)| DestinationParam {
-                name: name.into(),
-                dtype: DType::U8,
-                shape: vec![2, 8],
-                region,
-                offset,
-                map: ParamMap::tensor(name).into(),
-                priority: 0,
+            let param =
+                |(name, dtype, shape, offset, map): (&str, _, [u64; 2], _, ParamMap)| DestinationParam {
+                    name: name.into(),
+                    dtype,
+                    shape: shape.into(),
+                    region,
+                    offset,
+                    map: map.into(),
+                    priority: 0,
+                };
+            let tensor = ParamMap::tensor;
+            // All of the arena.
+            let params = match setup.quantised {
+                false => PLAIN
+                    .map(|(name, dtype, columns, at)| (name, dtype, [2, columns], at, tensor(name)))
+                    .to_vec(),
+                true => vec![
+                    ("v", DType::F8E4M3, [2, 6], 0, tensor("v").quantize(QUANT)),
+                    ("w", DType::U8, [2, 6], 12, tensor("w")),
+                    ("v_scales", DType::F32, [1, 2], 24, tensor("v").scales(QUANT)),
+                ],
             };
-            let params = names.into_iter().zip([0, 16]).map(param).collect();
+            let params = params.into_iter().map(param).collect();
             let host = format!("inference {}", rank / 2);
             let regions = vec![ARENA_BYTES as u64];
             MemberManifest::Inference(ReceiverManifest { host, regions, rails, params })

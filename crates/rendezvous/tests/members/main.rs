@@ -95,7 +95,7 @@ prop_compose! {
         relay in relays(),
         verify in verify(),
         stages in 0_u8..1 << WORLD.inference,
-        (replicated, records, repeats, goes_on) in any::<(bool, bool, bool, bool)>(),
+        (replicated, quantised, records, repeats, goes_on) in any::<(bool, bool, bool, bool, bool)>(),
         lost in 0..3 * WORLD.members().count(),
     ) -> Setup {
         let on_loss = match (regroup, goes_on) {
@@ -106,7 +106,9 @@ prop_compose! {
         // What only one trainer has is missing without it.
         let may_go = |rank: &Rank| on_loss == OnLoss::Continue && (replicated || !is_trainer(*rank));
         let forever = WORLD.members().nth(lost).filter(may_go);
-        Setup { relay, relays: true, verify, on_loss, stages, replicated, records: records || forever.is_some(), repeats, forever }
+        // What changes on its way cannot be verified.
+        let verify = if quantised { Verify::Off } else { verify };
+        Setup { relay, relays: true, verify, on_loss, stages, replicated, quantised, records: records || forever.is_some(), repeats, forever }
     }
 }
 

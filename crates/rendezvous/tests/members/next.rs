@@ -23,6 +23,8 @@ pub(crate) enum Next {
     Begin(Rank),
     /// This rank says how its writes ended.
     Report(Rank),
+    /// This trainer has measured.
+    Measured(Rank),
     /// The decision to commit is on disk.
     Store,
     /// The controller learns that it is.
@@ -41,6 +43,8 @@ pub(crate) enum Next {
     ChangeRail(Rank),
     /// This rank's writes fail.
     Fail(Rank),
+    /// This trainer cannot measure.
+    NotMeasured(Rank),
     /// The next rails that this rank has to close do not close.
     Stick(Rank),
     /// A byte of this rank's memory becomes another.
@@ -70,6 +74,7 @@ impl Next {
             Self::LandLate(_)
                 | Self::ChangeRail(_)
                 | Self::Fail(_)
+                | Self::NotMeasured(_)
                 | Self::Stick(_)
                 | Self::Flip(_)
                 | Self::Busy(_)
@@ -152,6 +157,7 @@ impl Cluster {
             (!process.stopping && link.is_some_and(Link::is_to_read), Next::Tell(rank)),
             (!process.stopping && joins, Next::Join(rank)),
             (idle && (process.known < TARGET || process.behind), Next::Begin(rank)),
+            (process.measuring.is_some(), Next::Measured(rank)),
             (process.has_written(), Next::Report(rank)),
         ];
         next.extend(all.into_iter().filter(|(possible, _)| *possible).map(|(_, next)| next));
@@ -163,6 +169,7 @@ impl Cluster {
         let all = [
             (writing && !process.is_counted(), Next::ChangeRail(rank)),
             (writing, Next::Fail(rank)),
+            (process.measuring.is_some(), Next::NotMeasured(rank)),
             (!is_trainer(rank) && !process.sticks, Next::Stick(rank)),
             (process.flip_would_be_found(), Next::Flip(rank)),
             (regroups && linked, Next::Cut(rank, true)),

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rendezvous::member::{InferenceMember, TrainerMember};
 use rendezvous::{Bank, Checksum, Fence, ParamSum, Peer, PushId, ToController, Verify};
-use xfer_plan::{Inbound, NO_TAG, ParamId, Rank, ReceiverRank, RelayPlan};
+use xfer_plan::{HeldTable, Inbound, NO_TAG, ParamId, QuantPart, Rank, ReceiverRank, RelayPlan, TensorBox};
 
 use crate::job::{Endpoint, is_trainer};
 use crate::memory::{self, Memory};
@@ -54,8 +54,27 @@ pub(crate) struct Part {
     pub(crate) writes: RelayPlan,
     pub(crate) peers: BTreeMap<Rank, Peer>,
     pub(crate) names: BTreeMap<ParamId, String>,
+    pub(crate) quant: QuantPart,
     pub(crate) verify: Verify,
     pub(crate) inbound: Vec<Inbound>,
+}
+
+impl Part {
+    /// Blocks that it measures, and is told of.
+    pub(crate) fn measures(&self) -> usize {
+        let blocks = |of: &dyn Fn(&HeldTable) -> &Vec<TensorBox>| -> u64 {
+            self.quant.tables.iter().flat_map(of).filter_map(TensorBox::volume).sum()
+        };
+        let reports = blocks(&|table| &table.reports);
+        assert_eq!(reports, blocks(&|table| &table.told));
+        reports as usize
+    }
+}
+
+/// What a trainer finds in an attempt: the last one the most.
+pub(crate) fn magnitude(push: PushId, rank: Rank) -> f32 {
+    let Rank::Trainer(rank) = rank else { panic!("not a trainer") };
+    f32::from(push.0[0]) + rank.0 as f32
 }
 
 pub(crate) struct Process {
@@ -69,6 +88,8 @@ pub(crate) struct Process {
     pub(crate) writing: Option<Writing>,
     /// Its rail for what it posts from now on.
     pub(crate) rail: u16,
+    /// For a trainer: the attempt that it measures for.
+    pub(crate) measuring: Option<PushId>,
     /// The attempt that an inference rank is prepared for.
     pub(crate) prepared: Option<PushId>,
     /// It has compared its bytes in this attempt, so that what changes now is not seen.
@@ -104,6 +125,7 @@ impl Process {
             memory: Memory::new(stages),
             writing: None,
             rail: 0,
+            measuring: None,
             prepared: None,
             compared: false,
             flipped: false,

@@ -2,13 +2,13 @@
 
 use rendezvous::member::{InferenceStep, Served, TrainerStep};
 use rendezvous::{Fence, OnLoss, Planned, PlannedPart, ToController, ToMember};
-use xfer_plan::{Inbound, NO_TAG, Rank, RelayPlan};
+use xfer_plan::{Inbound, NO_TAG, QuantPart, Rank, RelayPlan, TrainerRank};
 
 use crate::cluster::Cluster;
-use crate::job::{self, Endpoint};
+use crate::job::{self, Endpoint, WORLD};
 use crate::link::Link;
 use crate::network::Flight;
-use crate::process::{Part, Protocol};
+use crate::process::{Part, Protocol, magnitude};
 
 impl Cluster {
     /// Says what the protocol has it say, which must be something.
@@ -24,15 +24,16 @@ impl Cluster {
     /// Closes all rails, opens others, and joins with these.
     pub(crate) fn join(&mut self, rank: Rank) {
         self.opened += 1;
-        let (epoch, replicated) = (self.opened, self.setup.replicated);
+        let epoch = self.opened;
         self.network.close_all_but(rank, Some(epoch));
         self.network.give_up(rank);
+        let setup = self.setup.clone();
         let process = self.process(rank);
         let is_new = process.link.is_none();
         process.link.get_or_insert(epoch);
-        (process.epoch, process.writing, process.prepared) = (epoch, None, None);
+        (process.epoch, process.writing, process.prepared, process.measuring) = (epoch, None, None, None);
         let endpoint = Endpoint { epoch, arenas: process.memory.name() };
-        let join = job::join(rank, replicated, &endpoint);
+        let join = job::join(rank, &setup, &endpoint);
         if is_new {
             self.links.insert(epoch, Link::new(rank));
         }
@@ -98,7 +99,12 @@ impl Cluster {
                 self.resolve(rank, &planned);
                 self.planned(rank, *planned);
             }
-            Some(TrainerStep::Write { push, bank, .. }) => {
+            Some(TrainerStep::Measure { push, .. }) => self.process(rank).measuring = Some(push),
+            Some(TrainerStep::Write { push, bank, told, .. }) => {
+                // Both have reported, whatever they were told of attempts before.
+                let blocks = self.process(rank).part.measures();
+                let largest = magnitude(push, Rank::Trainer(TrainerRank(WORLD.trainers - 1)));
+                assert_eq!(told, vec![largest; blocks], "{rank} is told other magnitudes than were reported");
                 let rail = self.network.fresh_rail();
                 self.process(rank).start(push, bank, rail);
                 self.post(rank);
@@ -211,8 +217,10 @@ impl Cluster {
     }
 
     fn planned(&mut self, rank: Rank, planned: Planned) {
+        let mut quant = QuantPart::default();
         let (writes, names, inbound) = match planned.part {
-            PlannedPart::Trainer { plan, names } => {
+            PlannedPart::Trainer { plan, names, quant: own } => {
+                quant = own;
                 (RelayPlan { plan, ..RelayPlan::default() }, names, Vec::new())
             }
             PlannedPart::Inference { part, relay, names, inbound } => {
@@ -222,7 +230,7 @@ impl Cluster {
             }
         };
         let peers = planned.peers.into_iter().map(|peer| (peer.member, peer)).collect();
-        let part = Part { writes, peers, names, verify: planned.verify, inbound };
+        let part = Part { writes, peers, names, quant, verify: planned.verify, inbound };
         for op in &part.writes.plan.ops {
             assert_eq!(op.writes(), 1);
             assert!(
@@ -285,6 +293,17 @@ impl Cluster {
             writing.fences.extend(fences);
         }
         given_up
+    }
+
+    /// A trainer has measured, or could not. Where the attempt is over meanwhile, it says nothing.
+    pub(crate) fn measured(&mut self, rank: Rank, well: bool) {
+        let process = self.process(rank);
+        let (push, blocks) = (process.measuring.take().unwrap(), process.part.measures());
+        let result =
+            if well { Ok(vec![magnitude(push, rank); blocks]) } else { Err("it did not measure".into()) };
+        if let Some(message) = process.protocol.trainer().measured(result) {
+            self.say(rank, |_| Some(message));
+        }
     }
 
     pub(crate) fn report(&mut self, rank: Rank) {

@@ -42,7 +42,8 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     let mut demo = Demo::new(&args, world)?;
     if !args.json {
         say!("checkpoint {} ({})", path.display(), bytes_text(checkpoint.bytes()));
-        say!("{world}, {} versions, fabric {}", args.steps, args.rail.fabric);
+        let fp8 = if args.fp8 { ", linear layers in FP8" } else { "" };
+        say!("{world}, {} versions, fabric {}{fp8}", args.steps, args.rail.fabric);
     }
     let failed = demo.play(&args, &path).await;
     let traced = match &args.trace {
@@ -250,7 +251,10 @@ impl Demo {
                 ]
                 .map(OsString::from),
             ),
-            _ => line.extend(["--verify".into(), "--commit".into(), args.commit.to_string().into()]),
+            _ => {
+                line.extend(["--verify".into(), "--commit".into(), args.commit.to_string().into()]);
+                line.extend(args.fp8.then(|| "--fp8".into()));
+            }
         }
         (launcher, line)
     }

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::Context;
-use weightsync::{Error, Inference, InferenceSession, ParamId, RendezvousError};
+use weightsync::{BlockQuant, Error, Inference, InferenceSession, ParamId, RendezvousError};
 use weightsync_cli::checkpoint::Checkpoint;
+use weightsync_cli::reference::fp8::{fp8_param_names, verify_fp8_param};
 use weightsync_cli::reference::{VerifyError, param_names, verify_param};
 use weightsync_cli::tensor_parallel::{Layout, LocalParam};
 
@@ -19,7 +20,9 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     let (json, rank, tp) = (args.rank.json, args.rank.rank, args.rank.job.inference);
     let began = Instant::now();
     let checkpoint = Checkpoint::open(&args.rank.checkpoint)?;
-    let params = Layout::new(checkpoint.tensors(), checkpoint.heads(), tp)?.params(rank)?;
+    let layout = Layout::new(checkpoint.tensors(), checkpoint.heads(), tp)?;
+    let layout = if args.fp8 { layout.with_fp8(BlockQuant::default())? } else { layout };
+    let params = layout.params(rank)?;
     let config = args.rank.config()?;
     let _page = args.rank.metrics.serve(&config.metrics).await?;
     let mut inference = Inference::new(config);
@@ -43,7 +46,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
                 version = report.version;
                 Event::Served(report).print(json);
                 if args.verify && version.is_multiple_of(args.verify_every) {
-                    match verify(&checkpoint, &session, &params, &ids, (tp, rank), version) {
+                    match verify(&checkpoint, &session, (&params, &ids), (tp, rank), version, args.fp8) {
                         Ok(event) => event.print(json),
                         Err(error) => {
                             session.give_up_job(error.to_string()).await;
@@ -71,13 +74,14 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
 fn verify(
     checkpoint: &Checkpoint,
     session: &InferenceSession,
-    params: &[LocalParam],
-    ids: &[ParamId],
+    (params, ids): (&[LocalParam], &[ParamId]),
     (tp, rank): (u32, u32),
     version: u64,
+    fp8: bool,
 ) -> anyhow::Result<Event> {
     let began = Instant::now();
-    let expected = param_names(checkpoint);
+    let expected = if fp8 { fp8_param_names(checkpoint, tp)? } else { param_names(checkpoint) };
+    let verify_param = if fp8 { verify_fp8_param } else { verify_param };
     if !params.iter().map(|param| &param.name).eq(&expected) {
         let reason = "the parameters of this rank are not those of the reference".to_owned();
         return Err(BytesDiffer(reason).into());

@@ -65,8 +65,19 @@ pub fn bert() -> Vec<(String, Dtype, Vec<usize>)> {
 
 /// A folder with the synthetic checkpoint that is made for tests.
 pub fn tiny() -> tempfile::TempDir {
+    synthetic(&Shape::tiny())
+}
+
+/// Linear layers whose halves end where blocks of 128 x 128 do, and whose thirds do not.
+pub fn blocks() -> Shape {
+    let name = "blocks".into();
+    Shape { name, hidden: 200, query_heads: 8, key_value_heads: 8, head_dim: 32, inner: 512, ..Shape::tiny() }
+}
+
+/// A folder with a synthetic checkpoint of this shape.
+pub fn synthetic(shape: &Shape) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    ensure(folder.path(), &Shape::tiny(), 1, &mut |_, _| {}).unwrap();
+    ensure(folder.path(), shape, 1, &mut |_, _| {}).unwrap();
     folder
 }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use efa_core::MemoryRef;
 use rendezvous::member::{TrainerMember, TrainerStep};
@@ -30,8 +31,8 @@ use crate::watch::Watch;
 enum Holder {
     /// The session.
     Here(Weights),
-    /// The rails, until this answers.
-    Pushed(oneshot::Receiver<Written>),
+    /// The rails, until these come back; without them, where a rail did not close.
+    Lent(oneshot::Receiver<Option<Weights>>),
     /// Lost to a rail that did not close.
     Lost,
 }
@@ -39,6 +40,24 @@ enum Holder {
 impl Holder {
     fn of(weights: Option<Weights>) -> Self {
         weights.map_or(Self::Lost, Self::Here)
+    }
+
+    /// Gives the weights away until they come back over `lent`.
+    fn lend(&mut self, lent: oneshot::Receiver<Option<Weights>>) -> Result<Weights, Error> {
+        match std::mem::replace(self, Self::Lent(lent)) {
+            Self::Here(weights) => Ok(weights),
+            other => {
+                *self = other;
+                Err(Error::Broken)
+            }
+        }
+    }
+
+    /// Waits until they are back.
+    async fn take_back(&mut self) {
+        if let Self::Lent(weights) = self {
+            *self = Self::of(weights.await.ok().flatten());
+        }
     }
 }
 
@@ -176,10 +195,10 @@ impl TrainerSession {
     }
 
     fn weights_here(&mut self) -> Result<&mut Weights, Error> {
-        if let Holder::Pushed(written) = &mut self.weights
-            && let Ok(written) = written.try_recv()
+        if let Holder::Lent(weights) = &mut self.weights
+            && let Ok(weights) = weights.try_recv()
         {
-            self.weights = Holder::of(written.weights);
+            self.weights = Holder::of(weights);
         }
         if let Holder::Here(weights) = &mut self.weights { Ok(weights) } else { Err(Error::Busy) }
     }
@@ -228,14 +247,22 @@ impl TrainerSession {
         let mut stage = Stopwatch::start("wait for trainers");
         // Heartbeats tell it until the rails begin to count anew.
         self.line.progress().store(0, Ordering::Relaxed);
-        let (push, bank) = loop {
+        let mut measuring = Duration::ZERO;
+        let (push, bank, told) = loop {
             self.ready().await?;
             if let Some(report) = self.decided.take().filter(|report| report.version == version) {
                 return Ok(report);
             }
             self.line.say(self.member.begin(version))?;
-            match self.next("the other trainers and the inference ranks").await? {
-                Some(TrainerStep::Write { push, bank, .. }) => break (push, bank),
+            const OTHERS: &str = "the other trainers and the inference ranks";
+            let mut step = self.next(OTHERS).await?;
+            if let Some(TrainerStep::Measure { push, .. }) = step {
+                self.watch.named(push);
+                measuring = self.measure().await?;
+                step = self.next(OTHERS).await?;
+            }
+            match step {
+                Some(TrainerStep::Write { push, bank, told, .. }) => break (push, bank, told),
                 Some(TrainerStep::Aborted { reason, .. }) => return Err(Error::Aborted { version, reason }),
                 Some(_) => return Err(out_of_turn("the start of the push")),
                 // Nothing has been written: the same version again.
@@ -245,7 +272,7 @@ impl TrainerSession {
         stage.next("write", &mut stages);
         self.watch.named(push);
         self.watch.stage("write");
-        let (mut outcome, ended) = self.write_out(push, bank, version).await?;
+        let (mut outcome, ended) = self.write_out((push, version), bank, told).await?;
         self.tell_rails(&outcome);
         let fences = self.fences(&outcome.rails);
         let (sums, verified) = outcome.summed.take().map(|Summed { sums, report }| (sums, report)).unzip();
@@ -284,6 +311,7 @@ impl TrainerSession {
             seconds: whole.elapsed().as_secs_f64(),
             write_seconds,
             gather_seconds: outcome.timings.gather.as_secs_f64(),
+            measure_seconds: measuring.as_secs_f64(),
             gb_per_second: gb_per_second(bytes, write_seconds),
             bound_seconds: self.bound_seconds,
             bound_fraction: if write_seconds > 0.0 { self.bound_seconds / write_seconds } else { 0.0 },
@@ -333,26 +361,24 @@ impl TrainerSession {
     /// the outcome, where it ended the push.
     async fn write_out(
         &mut self,
-        push: PushId,
+        (push, version): (PushId, u64),
         bank: Bank,
-        version: u64,
+        told: Vec<f32>,
     ) -> Result<(Written, Option<Error>), Error> {
-        let (reply, wait) = oneshot::channel();
+        let ((reply, mut written), (back, lent)) = (oneshot::channel(), oneshot::channel());
         let Rails::Connected(Connected { pusher, outgoing, .. }) = &self.rails else {
             return Err(Error::Broken);
         };
-        let Holder::Here(weights) = std::mem::replace(&mut self.weights, Holder::Pushed(wait)) else {
-            return Err(Error::Broken);
-        };
+        let weights = self.weights.lend(lent)?;
         pusher.set_bank(bank.index() == 1);
-        pusher.push(push, weights, outgoing.as_ref(), move |written| drop(reply.send(written)));
+        pusher.push((push, told), weights, outgoing.as_ref(), move |weights, written| {
+            drop(back.send(weights));
+            drop(reply.send(written));
+        });
         let mut ended: Option<Error> = None;
         let written = loop {
-            let Holder::Pushed(written) = &mut self.weights else {
-                return Err(Error::Broken);
-            };
             tokio::select! {
-                written = written => break written,
+                written = &mut written => break written,
                 step = next(&mut self.line, &mut self.member, "its own writes"), if ended.is_none() => {
                     let error = match step {
                         Ok(Some(TrainerStep::Stop { reason })) => Error::Aborted { version, reason },
@@ -365,12 +391,26 @@ impl TrainerSession {
                 }
             }
         };
-        let Ok(mut written) = written else {
-            self.weights = Holder::Lost;
+        self.weights.take_back().await;
+        written.map(|written| (written, ended)).map_err(|_| Error::Broken)
+    }
+
+    /// Finds the magnitudes that the plan has this rank report, and says them; how long that took. What the controller says
+    /// meanwhile can wait: it is a moment.
+    async fn measure(&mut self) -> Result<Duration, Error> {
+        let began = std::time::Instant::now();
+        let ((reply, measured), (back, lent)) = (oneshot::channel(), oneshot::channel());
+        let Rails::Connected(Connected { pusher, .. }) = &self.rails else {
             return Err(Error::Broken);
         };
-        self.weights = Holder::of(written.weights.take());
-        Ok((written, ended))
+        pusher.measure(self.weights.lend(lent)?, move |weights, result| {
+            drop(back.send(weights));
+            drop(reply.send(result));
+        });
+        let measured = measured.await;
+        self.weights.take_back().await;
+        self.line.say(self.member.measured(measured.map_err(|_| Error::Broken)?))?;
+        Ok(began.elapsed())
     }
 
     /// For whoever watches: logs, metrics, and observers of the controller.

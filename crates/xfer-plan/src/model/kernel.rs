@@ -12,49 +12,13 @@ use super::spec::{Depth, ExpertForm};
 use crate::dtype::DType;
 use crate::error::{LayoutError, shorten};
 use crate::param_map::ParamMap;
+use crate::quantized::{Stack, TensorPart};
 use crate::tensor_box::TensorBox;
 use crate::transform::BlockQuant;
 
 /// vLLM's `DEFAULT_VOCAB_PADDING_SIZE`: the vocabulary grows to a multiple of it, and is then divided among tensor-
 /// parallel ranks. The padding is at the end of the whole, so only the last ranks have any.
 const VOCABULARY_PADDING: u64 = 64;
-
-/// A part of a source tensor that a parameter takes.
-struct Slice {
-    tensor: String,
-    shape: Vec<u64>,
-    bounds: TensorBox,
-}
-
-impl Slice {
-    /// The tensor, if it has the shape that the slice is made for.
-    fn tensor(&self) -> ParamMap {
-        ParamMap::tensor(&self.tensor).shaped(&self.shape)
-    }
-
-    /// The slice in indices of blocks. `below`: whether something follows below it, which must start at a border.
-    fn blocks(&self, param: &str, quant: BlockQuant, below: bool) -> Result<TensorBox, ModelError> {
-        let cut = || ModelError::Blocks {
-            param: shorten(param),
-            tensor: shorten(&self.tensor),
-            bounds: Box::new(self.bounds.clone()),
-            block: quant.block,
-        };
-        let mut blocks = self.bounds.clone();
-        let rows = self.bounds.rank().checked_sub(2).ok_or_else(cut)?;
-        for (dim, block) in (rows..).zip(quant.block.map(u64::from)) {
-            let (start, len) = self.bounds.extent(dim).ok_or_else(cut)?;
-            let end = start + len;
-            let may_be_ragged = self.shape.get(dim) == Some(&end) && !(below && dim == rows);
-            if block == 0 || !start.is_multiple_of(block) || !(end.is_multiple_of(block) || may_be_ragged) {
-                return Err(cut());
-            }
-            let (first, end) = (start / block, end.div_ceil(block));
-            blocks = blocks.with_dim(dim, first, end - first).map_err(in_param(param))?;
-        }
-        Ok(blocks)
-    }
-}
 
 /// A parameter before it is decided what becomes of its elements.
 struct Assembly {
@@ -63,7 +27,7 @@ struct Assembly {
     dtype: DType,
     linear: bool,
     /// What lies one above the other, in groups: blocks never reach from one group into the next.
-    groups: Vec<Vec<Slice>>,
+    groups: Vec<Vec<TensorPart>>,
     /// How many rows there are with padding.
     rows: Option<u64>,
     /// The shape as which the rows are viewed.
@@ -101,7 +65,7 @@ impl KernelFormat {
             if let (Cut::Vocabulary, Some(&words)) = (cut, shape.first()) {
                 rows = Some(self.vocabulary_rows(&param.name, words)?);
             }
-            slices.push(Slice { tensor: tensor.clone(), shape: shape.clone(), bounds });
+            slices.push(TensorPart { tensor: tensor.clone(), shape: shape.clone(), bounds });
         }
         let &Param { ref name, depth, dtype, linear, .. } = param;
         let (name, groups) = (name.clone(), vec![slices]);
@@ -152,7 +116,7 @@ impl KernelFormat {
         projection: &str,
         start: [u64; 2],
         len: [u64; 2],
-    ) -> Result<Slice, ModelError> {
+    ) -> Result<TensorPart, ModelError> {
         let &ExpertModule { experts, inner, hidden, .. } = module;
         let is_down = projection == "down_proj";
         let (tensor, shape, bounds) = match self.form {
@@ -173,7 +137,7 @@ impl KernelFormat {
             }
         };
         let bounds = bounds.map_err(in_param(&tensor))?;
-        Ok(Slice { tensor, shape, bounds })
+        Ok(TensorPart { tensor, shape, bounds })
     }
 
     /// What this rank takes of a tensor.
@@ -234,7 +198,7 @@ impl KernelFormat {
         let Some(quant) = self.fp8.filter(|_| linear) else {
             let mut values = Stack::default();
             for slice in groups.into_iter().flatten() {
-                values.push(slice.tensor(), &slice.shape, slice.bounds);
+                values.push(slice.whole(), &slice.shape, slice.bounds);
             }
             let (mut map, mut shape) = values.join();
             if let (Some(rows), Some(held)) = (rows, shape.first_mut())
@@ -250,10 +214,10 @@ impl KernelFormat {
         for group in groups {
             let last = group.len().saturating_sub(1);
             for (nth, slice) in group.into_iter().enumerate() {
-                let blocks = slice.blocks(&name, quant, nth < last)?;
+                let blocks = slice.blocks(quant, nth < last).map_err(in_blocks(&name))?;
                 let all = quant.scales_shape(&slice.shape).map_err(in_param(&name))?;
-                scales.push(slice.tensor().scales(quant), &all, blocks);
-                values.push(slice.tensor().quantize(quant), &slice.shape, slice.bounds);
+                scales.push(slice.whole().scales(quant), &all, blocks);
+                values.push(slice.whole().quantize(quant), &slice.shape, slice.bounds);
             }
         }
         let scale_view =
@@ -280,31 +244,15 @@ fn kernel_param(
     KernelParam { name, depth, dtype, shape, map: Arc::new(map) }
 }
 
-/// Maps one above the other, and their shape together.
-#[derive(Default)]
-struct Stack {
-    maps: Vec<ParamMap>,
-    shape: Vec<u64>,
-}
-
-impl Stack {
-    /// Puts the part `bounds` of a map of shape `all` below what is there.
-    fn push(&mut self, map: ParamMap, all: &[u64], bounds: TensorBox) {
-        let part = bounds.shape();
-        match self.shape.first_mut().zip(part.first()) {
-            Some((rows, more)) => *rows = rows.saturating_add(*more),
-            None => self.shape = part.to_vec(),
-        }
-        self.maps.push(if part.as_slice() == all { map } else { map.slice(bounds) });
-    }
-
-    /// The whole, and its shape.
-    fn join(mut self) -> (ParamMap, Vec<u64>) {
-        let single = if self.maps.len() == 1 { self.maps.pop() } else { None };
-        (single.unwrap_or_else(|| ParamMap::concat(0, self.maps)), self.shape)
-    }
-}
-
 pub(crate) fn in_param(name: &str) -> impl Fn(LayoutError) -> ModelError {
     move |source| ModelError::Layout { name: shorten(name), source }
+}
+
+fn in_blocks(name: &str) -> impl Fn(LayoutError) -> ModelError {
+    move |error| match error {
+        LayoutError::CutBlocks { tensor, bounds, block } => {
+            ModelError::Blocks { param: shorten(name), tensor, bounds, block }
+        }
+        other => in_param(name)(other),
+    }
 }

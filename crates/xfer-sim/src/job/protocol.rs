@@ -17,7 +17,7 @@ use xfer_exec::{Program, ProgramError, Runner};
 use xfer_plan::{Op, Rank, ReceiverRank};
 
 use super::rail::SimRail;
-use super::rank::Half;
+use super::rank::{Half, Measures};
 use super::sabotage::Sabotage;
 use super::world::{Event, World, short};
 use crate::time::Time;
@@ -215,6 +215,7 @@ impl World<'_> {
         match step {
             TrainerStep::Connect(planned) => self.connect(number, *planned),
             TrainerStep::Started => self.plan_version(number, 0),
+            TrainerStep::Measure { .. } => self.measure(number),
             TrainerStep::Write { push, version, .. } => {
                 self.log
                     .say(self.now, || format!("trainer {number} writes version {version} ({})", short(push)));
@@ -241,6 +242,29 @@ impl World<'_> {
             TrainerStep::Refused { reason } => self.end_rank(number, &reason),
             TrainerStep::Regroup { reason } => self.regroups(number, &reason),
         }
+    }
+
+    /// A kernel reads the blocks that a trainer shares with others, as if it had all of each: at most what it takes.
+    fn measure(&mut self, number: u32) {
+        let gpu = self.config.cluster.host.gpu;
+        let rank = &mut self.ranks[number as usize];
+        rank.agenda.measured += 1;
+        let read =
+            u128::from(rank.measures.bytes) * 1_000_000_000 / u128::from(gpu.hbm_bytes_per_second.max(1));
+        let at = self.now.plus_nanos(gpu.launch_nanoseconds).plus_nanos(read as u64);
+        self.events.push(at, Event::Measured(number, rank.agenda.measured));
+    }
+
+    /// Elements are names here and have no magnitudes: as many zeros as the plan wants.
+    pub(super) fn measured(&mut self, number: u32, attempt: u32) {
+        let rank = &mut self.ranks[number as usize];
+        let Half::Trainer(member) = &mut rank.half else { return };
+        // It was told of another attempt meanwhile.
+        if !(rank.alive && rank.ended.is_none() && rank.agenda.measured == attempt) {
+            return;
+        }
+        let message = member.measured(Ok(vec![0.0; rank.measures.blocks as usize]));
+        self.answer(number, message);
     }
 
     /// An attempt of a trainer is over without a commit.
@@ -441,6 +465,9 @@ impl World<'_> {
             return Ok(());
         }
         let slot_bytes = plan.ops.iter().map(Op::staged_bytes).max().unwrap_or(0);
+        if let PlannedPart::Trainer { quant, .. } = &part {
+            rank.measures = Measures::new(quant);
+        }
         let limits =
             RankLimits { region_bytes: own.map(room).unwrap_or_default(), slot_bytes, transforms: true };
         let regions = |to: ReceiverRank| {
@@ -449,7 +476,7 @@ impl World<'_> {
         let to: BTreeSet<ReceiverRank> = plan.ops.iter().map(|op| op.to).collect();
         let routes = rank.routes(to.into_iter(), cluster, regions);
         let program = match part {
-            PlannedPart::Trainer { plan, names } => Program::new(plan, names, &limits, routes)?,
+            PlannedPart::Trainer { plan, names, .. } => Program::new(plan, names, &limits, routes)?,
             PlannedPart::Inference { relay, names, .. } => Program::relay(relay, names, &limits, routes)?,
         };
         let slots = match slot_bytes {

@@ -9,7 +9,7 @@ use core::time::Duration;
 use rendezvous::member::{InferenceMember, TrainerMember};
 use xfer_exec::program::Route;
 use xfer_exec::{RailIndex, RailLimits, Runner};
-use xfer_plan::{Rank, ReceiverRank, TrainerRank, paired_rail};
+use xfer_plan::{QuantPart, Rank, ReceiverRank, TensorBox, TrainerRank, paired_rail};
 
 use super::bundle::Cost;
 use super::memory::SimMemory;
@@ -41,6 +41,31 @@ pub(super) struct Agenda {
     pub(super) version: u64,
     /// Attempts that were aborted in a row.
     pub(super) failed: u32,
+    /// How often it was told to measure.
+    pub(super) measured: u32,
+}
+
+/// What a trainer measures in every push.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Measures {
+    /// Blocks that it shares with others.
+    pub(super) blocks: u64,
+    /// Their bytes at the source, if all of each were here.
+    pub(super) bytes: u64,
+}
+
+impl Measures {
+    pub(super) fn new(part: &QuantPart) -> Measures {
+        let mut sum = Measures::default();
+        for table in &part.tables {
+            let blocks = table.reports.iter().filter_map(TensorBox::volume).fold(0, u64::saturating_add);
+            let [rows, columns] = table.quant.block.map(u64::from);
+            let block = rows.saturating_mul(columns).saturating_mul(table.dtype.bytes());
+            sum.blocks = sum.blocks.saturating_add(blocks);
+            sum.bytes = sum.bytes.saturating_add(blocks.saturating_mul(block));
+        }
+        sum
+    }
 }
 
 /// Where a flight goes.
@@ -58,6 +83,7 @@ pub(super) struct SimRank {
     pub(super) nics: Vec<NicId>,
     pub(super) half: Half,
     pub(super) agenda: Agenda,
+    pub(super) measures: Measures,
     pub(super) runner: Option<Runner<SimMemory>>,
     pub(super) memory: SimMemory,
     /// By operation, where they are bundled.
@@ -97,7 +123,8 @@ impl SimRank {
             closed: vec![false; nics.len()],
             nics,
             half: Half::Out,
-            agenda: Agenda { version: 1, failed: 0 },
+            agenda: Agenda { version: 1, failed: 0, measured: 0 },
+            measures: Measures::default(),
             runner: None,
             memory: SimMemory::default(),
             costs: Vec::new(),

@@ -72,6 +72,8 @@ pub(super) enum Event {
     Ready(u32),
     /// A trainer's weights are final.
     Begin(u32),
+    /// A trainer has measured the blocks that it shares with others, for the attempt of this number among its own.
+    Measured(u32, u32),
     Fault(Fault),
 }
 
@@ -358,6 +360,7 @@ impl<'w> World<'w> {
             Event::Join(rank) => self.join(rank),
             Event::Ready(rank) => self.ready(rank),
             Event::Begin(rank) => self.begin(rank),
+            Event::Measured(rank, attempt) => self.measured(rank, attempt),
             Event::Fault(fault) => self.fault(fault),
         }
     }

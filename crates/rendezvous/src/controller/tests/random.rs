@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::measuring::quantised;
 use super::*;
 
 #[derive(Debug, Clone)]
@@ -19,7 +20,7 @@ fn on_loss() -> impl Strategy<Value = OnLoss> {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
-        20 => (0u8..3, 0u8..14).prop_map(|(who, what)| Step::Say(who, what)),
+        20 => (0u8..3, 0u8..17).prop_map(|(who, what)| Step::Say(who, what)),
         1 => (0u8..3).prop_map(Step::Lose),
         2 => (0u8..20).prop_map(Step::Pass),
         1 => prop::bool::weighted(0.9).prop_map(Step::Record),
@@ -32,12 +33,15 @@ proptest! {
     /// only rise, and every ended job was reported as ended.
     #[test]
     fn no_order_of_messages_breaks_the_rules(
-        steps in steps(), from_start in any::<bool>(), on_loss in on_loss(),
+        steps in steps(), (from_start, quantises) in any::<(bool, bool)>(), on_loss in on_loss(),
     ) {
         let bench = Bench::of(ControllerConfig { on_loss, ..config(Verify::Off) });
+        let join = if quantises { quantised } else { join };
+        let bench = Bench { join, ..bench };
         let mut bench = if from_start { bench } else { bench.start() };
         let members = [T0, T1, I0];
         let mut written: BTreeSet<(Rank, PushId)> = BTreeSet::new();
+        let mut measured: BTreeSet<(Rank, PushId)> = BTreeSet::new();
         let mut committed = 0;
         for step in steps {
             let push = match &bench.controller.phase {
@@ -52,7 +56,14 @@ proptest! {
                     let message = match what {
                         0 | 1 => ToController::Begin { version },
                         2 => ToController::Prepared { push },
-                        3 => WRITTEN(push),
+                        // What the plan has it write: the codes of its row, and the scales by one of them.
+                        3 => match bench.controller.quotas.get(&member) {
+                            Some(&Quota { bytes, writes }) => {
+                                let (fences, sums) = (Vec::new(), Vec::new());
+                                ToController::Written { push, bytes, writes, fences, sums }
+                            }
+                            None => WRITTEN(push),
+                        },
                         4 => ToController::Committed { push },
                         5 => ToController::Failed { push, reason: "r".repeat(10_000), fences: Vec::new() },
                         6 => ToController::Join(Box::new(join(member))),
@@ -65,10 +76,14 @@ proptest! {
                         7 => ToController::Ready { digest },
                         8 => FENCED(push),
                         9 => ToController::Fenced { push },
+                        14 | 15 => ToController::Magnitudes { push, magnitudes: vec![1.0; 2] },
+                        16 => ToController::Magnitudes { push, magnitudes: vec![f32::INFINITY; 2] },
                         _ => ToController::Leave { reason: None },
                     };
-                    if message == WRITTEN(push) || message == FENCED(push) {
-                        written.insert((member, push));
+                    match &message {
+                        ToController::Written { .. } => drop(written.insert((member, push))),
+                        ToController::Magnitudes { .. } => drop(measured.insert((member, push))),
+                        _ => {}
                     }
                     bench.say(member, message);
                 }
@@ -80,7 +95,8 @@ proptest! {
             let now_committed = bench.controller.committed();
             if now_committed != committed {
                 prop_assert!(now_committed > committed);
-                prop_assert!(written.contains(&(T0, push)) && written.contains(&(T1, push)));
+                prop_assert!([T0, T1].iter().all(|member| written.contains(&(*member, push))));
+                prop_assert!(!quantises || [T0, T1].iter().all(|member| measured.contains(&(*member, push))));
                 prop_assert!(bench.controller.fences.is_empty(), "committed with writes still on their way");
                 committed = now_committed;
             }

@@ -123,7 +123,8 @@ fn measure(job: &Job, relay: Relay, floor_seconds: Option<f64>) -> anyhow::Resul
     let busiest = plan.trainers.iter().zip(0..).max_by_key(|(part, _)| part.bytes).context("no trainer")?.1;
     let (part, part_seconds) = timed(|| Ok(plan.part(TrainerRank(busiest), &manifest)?))?;
     let every_part = || {
-        (0..).zip(&plan.trainers).try_for_each(|(rank, _)| Ok(drop(plan.part(TrainerRank(rank), &manifest)?)))
+        let mut parts = (0..).zip(&plan.trainers).map(|(rank, _)| plan.part(TrainerRank(rank), &manifest));
+        Ok(parts.try_for_each(|part| part.map(drop))?)
     };
     let ((), parts_seconds) = timed(every_part)?;
     let bytes = postcard::to_stdvec(&part)?;

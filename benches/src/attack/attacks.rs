@@ -366,7 +366,7 @@ impl FileLimit {
 
 impl Drop for FileLimit {
     fn drop(&mut self) {
-        let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, self.0.clone());
+        let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, self.0);
     }
 }
 

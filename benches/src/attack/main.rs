@@ -63,7 +63,7 @@ struct Options {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(0..=100))]
     rounds: u8,
     /// What each of two trainers of the larger job pushes at a time: so much that a push takes about a second
-    #[arg(long, default_value_t = 512, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    #[arg(long, default_value_t = 1024, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     mib: u64,
     /// How the larger job pushes
     #[arg(long, default_value = "tcp", value_parser = ["local", "tcp"])]

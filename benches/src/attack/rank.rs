@@ -2,7 +2,6 @@
 //! rest for the job.
 
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
@@ -20,9 +19,6 @@ pub(crate) const SECRET: &str = "WEIGHTSYNC_SECRET";
 
 /// Columns of a tensor in bytes: WRITEs are as long as the planner cuts them.
 const ROW_BYTES: u64 = 1 << 20;
-
-/// Looks at its standard input this often while it rests.
-const REST: Duration = Duration::from_secs(3600);
 
 /// What a rank is told.
 #[derive(Serialize, Deserialize)]
@@ -78,8 +74,9 @@ async fn train(part: &Part) -> anyhow::Result<()> {
         }
     }
     let mut session = trainer.connect().await?;
-    while !part.pushes {
-        tokio::time::sleep(REST).await;
+    if !part.pushes {
+        // Until its standard input closes.
+        std::future::pending::<()>().await;
     }
     for version in 1.. {
         session.push(version).await?;

@@ -149,11 +149,15 @@ impl Stage<'_> {
         for Victim { job, .. } in [&mut self.victim, &mut self.other] {
             job.check_alive().with_context(|| format!("after a round in which {}", condition.name))?;
         }
+        // The other job is there for its load alone.
+        if number == 1 {
+            return Ok(Vec::new());
+        }
         let mut wrong = tally.wrong;
         if tally.refused != tally.attempts {
             wrong.push(format!("{} of {} attempts were refused", tally.refused, tally.attempts));
         }
-        Ok(wrong.into_iter().map(|wrong| format!("{}: {wrong}", condition.name)).collect())
+        Ok(wrong)
     }
 
     /// So far; 0 where the kernel does not say.

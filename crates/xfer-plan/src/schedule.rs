@@ -4,8 +4,7 @@
 //! an address or on chance: two machines with the same manifest make the same plan, and planning again after a change
 //! makes the plan that planning from scratch makes.
 
-use std::collections::{BTreeMap, HashMap};
-use std::hash::{BuildHasherDefault, DefaultHasher};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::bound::LowerBound;
@@ -16,12 +15,12 @@ use crate::ids::{GroupIndex, ParamId, ReceiverRank, RegionIndex};
 use crate::limits::{OPS_MAX, TRANSFERS_MAX};
 use crate::manifest::{DestinationParam, Manifest, ReceiverManifest, Relay, bandwidth};
 use crate::plan::{Fill, Plan, PlannedParam, ReceiverPart, TrainerPart, Transfer};
-use crate::quant::{Blocks, ScaleTable};
+use crate::quant::ScaleTable;
 use crate::route::{Group, Route};
 use crate::sender::Senders;
-use crate::source_index::{SourceIndex, TensorId};
-use crate::template::{Declared, Sources, Template};
-use crate::transform::BlockQuant;
+use crate::source_index::SourceIndex;
+use crate::template::{Declared, Sources};
+use crate::templates::{ByContent, Templates};
 use crate::validate;
 
 /// Plans a transfer.
@@ -45,10 +44,6 @@ pub struct Planner {
     known: Option<Known>,
 }
 
-/// A hasher without a random key: nothing is ever listed in the order of a hash, but not even the time that planning takes
-/// should depend on chance.
-type ByContent<K, V> = HashMap<K, V, BuildHasherDefault<DefaultHasher>>;
-
 /// What has been found out about these trainers so far. None of it depends on which receivers there are.
 struct Known {
     /// Of the trainers.
@@ -57,25 +52,13 @@ struct Known {
     templates: Templates,
 }
 
-#[derive(Default)]
-struct Templates {
-    places: ByContent<DestinationParam, usize>,
-    list: Vec<(Template, Digest)>,
-    table_ids: BTreeMap<(TensorId, BlockQuant), usize>,
-    tables: Vec<ScaleTable>,
-    /// Ranges that were found and will be asked for, by table.
-    ranges: BTreeMap<usize, Blocks>,
-    /// Of all templates.
-    size: usize,
-}
-
 /// Templates of more than so many times the size of what a plan needed are forgotten after it. With 2, half of the receivers can
 /// be lost that share nothing with the others, and nothing is planned anew when they come back.
 const KEPT_MAX: usize = 2;
 
 /// Every declared parameter once, in the order of the manifest, with all who declare it alike.
 pub(crate) fn declarations(receivers: &[ReceiverManifest]) -> Vec<(Declared<'_>, Vec<ReceiverRank>)> {
-    let mut places: ByContent<&DestinationParam, usize> = HashMap::default();
+    let mut places: ByContent<&DestinationParam, usize> = ByContent::default();
     let mut found: Vec<(Declared<'_>, Vec<ReceiverRank>)> = Vec::new();
     for (receiver, declared) in (0..).map(ReceiverRank).zip(receivers) {
         for param in &declared.params {
@@ -244,43 +227,6 @@ impl Templates {
             estimate(*route, members, manifest)
         };
         choices.into_iter().min_by_key(estimate).unwrap_or(Route::Direct)
-    }
-
-    /// The place of a declaration's template, which is made if it is new, of at most `room` transfers.
-    fn place(
-        &mut self,
-        sources: Sources<'_>,
-        declared: Declared<'_>,
-        mut room: usize,
-    ) -> Result<usize, PlanError> {
-        if let Some(&known) = self.places.get(declared.param) {
-            return Ok(known);
-        }
-        validate::map(declared.receiver, declared.param)?;
-        let wanted_by = (declared.receiver, declared.param.name.as_str());
-        let Templates { table_ids, tables, ranges, .. } = self;
-        let mut blocks_of = |tensor, quant, scales: bool| {
-            let known = table_ids.get(&(tensor, quant)).copied();
-            let number = known.unwrap_or(tables.len());
-            // A tensor's ranges are many, and wanted once as a rule: they are not kept after that, but found again.
-            let blocks = match (known, scales) {
-                (Some(_), false) => return Ok((RegionIndex(number as u32), None)),
-                (Some(_), true) if let Some(kept) = ranges.remove(&number) => kept,
-                _ => Blocks::new(sources.index, tensor, quant, wanted_by)?,
-            };
-            if known.is_none() {
-                table_ids.insert((tensor, quant), number);
-                tables.push(blocks.table.clone());
-            }
-            let blocks = if scales { Some(blocks) } else { ranges.insert(number, blocks) };
-            Ok((RegionIndex(number as u32), blocks.filter(|_| scales)))
-        };
-        let template = Template::new(sources, declared, &mut blocks_of, &mut room)?;
-        let digest = Digest::of(declared.param).map_err(encode)?;
-        self.size += template.size();
-        self.places.insert(declared.param.clone(), self.list.len());
-        self.list.push((template, digest));
-        Ok(self.list.len() - 1)
     }
 }
 
@@ -460,5 +406,61 @@ impl Assembly {
         let lost = postcard::Error::SerializeBufferFull; // there is one for every fill
         plan.digest = plan.digest_with(|_| digests.next().ok_or(lost.clone())).map_err(encode)?;
         Ok(plan)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{DType, ParamMap, RailDecl, SourcePiece, TensorBox, TrainerManifest};
+
+    /// One trainer, and receivers that each want its eight bytes at a place of their own.
+    fn manifest(places: &[u64]) -> Manifest {
+        let (host, regions, rails) = ("h".to_owned(), vec![1 << 20], vec![RailDecl { bytes_per_second: 1 }]);
+        let (tensor, shape, region) = ("w".to_owned(), vec![8], RegionIndex(0));
+        let (dtype, offset) = (DType::U8, 0);
+        let bounds = TensorBox::whole(&shape).unwrap();
+        let pieces = vec![SourcePiece { tensor, dtype, shape: shape.clone(), bounds, region, offset }];
+        let map = Arc::new(ParamMap::tensor("w"));
+        let receiver = |offset: &u64| {
+            let (name, shape, map) = ("w".to_owned(), shape.clone(), map.clone());
+            let param = DestinationParam { name, dtype, shape, region, offset: 8 * offset, map, priority: 0 };
+            let (host, regions, rails) = (host.clone(), regions.clone(), rails.clone());
+            ReceiverManifest { host, regions, rails, params: vec![param] }
+        };
+        let receivers = places.iter().map(receiver).collect();
+        let trainers = vec![TrainerManifest { host, regions, rails, pieces }];
+        Manifest { trainers, receivers, ..Manifest::default() }
+    }
+
+    fn known(planner: &Planner) -> usize {
+        planner.known.as_ref().map_or(0, |known| known.templates.list.len())
+    }
+
+    #[test]
+    fn who_is_lost_is_remembered_and_who_never_comes_back_is_forgotten() {
+        let mut planner = Planner::new();
+        planner.plan(&manifest(&[1, 2, 3, 4])).unwrap();
+        planner.plan(&manifest(&[1, 2])).unwrap();
+        assert_eq!(known(&planner), 4, "half of them may come back");
+        for other in 5..100 {
+            planner.plan(&manifest(&[1, 2, other])).unwrap();
+            assert!(known(&planner) <= KEPT_MAX * 3, "{}", known(&planner));
+        }
+    }
+
+    #[test]
+    fn what_is_known_of_other_trainers_or_of_a_plan_that_failed_is_of_no_use() {
+        let mut planner = Planner::new();
+        let mut job = manifest(&[1, 2]);
+        planner.plan(&job).unwrap();
+        job.trainers[0].rails[0].bytes_per_second = 2;
+        job.receivers.pop();
+        planner.plan(&job).unwrap();
+        assert_eq!(known(&planner), 1);
+        job.trainers[0].pieces.clear();
+        assert!(planner.plan(&job).is_err() && planner.known.is_none());
     }
 }

@@ -15,7 +15,7 @@ use crate::{Failure, workspace};
 const TESTS: [(&str, &str, &str); 4] = [
     ("gpu-mem", "*", ""),
     ("weight-ops", "cuda_*", "cuda"),
-    ("xfer-exec", "cuda*", "cuda"),
+    ("xfer-exec", "cuda*", "cuda,ofi"),
     ("weightsync", "cuda", ""),
 ];
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use efa_core::{LeaseMut, Target};
 use gpu_mem::VmmBuffer;
 use weight_ops::cuda::DeviceRange;
-use xfer_exec::cuda::{CudaError, DeviceRegion};
+use xfer_exec::cuda::{CudaError, DeviceRegion, Mirror};
 use xfer_exec::local::SharedFile;
 
 use crate::error::Error;
@@ -160,7 +160,12 @@ pub(crate) struct Arenas {
     /// Which was last written to by a push that has not been committed: who was stopped in the middle of a copy into it may go
     /// on with that.
     soiled: Option<usize>,
+    /// Where versions arrive whose way does not lead to the GPU: they are copied to an arena when they are committed.
+    mirror: Option<Arc<Mirror>>,
 }
+
+/// How long a GPU may take to read a mirror; one that takes longer will not end.
+const UPLOAD_MAX: Duration = Duration::from_secs(60);
 
 impl Arenas {
     /// Of `bytes` zero bytes each. Blocks: the kernel takes its time to find and clear so much memory.
@@ -172,7 +177,16 @@ impl Arenas {
     ) -> Result<Self, Error> {
         let count = if mode.stages() { 2 } else { 1 };
         let all = (0..count).map(|_| Arena::new(bytes, shared, gpu)).collect::<Result<_, _>>()?;
-        Ok(Self { mode, all, served: 0, exposed: Vec::new(), soiled: None })
+        Ok(Self { mode, all, served: 0, exposed: Vec::new(), soiled: None, mirror: None })
+    }
+
+    /// On a GPU that nobody writes to from elsewhere: what comes is copied from host memory when it is committed, to the one arena
+    /// or, where the address may change, to the other of two.
+    pub(crate) fn mirrored(mode: CommitMode, bytes: u64, gpu: &Arc<Gpu>) -> Result<Self, Error> {
+        let count = if mode == CommitMode::Staged { 2 } else { 1 };
+        let all = (0..count).map(|_| Arena::new(bytes, false, Some(gpu))).collect::<Result<_, _>>()?;
+        let mirror = Mirror::private(gpu.device(), bytes.max(1))?;
+        Ok(Self { mode, all, served: 0, exposed: Vec::new(), soiled: None, mirror: Some(Arc::new(mirror)) })
     }
 
     /// What a version does to what is served.
@@ -192,18 +206,28 @@ impl Arenas {
 
     /// Whether somebody may still write to an arena that has to be told anew.
     pub(crate) fn is_soiled(&self) -> bool {
-        self.soiled.is_some_and(|at| self.all[at].is_out())
+        self.mirror.is_none() && self.soiled.is_some_and(|at| self.all[at].is_out())
     }
 
     /// Whether the arenas that are told to trainers are two.
     pub(crate) fn has_banks(&self) -> bool {
-        self.mode == CommitMode::Staged
+        self.mode == CommitMode::Staged && self.mirror.is_none()
+    }
+
+    /// Whether a commit copies, which takes a while.
+    pub(crate) fn copies(&self) -> bool {
+        self.mode == CommitMode::StagedCopy || self.mirror.is_some()
+    }
+
+    /// Whether what is served stays as it is while a commit copies.
+    pub(crate) fn copies_beside(&self) -> bool {
+        self.mode == CommitMode::Staged && self.mirror.is_some()
     }
 
     /// Puts memory in the place of a soiled arena that nobody else has mapped. What was there is lost. Blocks as
     /// [`Arenas::new`] does.
     pub(crate) fn renew(mut self) -> Result<Self, Error> {
-        if let Some(at) = self.soiled {
+        if let Some(at) = self.soiled.filter(|_| self.mirror.is_none()) {
             self.all[at].renew()?;
         }
         self.soiled = None;
@@ -213,6 +237,10 @@ impl Arenas {
     /// Which arenas trainers are told of, from now on; with how peers on this host reach them.
     pub(crate) fn expose(&mut self) -> Result<(Vec<Exposed>, Ways), Error> {
         let other = self.all.len() - 1 - self.served;
+        if let Some(mirror) = &self.mirror {
+            let ways = Ways { files: Vec::new(), device: Vec::new() };
+            return Ok((vec![Exposed::Host(mirror.target().clone())], ways));
+        }
         self.exposed = match self.mode {
             CommitMode::InPlace => vec![self.served],
             CommitMode::Staged => vec![other, self.served],
@@ -226,20 +254,32 @@ impl Arenas {
 
     /// A push to this bank begins. Ranks that expose one arena take no notice of banks.
     pub(crate) fn begin(&mut self, bank: usize) {
-        self.soiled = self.exposed.get(bank).or(self.exposed.first()).copied();
+        // A mirror's bytes go to whichever is not served, or to the only one.
+        let other = self.all.len() - 1 - self.served;
+        let mirrored = self.mirror.is_some().then_some(other);
+        self.soiled = mirrored.or(self.exposed.get(bank).or(self.exposed.first()).copied());
     }
 
     /// What the present push is written to.
     pub(crate) fn written(&self) -> Exposed {
+        if let Some(mirror) = &self.mirror {
+            return Exposed::Host(mirror.target().clone());
+        }
         self.all[self.soiled.unwrap_or(self.served)].bytes()
     }
 
-    /// The present push is committed, and what is served is what it wrote. Blocks for a copy, in the mode that has one.
+    /// The present push is committed, and what is served is what it wrote. Blocks for a copy, where there is one.
     pub(crate) fn commit(mut self) -> Result<Self, Error> {
         if let Some(written) = self.soiled {
-            match self.mode {
-                CommitMode::InPlace | CommitMode::Staged => self.served = written,
-                CommitMode::StagedCopy => self.written().copy_to(&self.served())?,
+            match (&self.mirror, self.mode) {
+                (Some(mirror), _) => {
+                    if let Exposed::Device(_, arena) = self.all[written].bytes() {
+                        mirror.upload_all(&arena)?.wait(UPLOAD_MAX)?;
+                    }
+                    self.served = written;
+                }
+                (None, CommitMode::InPlace | CommitMode::Staged) => self.served = written,
+                (None, CommitMode::StagedCopy) => self.written().copy_to(&self.served())?,
             }
         }
         self.soiled = None;

@@ -28,8 +28,8 @@ pub struct SessionConfig {
     pub secret: Secret,
     /// How this rank talks to the controller: plain TCP, or TLS where the controller has it too.
     pub transport: Transport,
-    /// Where this rank's weights are. Ranks of one host reach each other's GPUs; with other hosts, and between a GPU and host
-    /// memory, nothing is exchanged yet.
+    /// Where this rank's weights are. GPUs of one host reach each other, and NICs reach GPUs (`efa`, `verbs`); on `tcp` and `shm`
+    /// they are staged through page-locked host memory, which takes an inference rank as much of that as its weights have bytes.
     pub device: Device,
     /// How to reach peers.
     pub fabric: Fabric,

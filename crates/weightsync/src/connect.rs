@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use efa_core::{LeaseMut, MemoryRef};
 use rendezvous::{Peer, Planned, PlannedPart, RendezvousError};
 use weight_ops::cuda::DeviceRange;
-use xfer_exec::cuda::{CudaPeer, CudaRail, CudaRailConfig, DeviceRail, GpuMemory, GpuMemoryConfig};
-use xfer_exec::driver::{Driver, DriverConfig, HostRail, Sender, ThreadConfig};
+use xfer_exec::cuda::{CudaPeer, CudaRail, CudaRailConfig, DeviceRail};
+use xfer_exec::driver::{HostRail, ThreadConfig};
 use xfer_exec::local::{Attached, LocalError, LocalRail, fetch};
 use xfer_exec::ofi::{DeviceOfiRail, OfiPeer, OfiRail, for_nics};
 use xfer_exec::program::Route;
@@ -24,8 +24,9 @@ use crate::gpu::Gpu;
 use crate::pusher::Pusher;
 use crate::verify::Outgoing;
 
-/// A rail that holds writes back for this part of the sender's deadline is given up, if other rails reach the receiver.
-const STALL_DIVISOR: u32 = 5;
+mod driving;
+
+use driving::Rails;
 
 /// Everything that is needed to get from a plan to rails.
 pub(crate) struct Connecting {
@@ -62,12 +63,6 @@ enum Way {
     Local(Vec<Attached>, Vec<u64>),
     Device(CudaPeer, Vec<u64>),
     Fabric(Vec<RailEndpoint>),
-}
-
-/// Rails, and the memory that they read.
-enum Rails {
-    Host { rails: Vec<HostRail>, staging: LeaseMut },
-    Device { local: Vec<Box<DeviceRail>>, over_nics: Vec<DeviceOfiRail>, gpu: Arc<Gpu> },
 }
 
 /// The rails so far, in their order, and where they lead.
@@ -117,11 +112,20 @@ impl Connecting {
         let mut routes = Routes::default();
         // A staging slot holds the longest operation that is staged, and all slots together the watermark. Rails within a host take
         // rows as they are: without other rails and without transforms nothing is staged.
-        let slot_bytes = plan.ops.iter().map(Op::staged_bytes).max().unwrap_or(0);
+        let all = self.stages_all();
+        let staged = |op: &Op| if all { op.bytes() } else { op.staged_bytes() };
+        let slot_bytes = plan.ops.iter().map(staged).max().unwrap_or(0);
         let transforms = plan.ops.iter().any(|op| op.kind() == OpKind::Transform);
         let stages = transforms || !by_fabric.is_empty();
         let staged_bytes = if stages { self.staged_bytes(slot_bytes)? } else { 0 };
         let rails = match self.gpu.clone() {
+            Some(gpu) if all => {
+                let staging = LeaseMut::new(gpu.pinned(staged_bytes)?);
+                let memories = [staging.memory().clone()];
+                let connect = |rail, peers, left| OfiRail::connect(rail, &memories, peers, left);
+                let rails = add_fabric(self.opened, rank, by_fabric, until, &mut routes, connect)?;
+                Rails::Staged { rails: boxed(rails), staging, gpu }
+            }
             Some(gpu) => {
                 // NICs are told of it only where there are any.
                 let regions = self.device_memories.iter().filter(|_| !by_fabric.is_empty());
@@ -138,8 +142,7 @@ impl Connecting {
                 memories.push(staging.memory().clone());
                 let mut rails = routes.add_local(by_memory);
                 let connect = |rail, peers, left| OfiRail::connect(rail, &memories, peers, left);
-                let over_fabric = add_fabric(self.opened, rank, by_fabric, until, &mut routes, connect)?;
-                rails.extend(over_fabric.into_iter().map(|rail: OfiRail| Box::new(rail) as HostRail));
+                rails.extend(boxed(add_fabric(self.opened, rank, by_fabric, until, &mut routes, connect)?));
                 Rails::Host { rails, staging }
             }
         };
@@ -150,38 +153,19 @@ impl Connecting {
         let limits = RankLimits { region_bytes, slot_bytes, transforms: true };
         // Where a job verifies nothing is transformed: what is sent is what stands at the source.
         let outgoing = Outgoing::new(planned.verify, &plan.ops, &names, progress.clone())?;
-        let mut program = Program::new(plan, names, &limits, routes)?.with_quantization(&quant, &limits)?;
+        let bind = if all { Program::staged } else { Program::new };
+        let mut program = bind(plan, names, &limits, routes)?.with_quantization(&quant, &limits)?;
         for (to, turned) in banks {
             program = program.with_banks(to, turned)?;
         }
-        let stall = deadline / STALL_DIVISOR;
         let thread = ThreadConfig { name: rank.to_string(), busy_poll, cpus: config.cpus, progress };
-        let pusher = match rails {
-            Rails::Host { rails, staging } => {
-                let driver = DriverConfig { program, rails, staging, slot_bytes, deadline, stall };
-                Pusher::Host(Sender::start(driver, thread)?)
-            }
-            Rails::Device { local, mut over_nics, gpu } => {
-                let memory = GpuMemoryConfig {
-                    staging_bytes: staged_bytes,
-                    // Where there is no staging memory all rails take rows as they lie.
-                    slot_bytes: if staged_bytes > 0 { slot_bytes } else { 0 },
-                    multiprocessors: CudaRailConfig::default().multiprocessors,
-                    close_max: deadline,
-                };
-                let memory = GpuMemory::new(gpu.kernels(), &program, memory, None)?;
-                if staged_bytes > 0 && !over_nics.is_empty() {
-                    let staging = for_nics(memory.staging())?;
-                    let failed = |error: RailError| FabricError::Rail(error.to_string());
-                    over_nics.iter_mut().try_for_each(|rail| rail.register(&staging)).map_err(failed)?;
-                }
-                let over_nics = over_nics.into_iter().map(|rail| Box::new(rail) as Box<DeviceRail>);
-                let rails = local.into_iter().chain(over_nics).collect();
-                let driver = Driver::over(memory, program, rails, deadline, stall);
-                Pusher::Device(Sender::drive(driver, thread)?, gpu)
-            }
-        };
+        let pusher = rails.drive(program, (staged_bytes, slot_bytes), deadline, thread)?;
         Ok(Connected { pusher, rails: connected, routes: described, outgoing })
+    }
+
+    /// Whether its rails cannot read where its weights are.
+    fn stages_all(&self) -> bool {
+        self.gpu.is_some() && !self.config.fabric.reaches_gpus()
     }
 
     /// Bytes of staging memory: the watermark, if anything is staged at all.
@@ -235,6 +219,10 @@ impl Connecting {
         let there = peer.offers();
         Err(FabricError::NothingInCommon { peer: name(), here, there })
     }
+}
+
+fn boxed(rails: Vec<OfiRail>) -> Vec<HostRail> {
+    rails.into_iter().map(|rail| Box::new(rail) as HostRail).collect()
 }
 
 fn no_staging(reason: String) -> Error {

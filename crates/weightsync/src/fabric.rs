@@ -52,6 +52,11 @@ impl Fabric {
         (Self::Verbs, "verbs"),
     ];
 
+    /// Whether its rails read and write GPU memory. Where they do not, it is staged through the host.
+    pub(crate) fn reaches_gpus(self) -> bool {
+        !matches!(self, Self::Tcp | Self::Shm)
+    }
+
     /// Whether peers on this host may be reached by shared memory.
     pub(crate) fn allows_local(self) -> bool {
         matches!(self, Self::Auto | Self::Local)
@@ -124,14 +129,6 @@ pub enum FabricError {
         count: usize,
         /// Their names.
         nics: String,
-    },
-    /// A rail that does not reach GPU memory.
-    #[error(
-        "fabric {fabric} does not reach the memory of a GPU yet; choose fabric auto, and GPUs of one host"
-    )]
-    NotFromGpu {
-        /// What was asked for.
-        fabric: Fabric,
     },
     /// Not a rank that a host can have.
     #[error(
@@ -220,7 +217,6 @@ pub(crate) fn open(config: &SessionConfig, source: IpAddr) -> Result<Vec<OpenRai
     let on_gpu = config.device != Device::Cpu;
     let providers: &[fn(&Library) -> Provider] = match fabric {
         Fabric::Local => return Ok(Vec::new()),
-        Fabric::Tcp | Fabric::Shm if on_gpu => return Err(FabricError::NotFromGpu { fabric }),
         Fabric::Auto if on_gpu => &[|_| Provider::Efa, |_| Provider::Verbs],
         Fabric::Auto => &[|_| Provider::Efa, |_| Provider::Verbs, Library::tcp_provider],
         Fabric::Tcp => &[Library::tcp_provider],
@@ -274,7 +270,7 @@ fn find(
     source: IpAddr,
 ) -> Result<Vec<Info>, InfoError> {
     let has_ip = matches!(provider, Provider::Tcp | Provider::TcpRxm);
-    let on_gpu = config.device != Device::Cpu;
+    let on_gpu = config.device != Device::Cpu && config.fabric.reaches_gpus();
     if config.nics.is_empty() {
         let hints = Hints::new(provider).device_memory(on_gpu);
         let hints = if has_ip { hints.source(config.bind.unwrap_or(source)) } else { hints };

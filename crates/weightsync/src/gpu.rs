@@ -84,6 +84,11 @@ impl Gpu {
         Ok(buffer)
     }
 
+    /// Page-locked host memory.
+    pub(crate) fn pinned(&self, bytes: u64) -> Result<PinnedBuffer, Error> {
+        Ok(self.device().pinned(usize::try_from(bytes).unwrap_or(usize::MAX))?)
+    }
+
     fn clear(&self, memory: impl DeviceMemory) -> Result<(), Error> {
         let copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
         done(copies.stream.fill(memory, 0))?;

@@ -124,11 +124,11 @@ impl Inference {
     /// Whatever keeps this rank, or any other, from being ready within the deadline, by name.
     pub async fn connect(self) -> Result<InferenceSession, Error> {
         let Self { config, params, bytes, mode, hooks } = self;
-        let (shared, device) = (config.fabric.allows_local(), config.device);
+        let (fabric, device) = (config.fabric, config.device);
         // Before anybody waits for this rank.
-        let arenas = tokio::task::spawn_blocking(move || {
-            let gpu = Gpu::of(device)?;
-            Arenas::new(mode, bytes, shared, gpu.as_ref())
+        let arenas = tokio::task::spawn_blocking(move || match Gpu::of(device)? {
+            Some(gpu) if !fabric.reaches_gpus() => Arenas::mirrored(mode, bytes, &gpu),
+            gpu => Arenas::new(mode, bytes, fabric.allows_local(), gpu.as_ref()),
         });
         let arenas = arenas.await;
         let arenas = arenas.map_err(|error| std::io::Error::other(error.to_string()))??;

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use weightsync::{
-    CommitMode, Controller, DType, Device, Error, Inference, InferenceSession, OnLoss, ParamId, ParamMap,
-    Rank, Report, Served, ServerConfig, ServerHandle, SessionConfig, TensorBox, TensorId, TensorSpec,
-    Trainer, TrainerSession, Verify, World,
+    CommitMode, Controller, DType, Device, Error, Fabric, Inference, InferenceSession, OnLoss, ParamId,
+    ParamMap, Rank, Report, Served, ServerConfig, ServerHandle, SessionConfig, TensorBox, TensorId,
+    TensorSpec, Trainer, TrainerSession, Verify, World,
 };
 use xfer_plan::ReceiverRank;
 
@@ -42,10 +42,11 @@ struct Job {
     /// How often the second inference rank has joined.
     joined: watch::Receiver<u32>,
     gpus: u32,
+    fabric: Fabric,
 }
 
 impl Job {
-    async fn start(gpus: u32, on_loss: OnLoss) -> Self {
+    async fn start(gpus: u32, fabric: Fabric, on_loss: OnLoss) -> Self {
         let mut config = ServerConfig::loopback(WORLD).unwrap();
         config.controller.deadline = DEADLINE;
         config.controller.on_loss = on_loss;
@@ -56,13 +57,14 @@ impl Job {
                 count.send_modify(|count| *count += 1);
             }
         });
-        Self { server, joined, gpus }
+        Self { server, joined, gpus, fabric }
     }
 
     /// The trainers' GPUs first, then the inference ranks'; all the same where there is one.
     fn session(&self, rank: u32, number: u32) -> SessionConfig {
         let mut config = SessionConfig::new(self.server.local_addr().to_string(), WORLD, rank);
         (config.deadline, config.device) = (DEADLINE, Device::Cuda(number % self.gpus));
+        config.fabric = self.fabric;
         config
     }
 
@@ -139,11 +141,10 @@ impl Serving {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn versions_go_from_gpu_to_gpu() {
+async fn versions_go_from_gpu_to_gpu(fabric: Fabric) {
     let Some(gpus) = gpus() else { return };
     for (mode, _) in CommitMode::ALL {
-        let job = Job::start(gpus, OnLoss::Fail).await;
+        let job = Job::start(gpus, fabric, OnLoss::Fail).await;
         let (mut a, mut b, mut first, mut second) = tokio::join!(
             job.trainer(0),
             job.trainer(1),
@@ -162,12 +163,25 @@ async fn versions_go_from_gpu_to_gpu() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn versions_go_straight() {
+    versions_go_from_gpu_to_gpu(Fabric::Auto).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn versions_go_through_the_host() {
+    if let Err(error) = efa_core::Library::open() {
+        assert!(std::env::var_os("LIBFABRIC_SO").is_none(), "{error}");
+        return println!("skipped: {error}");
+    }
+    versions_go_from_gpu_to_gpu(Fabric::Tcp).await;
+}
+
 /// An inference rank is lost and comes back; then a trainer is, at any moment of a push. What it may still have under way
 /// is never seen: the memory is another, at the same address.
-#[tokio::test(flavor = "multi_thread")]
-async fn ranks_are_lost_and_come_back() {
+async fn ranks_are_lost_and_come_back(fabric: Fabric) {
     let Some(gpus) = gpus() else { return };
-    let job = Job::start(gpus, OnLoss::Continue).await;
+    let job = Job::start(gpus, fabric, OnLoss::Continue).await;
     let (mut a, mut b, mut first, second) = tokio::join!(
         job.trainer(0),
         job.trainer(1),
@@ -209,9 +223,21 @@ async fn ranks_are_lost_and_come_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn ranks_come_back_straight() {
+    ranks_are_lost_and_come_back(Fabric::Auto).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ranks_come_back_through_the_host() {
+    if efa_core::Library::open().is_ok() {
+        ranks_are_lost_and_come_back(Fabric::Tcp).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn host_memory_and_gpus_have_nothing_in_common() {
     let Some(gpus) = gpus() else { return };
-    let job = Job::start(gpus, OnLoss::Fail).await;
+    let job = Job::start(gpus, Fabric::Auto, OnLoss::Fail).await;
     let mut trainer = Trainer::new(job.session(0, 0));
     let error = trainer.add_memory(weightsync::LeaseMut::zeroed(100).unwrap()).unwrap_err().to_string();
     assert!(error.contains("trainer 0") && error.contains("cuda:0"), "{error}");

@@ -9,7 +9,7 @@ use xfer_plan::{DestinationParam, Rank, ReceiverRank};
 
 use super::ParamId;
 use super::joining::Exposed;
-use crate::arena::{Arenas, CommitMode};
+use crate::arena::Arenas;
 use crate::config::SessionConfig;
 use crate::error::Error;
 use crate::hooks::Hooks;
@@ -249,9 +249,9 @@ impl InferenceSession {
     /// Begins to make a committed version what is served, and to `confirm` that when it is.
     pub(super) async fn show(&mut self, version: u64, confirm: bool) -> Result<(), Error> {
         let began = std::time::Instant::now();
-        let mode = self.arenas.mode();
-        // In place it has been stopped since the push began.
-        let stopped = if mode.stages() { self.hooks.stop(version) } else { Ok(()) };
+        // In place it has been stopped since the push began; and it may go on while something is copied beside what it serves.
+        let stops = self.arenas.mode().stages() && !self.arenas.copies_beside();
+        let stopped = if stops { self.hooks.stop(version) } else { Ok(()) };
         let flushed = self.flush();
         let showing = self.showing.insert(Showing { version, confirm, copying: None, began });
         if let Err(reason) = stopped {
@@ -261,11 +261,10 @@ impl InferenceSession {
             return Err(self.cannot_show(error).await);
         }
         let arenas = self.arenas.clone();
-        match mode {
-            CommitMode::StagedCopy => {
-                showing.copying = Some(tokio::task::spawn_blocking(move || arenas.commit()));
-            }
-            CommitMode::InPlace | CommitMode::Staged => self.arenas = arenas.commit()?,
+        if arenas.copies() {
+            showing.copying = Some(tokio::task::spawn_blocking(move || arenas.commit()));
+        } else {
+            self.arenas = arenas.commit()?;
         }
         Ok(())
     }
@@ -273,17 +272,24 @@ impl InferenceSession {
     /// Waits until what is to be served is.
     async fn shown(&mut self) -> Result<Option<VersionReport>, Error> {
         let Some(Showing { version, confirm, copying, began }) = &mut self.showing else { return Ok(None) };
-        let (version, confirm, began) = (*version, *confirm, *began);
+        let (version, confirm, mut began) = (*version, *confirm, *began);
         // The engine would not stop for it: what is served is still what it was, and this rank has left.
         if self.line.is_over() {
             return Err(Error::Broken);
         }
         if let Some(copying) = copying {
             let copied = copying.await.map_err(|error| std::io::Error::other(error.to_string()).into());
-            match copied.flatten() {
-                Ok(arenas) => self.arenas = arenas,
+            let arenas = match copied.flatten() {
+                Ok(arenas) => arenas,
                 Err(error) => return Err(self.cannot_show(error).await),
+            };
+            if arenas.copies_beside() {
+                began = std::time::Instant::now();
+                if let Err(reason) = self.hooks.stop(version) {
+                    return Err(self.hook_failed(version, reason).await);
+                }
             }
+            self.arenas = arenas;
         }
         self.showing = None;
         let confirms = if confirm { self.member.committed() } else { None };

@@ -159,7 +159,13 @@ impl Job {
         command
     }
 
-    fn add(&mut self, name: String, mut command: Command, hear: Option<Hear>) -> anyhow::Result<()> {
+    /// Starts a process of the job.
+    pub(crate) fn add(
+        &mut self,
+        name: String,
+        mut command: Command,
+        hear: Option<Hear>,
+    ) -> anyhow::Result<()> {
         let Some(hear) = hear else {
             return self.spawn(&name, command.stdout(Stdio::null())).map(drop);
         };

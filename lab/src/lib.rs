@@ -185,9 +185,22 @@ impl Lab {
     /// For a link that the lab does not have, and when `ip` fails.
     pub fn set_link(&self, side: Side, link: u16, up: bool) -> Result<(), LabError> {
         self.check_link(link)?;
+        self.set_device(side, &Self::device(link), up)
+    }
+
+    /// Sets the control link's NIC on one side up or down. Its address stays.
+    ///
+    /// # Errors
+    ///
+    /// When `ip` fails.
+    pub fn set_control(&self, side: Side, up: bool) -> Result<(), LabError> {
+        self.set_device(side, script::CONTROL, up)
+    }
+
+    fn set_device(&self, side: Side, device: &str, up: bool) -> Result<(), LabError> {
         let state = if up { "up" } else { "down" };
         let namespace = namespace(&self.name, side);
-        shell::run("ip", &["-n", &namespace, "link", "set", &Self::device(link), state]).map(drop)
+        shell::run("ip", &["-n", &namespace, "link", "set", device, state]).map(drop)
     }
 
     /// Removes a link's NICs on both sides, as if they were pulled out. They do not come back.

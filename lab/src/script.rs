@@ -4,7 +4,7 @@ use crate::options::LabOptions;
 use crate::{Lab, Side};
 
 /// The NIC of the control link.
-const CONTROL: &str = "control";
+pub(crate) const CONTROL: &str = "control";
 
 /// The group of all NICs of a lab, by which they are removed at once. Any number but the default group's 0 will do.
 pub(crate) const GROUP: &str = "7";

@@ -78,10 +78,11 @@ const COMMANDS: &[Command] = &[
     },
     Command {
         name: "attack",
-        arguments: "[--json] [--seconds N] [--only NAME]",
+        arguments: "[--json] [--seconds N] [--rounds N] [--mib N] [--fabric local|tcp] [--only NAME]",
         about: "Start a job on loopback, then attack it: wrong secrets, replayed and broken messages, silent and slow
             connections, members that lie. Each must be refused and named in the controller's log, and the job must keep
-            nine tenths of its pace. About 90 s; ends with 1 if anything was not as it must be.",
+            nine tenths of its pace. Then attack jobs that push without rest in all ways at once, beside the same attacks on
+            another job. About 6 min; ends with 1 if anything was not as it must be.",
         run: attack::run,
     },
     Command {

@@ -4,6 +4,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -69,6 +70,36 @@ pub(crate) const ATTACKS: &[Attack] = &[
     attack!("10 000 connections without a word", "others needed its place", 6, silent),
     attack!("the secret, and a lie at the door", "refused a connection", 0, lies),
 ];
+
+/// Several attacks side by side, as one.
+pub(crate) async fn all_at_once(
+    attacks: &[&Attack],
+    target: &Target,
+    until: Instant,
+) -> anyhow::Result<Tally> {
+    let mut running: Vec<_> =
+        attacks.iter().map(|attack| (attack.name, (attack.run)(target, until))).collect();
+    let mut all = Tally::default();
+    std::future::poll_fn(|context| {
+        let mut ended = Vec::new();
+        running.retain_mut(|(name, run)| match run.as_mut().poll(context) {
+            Poll::Pending => true,
+            Poll::Ready(tally) => {
+                ended.push((*name, tally));
+                false
+            }
+        });
+        for (name, tally) in ended {
+            let tally = tally.context(name)?;
+            all.attempts += tally.attempts;
+            all.refused += tally.refused;
+            all.wrong.extend(tally.wrong.into_iter().map(|wrong| format!("{name}: {wrong}")));
+        }
+        if running.is_empty() { Poll::Ready(anyhow::Ok(())) } else { Poll::Pending }
+    })
+    .await?;
+    Ok(all)
+}
 
 /// Attempts of the quick attacks follow one another after this.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -319,12 +350,24 @@ fn lie(number: u64) -> anyhow::Result<Join> {
     })
 }
 
-/// As many open files as this process may ask for.
-pub(crate) fn raise_file_limit() {
-    let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    limit.current = limit.maximum;
-    // What cannot be raised is told by `file_limit`.
-    let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit);
+/// As many open files as this process may ask for, until it is dropped. Jobs are started without it, so that their processes have
+/// the limit that a user's have.
+pub(crate) struct FileLimit(rustix::process::Rlimit);
+
+impl FileLimit {
+    pub(crate) fn raised() -> Self {
+        let before = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        let raised = rustix::process::Rlimit { current: before.maximum, ..before };
+        // What cannot be raised is told by `file_limit`.
+        let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, raised);
+        Self(before)
+    }
+}
+
+impl Drop for FileLimit {
+    fn drop(&mut self) {
+        let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, self.0);
+    }
 }
 
 fn file_limit() -> u64 {

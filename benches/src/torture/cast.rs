@@ -211,6 +211,14 @@ impl Cast {
         }
     }
 
+    /// Sets the NIC of the control link up or down.
+    pub(super) fn set_control(&self, on_trainers: bool, up: bool) -> anyhow::Result<()> {
+        match &self.lab {
+            Some(lab) => Ok(lab.set_control(side(on_trainers), up)?),
+            None => Ok(()),
+        }
+    }
+
     /// Gives the NIC of a link its address, or takes it away.
     pub(super) fn set_address(&self, on_trainers: bool, link: u16, there: bool) -> anyhow::Result<()> {
         let Some(lab) = &self.lab else { return Ok(()) };

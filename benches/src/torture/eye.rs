@@ -147,23 +147,31 @@ fn look_until(
 
 /// Fails unless the controller has recorded the commit of this version, or of a newer one.
 pub(super) fn was_committed(version: u64, record: &Path) -> anyhow::Result<()> {
-    let recorded = recorded(record)?;
-    if recorded < version {
-        bail!("version {version} is served, but the record says that {recorded} is committed");
+    match recorded(record)? {
+        // The record is there before anybody hears of a commit: where it is not, nobody knows what was decided.
+        None => {
+            let record = record.display();
+            bail!(
+                "version {version} is served, and this run cannot judge that: there is no {record}; was it removed?"
+            );
+        }
+        Some(recorded) if recorded < version => {
+            bail!("version {version} is served, but the record says that {recorded} is committed");
+        }
+        Some(_) => Ok(()),
     }
-    Ok(())
 }
 
-/// The version of a controller's record; 0 where there is none yet.
-pub(super) fn recorded(record: &Path) -> anyhow::Result<u64> {
+/// The version of a controller's record; `None` where there is no such file.
+pub(super) fn recorded(record: &Path) -> anyhow::Result<Option<u64>> {
     let text = match std::fs::read_to_string(record) {
         Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error).context("the record"),
     };
     let version =
         text.lines().find_map(|line| line.strip_prefix("version ")).context("no version in the record")?;
-    Ok(version.parse()?)
+    Ok(Some(version.parse()?))
 }
 
 #[cfg(test)]
@@ -177,7 +185,8 @@ mod tests {
     fn a_version_is_committed_when_the_record_says_so() {
         let folder = tempfile::tempdir().unwrap();
         let record = folder.path().join("commit");
-        assert!(was_committed(1, &record).is_err());
+        let error = was_committed(1, &record).unwrap_err().to_string();
+        assert!(error.contains("this run cannot judge"), "{error}");
         std::fs::write(&record, "weightsync commit record 1\njob \"default\"\nversion 12\npush 00\n")
             .unwrap();
         was_committed(12, &record).unwrap();

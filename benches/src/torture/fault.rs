@@ -51,6 +51,8 @@ pub(super) enum Blow {
     LinkDown { on_trainers: bool, link: u16 },
     /// The NIC loses its address; gets it again later.
     NoAddress { on_trainers: bool, link: u16 },
+    /// The NIC over which inference ranks speak with the controller is set down on one side; up later.
+    ControlDown { on_trainers: bool },
 }
 
 impl Blow {
@@ -61,6 +63,7 @@ impl Blow {
             Self::Stop(who) => format!("SIGSTOP: {}", who.role()),
             Self::LinkDown { .. } => "NIC: set down".into(),
             Self::NoAddress { .. } => "NIC: address deleted".into(),
+            Self::ControlDown { .. } => "control link: set down".into(),
         }
     }
 
@@ -68,7 +71,7 @@ impl Blow {
     pub(super) fn who(self) -> Option<Who> {
         match self {
             Self::Kill(who) | Self::Stop(who) => Some(who),
-            Self::LinkDown { .. } | Self::NoAddress { .. } => None,
+            Self::LinkDown { .. } | Self::NoAddress { .. } | Self::ControlDown { .. } => None,
         }
     }
 }
@@ -124,9 +127,10 @@ impl Schedule {
         if self.links > 0 && self.random.percent(40) {
             let link = self.random.below(u64::from(self.links)) as u16;
             let on_trainers = self.random.percent(50);
-            return match self.random.percent(60) {
-                true => Blow::LinkDown { on_trainers, link },
-                false => Blow::NoAddress { on_trainers, link },
+            return match self.random.below(100) {
+                0..45 => Blow::LinkDown { on_trainers, link },
+                45..75 => Blow::NoAddress { on_trainers, link },
+                _ => Blow::ControlDown { on_trainers },
             };
         }
         let who = match self.random.below(100) {
@@ -193,7 +197,7 @@ mod tests {
             let hit: BTreeSet<Who> = blows().filter_map(|(blow, _)| blow.who()).collect();
             assert_eq!(hit, Who::all().collect());
             let kinds: BTreeSet<String> = blows().map(|(blow, _)| blow.kind()).collect();
-            assert_eq!(kinds.len(), if links > 0 { 8 } else { 6 }, "{kinds:?}");
+            assert_eq!(kinds.len(), if links > 0 { 9 } else { 6 }, "{kinds:?}");
             let longer = |than: Duration| blows().filter(|(_, length)| *length > than).count();
             assert!(
                 longer(DEADLINE) > 20

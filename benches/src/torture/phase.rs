@@ -134,7 +134,7 @@ impl Phase<'_> {
         let last = (self.judge.newest() + LAST_PUSHES).to_string();
         (0..WORLD.trainers).try_for_each(|rank| self.cast.tell(Who::Trainer(rank), &last))?;
         self.end(recovery)?;
-        self.judge.end(recorded(&self.cast.record())?, 0..WORLD.inference).map_err(|wrong| anyhow!(wrong))?;
+        self.judge.end(self.recorded()?, 0..WORLD.inference).map_err(|wrong| anyhow!(wrong))?;
         let orphans = self.cast.orphans();
         if !orphans.is_empty() {
             bail!("processes that are left: {orphans:?}");
@@ -185,6 +185,7 @@ impl Phase<'_> {
                 Blow::Stop(who) => self.cast.stop(who)?,
                 Blow::LinkDown { on_trainers, link } => self.cast.set_link(on_trainers, link, false)?,
                 Blow::NoAddress { on_trainers, link } => self.cast.set_address(on_trainers, link, false)?,
+                Blow::ControlDown { on_trainers } => self.cast.set_control(on_trainers, false)?,
             }
             let number = self.tally.falls(blow, at);
             self.heals.push(Heal { at: Instant::now() + length, blow, number: Some(number) });
@@ -199,6 +200,7 @@ impl Phase<'_> {
             Blow::Stop(who) => self.cast.resume(who)?,
             Blow::LinkDown { on_trainers, link } => self.cast.set_link(on_trainers, link, true)?,
             Blow::NoAddress { on_trainers, link } => self.cast.set_address(on_trainers, link, true)?,
+            Blow::ControlDown { on_trainers } => self.cast.set_control(on_trainers, true)?,
         }
         if let Some(number) = heal.number {
             self.tally.healed(number, now);
@@ -258,7 +260,7 @@ impl Phase<'_> {
     /// A process has ended: what it compared counts, and what it had recorded is committed.
     fn is_gone(&mut self, who: Who) -> anyhow::Result<()> {
         if who == Who::Controller {
-            let recorded = recorded(&self.cast.record())?;
+            let recorded = self.recorded()?;
             // What it has said of that may not have come yet.
             self.hear_all()?;
             if recorded > 0 {
@@ -269,6 +271,20 @@ impl Phase<'_> {
             self.count_seen(rank);
         }
         Ok(())
+    }
+
+    /// The version of the controller's record; 0 before the first.
+    fn recorded(&self) -> anyhow::Result<u64> {
+        let (record, newest) = (self.cast.record(), self.judge.newest());
+        match recorded(&record)? {
+            None if newest > 0 => {
+                bail!(
+                    "this run cannot judge: version {newest} was committed, and {} is gone",
+                    record.display()
+                )
+            }
+            version => Ok(version.unwrap_or(0)),
+        }
     }
 
     fn count_seen(&mut self, rank: u32) {

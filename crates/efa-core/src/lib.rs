@@ -23,6 +23,8 @@ mod in_flight;
 mod info;
 mod library;
 mod memory;
+#[cfg(feature = "test-util")]
+mod memory_file;
 mod object;
 mod peer;
 mod post;
@@ -45,6 +47,8 @@ pub use info::{Facts, Info, ParseProviderError, Provider};
 pub use libfabric_sys::{OpenError, Tried, Version};
 pub use library::Library;
 pub use memory::{Lease, LeaseMut, Memory, MemoryRef, Target, available_bytes};
+#[cfg(feature = "test-util")]
+pub use memory_file::MemoryFile;
 pub use peer::{PEERS_MAX, PeerId};
 pub use post::{Message, Read, Receive, RejectReason, Rejected, Source, WRITES_PER_DOORBELL_MAX, Write};
 pub use queue::COMPLETIONS_PER_POLL_MAX;

@@ -3,76 +3,15 @@
 
 mod common;
 
-use std::os::fd::{AsFd, OwnedFd};
-use std::ptr::NonNull;
+use std::os::fd::OwnedFd;
 
 use common::{Pair, pattern};
 use efa_core::{
-    Completion, DeviceMemory, DeviceRef, DmaBufRange, Held, Interface, RailConfig, RegionError, RejectReason,
-    Rejected, Write,
+    Completion, DeviceRef, Held, Interface, MemoryFile, RailConfig, RegionError, RejectReason, Rejected,
+    Write,
 };
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 const LEN: usize = 300_000;
-
-/// A mapped memory file, of which the memory is all but the first `offset` bytes.
-struct File {
-    fd: OwnedFd,
-    base: NonNull<u8>,
-    offset: usize,
-    interface: Interface,
-    has_dma_buf: bool,
-}
-
-// SAFETY: an address of this process; nothing is tied to a thread.
-unsafe impl Send for File {}
-// SAFETY: the methods read constants.
-unsafe impl Sync for File {}
-
-impl File {
-    fn new(offset: usize, interface: Interface, has_dma_buf: bool) -> Self {
-        let fd = memfd_create("gpu", MemfdFlags::CLOEXEC).unwrap();
-        let all = LEN + offset;
-        ftruncate(&fd, all as u64).unwrap();
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let base = unsafe {
-            mmap(std::ptr::null_mut(), all, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &fd, 0)
-        };
-        Self { fd, base: NonNull::new(base.unwrap().cast()).unwrap(), offset, interface, has_dma_buf }
-    }
-
-    /// A second way to the bytes, as a device has one.
-    fn peek(&self) -> OwnedFd {
-        self.fd.try_clone().unwrap()
-    }
-}
-
-// SAFETY: mapped until the drop, by nobody else.
-unsafe impl DeviceMemory for File {
-    fn interface(&self) -> Interface {
-        self.interface
-    }
-
-    fn address(&self) -> usize {
-        self.base.as_ptr().addr() + self.offset
-    }
-
-    fn len(&self) -> usize {
-        LEN
-    }
-
-    fn dma_buf(&self) -> Option<DmaBufRange<'_>> {
-        self.has_dma_buf.then(|| DmaBufRange { fd: self.fd.as_fd(), offset: self.offset as u64 })
-    }
-}
-
-impl Drop for File {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `new`; rails that used it have closed.
-        unsafe { munmap(self.base.as_ptr().cast(), LEN + self.offset) }.unwrap();
-    }
-}
 
 fn read(fd: &OwnedFd, offset: usize) -> Vec<u8> {
     let mut bytes = vec![0; LEN];
@@ -83,16 +22,18 @@ fn read(fd: &OwnedFd, offset: usize) -> Vec<u8> {
     bytes
 }
 
+fn file(offset: usize, interface: Interface, has_dma_buf: bool) -> MemoryFile {
+    MemoryFile::new(offset, LEN, interface, has_dma_buf).unwrap()
+}
+
 #[test]
 fn writes_go_from_device_memory_to_device_memory() {
     let Some(info) = common::tcp() else { return };
     for (offset, has_dma_buf) in [(0, false), (4096, true), (100, true)] {
         let pair = &mut Pair::open(&info, &RailConfig::for_info(&info));
-        let (source, target) = (
-            File::new(offset, Interface::Host, has_dma_buf),
-            File::new(offset, Interface::Host, has_dma_buf),
-        );
-        let (from, to) = (source.peek(), target.peek());
+        let (source, target) =
+            (file(offset, Interface::Host, has_dma_buf), file(offset, Interface::Host, has_dma_buf));
+        let (from, to) = (source.peek().unwrap(), target.peek().unwrap());
         let bytes = pattern(7, LEN);
         rustix::io::pwrite(&from, &bytes, offset as u64).unwrap();
 
@@ -134,7 +75,7 @@ fn a_rail_for_host_memory_refuses_a_gpus() {
     let Some(info) = common::tcp() else { return };
     let pair = &mut Pair::open(&info, &RailConfig::for_info(&info));
     assert!(!info.facts().reaches_device_memory, "it was not asked for");
-    let memory = DeviceRef::new(File::new(0, Interface::Cuda { device: 0 }, true));
+    let memory = DeviceRef::new(file(0, Interface::Cuda { device: 0 }, true));
     for refused in
         [pair.receiver.expose_device(&memory).map(|_| ()), pair.sender.register_device(&memory).map(|_| ())]
     {
@@ -146,7 +87,7 @@ fn a_rail_for_host_memory_refuses_a_gpus() {
 
 #[test]
 fn slices_lie_inside_and_keep_the_memory() {
-    let memory = DeviceRef::new(File::new(0, Interface::Host, false));
+    let memory = DeviceRef::new(file(0, Interface::Host, false));
     for (offset, len) in [(0, LEN + 1), (LEN, 1), (LEN + 1, 0), (usize::MAX, 2)] {
         assert!(memory.slice(offset, len).is_err(), "{offset} {len}");
     }

@@ -39,16 +39,16 @@ impl Span {
 
 /// A span that was checked: two addresses and a length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Checked {
-    from: u64,
-    to: u64,
-    len: usize,
+pub(crate) struct Checked {
+    pub(crate) from: u64,
+    pub(crate) to: u64,
+    pub(crate) len: usize,
 }
 
 /// An address range: its start and its length.
-type Extent = (u64, u64);
+pub(crate) type Extent = (u64, u64);
 
-fn check(spans: &[Span], from: Extent, to: Extent) -> Result<Vec<Checked>, Error> {
+pub(crate) fn check(spans: &[Span], from: Extent, to: Extent) -> Result<Vec<Checked>, Error> {
     let check = |span: &Span| {
         Ok(Checked {
             from: inside(from.0, from.1, span.from, span.len)?,
@@ -146,7 +146,7 @@ impl Stream {
         })
     }
 
-    fn owns(&self, memory: &impl DeviceMemory) -> Result<(), Error> {
+    pub(crate) fn owns(&self, memory: &impl DeviceMemory) -> Result<(), Error> {
         if memory.device().same_as(self.device()) {
             return Ok(());
         }
@@ -158,7 +158,7 @@ impl Stream {
     }
 
     /// Posts what was checked, and takes the buffers over. What comes back when this fails is not in use.
-    fn post<T: Send + 'static>(
+    pub(crate) fn post<T: Send + 'static>(
         &self,
         buffers: T,
         checked: Result<Vec<Checked>, Error>,
@@ -189,12 +189,12 @@ impl Stream {
     }
 }
 
-fn extent(memory: &impl DeviceMemory) -> Extent {
+pub(crate) fn extent(memory: &impl DeviceMemory) -> Extent {
     (memory.address(), memory.len())
 }
 
 /// An address of this process, which fits.
-fn address(address: u64) -> usize {
+pub(crate) fn address(address: u64) -> usize {
     usize::try_from(address).unwrap_or(usize::MAX)
 }
 

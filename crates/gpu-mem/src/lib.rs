@@ -55,6 +55,8 @@ mod pending;
 mod reaper;
 mod segment;
 mod stream;
+#[cfg(feature = "efa")]
+mod target;
 mod vmm;
 
 pub use buffer::{DeviceBuffer, PinnedBuffer};
@@ -76,6 +78,8 @@ pub use nvrtc::nvrtc_version;
 pub use pending::Pending;
 pub use segment::{Identity, Piece, Segment, Segments};
 pub use stream::Stream;
+#[cfg(feature = "efa")]
+pub use target::LockedTarget;
 pub use vmm::{CHUNKS_MAX, SharedChunk, VmmBuffer};
 
 /// Whatever is made on a device may be used and dropped by another thread.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use common::{device, on_device, pattern, read};
 use efa_core::{DeviceMemory as _, DeviceRef, Interface, LeaseMut};
-use gpu_mem::{NicAccess, NicMemory, Span};
+use gpu_mem::{Error, NicAccess, NicMemory, Span};
 
 #[test]
 fn leases_are_copied_to_a_device_and_back() {
@@ -36,6 +36,50 @@ fn leases_are_copied_to_a_device_and_back() {
     let copied = stream.copy_to_device(registered, target, &[Span::first(100_000)]).unwrap();
     let (registered, target) = copied.wait().unwrap();
     assert!(read(&stream, target).1 == registered.unregister().unwrap().bytes());
+}
+
+#[test]
+fn what_a_network_writes_is_copied_to_a_device_without_a_reference_to_it() {
+    let Some(device) = device() else { return };
+    let stream = device.stream().unwrap();
+    let bytes = pattern(100_000, 1);
+    let mut lease = LeaseMut::zeroed(bytes.len()).unwrap();
+    lease.bytes_mut().copy_from_slice(&bytes);
+    let locked = Arc::new(device.lock_target(lease.expose()).unwrap());
+    assert_eq!(locked.target().len(), bytes.len());
+    let there = on_device(&stream, &[7; 50_000]);
+    let spans = [Span { from: 1000, to: 0, len: 20_000 }, Span { from: 90_000, to: 40_000, len: 10_000 }];
+    let (held, there) = locked.upload(&stream, there, &spans).unwrap().wait().unwrap();
+    drop(held);
+    let (there, found) = read(&stream, Arc::new(there));
+    assert!(found[..20_000] == bytes[1000..21_000] && found[40_000..] == bytes[90_000..]);
+    assert!(found[20_000..40_000].iter().all(|byte| *byte == 7));
+    for outside in [Span { from: 99_999, to: 0, len: 2 }, Span { from: 0, to: 49_999, len: 2 }] {
+        let failed = locked.upload(&stream, Arc::clone(&there), &[spans[0], outside]).unwrap_err();
+        assert!(matches!(failed.error, Error::Range { .. }) && failed.returned.is_some(), "{}", failed.error);
+    }
+
+    // Its pages are registered once at a time, and it comes back whole.
+    let target = locked.target().clone();
+    let refused = device.lock_target(target).unwrap_err();
+    assert!(refused.returned.is_some());
+    drop(refused);
+    let target = Arc::try_unwrap(locked).unwrap().unlock().unwrap();
+    let target = device.lock_target(target).unwrap().unlock().unwrap();
+    assert!(target.reclaim().unwrap().bytes() == bytes);
+    let nothing = device.lock_target(LeaseMut::zeroed(0).unwrap().expose()).unwrap();
+    assert!(nothing.unlock().unwrap().is_empty());
+}
+
+#[test]
+fn a_target_that_is_dropped_is_let_go_of() {
+    let Some(device) = device() else { return };
+    let target = LeaseMut::zeroed(100_000).unwrap().expose();
+    drop(device.lock_target(target.clone()).unwrap());
+    device.reclaim();
+    // Nobody else has it, and its pages can be registered again.
+    let target = target.reclaim().unwrap().expose();
+    device.lock_target(target).unwrap().unlock().unwrap();
 }
 
 #[test]

@@ -16,7 +16,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use xfer_plan::{Digest, Magnitudes, Manifest, Parts, Plan, PlanError, PlanOptions, Rank, ReceiverRank};
+use xfer_plan::{
+    Digest, Magnitudes, Manifest, Parts, Plan, PlanError, PlanOptions, Planner, Rank, ReceiverRank,
+};
 
 use crate::protocol::{
     Bank, Commit, DEADLINE_RANGE, Fence, Holds, JOB_BYTES_MAX, MemberManifest, OnLoss, PushId, RANKS_MAX,
@@ -144,6 +146,8 @@ pub type PartsFn = Box<dyn Fn(&Plan, &Manifest) -> Result<Parts, PlanError> + Se
 /// The controller of one job.
 pub struct Controller {
     config: ControllerConfig,
+    /// Knows the last plan: after a loss or a return only what is new is planned.
+    planner: Planner,
     parts: PartsFn,
     phase: Phase,
     seats: BTreeMap<Rank, Seat>,
@@ -189,6 +193,7 @@ impl Controller {
         let (committed, started) = (config.resume, config.resume.is_some());
         Ok(Self {
             config,
+            planner: Planner::new(),
             parts,
             phase: Phase::Joining(None),
             seats: BTreeMap::new(),

@@ -45,10 +45,10 @@ struct Job {
 }
 
 impl Job {
-    async fn start(gpus: u32) -> Self {
+    async fn start(gpus: u32, on_loss: OnLoss) -> Self {
         let mut config = ServerConfig::loopback(WORLD).unwrap();
         config.controller.deadline = DEADLINE;
-        config.controller.on_loss = OnLoss::Continue;
+        config.controller.on_loss = on_loss;
         config.controller.verify = Verify::Full;
         let (count, joined) = watch::channel(0);
         let server = Controller::bind(config).await.unwrap().spawn(move |report| {
@@ -143,7 +143,7 @@ impl Serving {
 async fn versions_go_from_gpu_to_gpu() {
     let Some(gpus) = gpus() else { return };
     for (mode, _) in CommitMode::ALL {
-        let job = Job::start(gpus).await;
+        let job = Job::start(gpus, OnLoss::Fail).await;
         let (mut a, mut b, mut first, mut second) = tokio::join!(
             job.trainer(0),
             job.trainer(1),
@@ -167,7 +167,7 @@ async fn versions_go_from_gpu_to_gpu() {
 #[tokio::test(flavor = "multi_thread")]
 async fn ranks_are_lost_and_come_back() {
     let Some(gpus) = gpus() else { return };
-    let job = Job::start(gpus).await;
+    let job = Job::start(gpus, OnLoss::Continue).await;
     let (mut a, mut b, mut first, second) = tokio::join!(
         job.trainer(0),
         job.trainer(1),
@@ -187,27 +187,31 @@ async fn ranks_are_lost_and_come_back() {
         tokio::join!(a.push(2), b.push(2));
     };
     let ((), (), mut second) = tokio::join!(push_then, first.serves(2), back);
-    for version in 3..9 {
-        let moment = Duration::from_micros(500 * version);
-        let lost = async {
+    const VERSIONS: u64 = 12;
+    let steady = async {
+        for version in 3..=VERSIONS {
+            a.push(version).await;
+        }
+    };
+    let lost = async {
+        for version in 3..VERSIONS {
+            let moment = Duration::from_micros(300 * version);
             if tokio::time::timeout(moment, b.push(version)).await.is_err() {
                 drop(b);
                 b = job.trainer(1).await;
             }
             b.push(version).await;
-            b
-        };
-        let ((), back, (), ()) =
-            tokio::join!(a.push(version), lost, first.serves(version), second.serves(version));
-        b = back;
-    }
+        }
+        b.push(VERSIONS).await;
+    };
+    tokio::join!(steady, lost, first.serves(VERSIONS), second.serves(VERSIONS));
     assert_eq!(first.session.arena_ptr(), address);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn host_memory_and_gpus_have_nothing_in_common() {
     let Some(gpus) = gpus() else { return };
-    let job = Job::start(gpus).await;
+    let job = Job::start(gpus, OnLoss::Fail).await;
     let mut trainer = Trainer::new(job.session(0, 0));
     let error = trainer.add_memory(weightsync::LeaseMut::zeroed(100).unwrap()).unwrap_err().to_string();
     assert!(error.contains("trainer 0") && error.contains("cuda:0"), "{error}");
@@ -220,13 +224,13 @@ async fn host_memory_and_gpus_have_nothing_in_common() {
         trainer.allocate(vec![spec]).unwrap();
         trainer.connect()
     };
-    let mut inference = Inference::new(job.session(0, 0));
-    inference.register("w", DType::U8, &[ROWS, COLUMNS], ParamMap::tensor("w")).unwrap();
-    let other = job.inference(1, CommitMode::InPlace);
-    let connected = async { tokio::join!(on_host(0), on_host(1)) };
-    let error = tokio::select! {
-        (one, _) = connected => one.err().unwrap().to_string(),
-        _ = async { tokio::join!(inference.connect(), other) } => panic!("they wait for the trainers"),
+    let on_gpu = |rank: u32| {
+        let mut inference = Inference::new(job.session(rank, 0));
+        inference.register("w", DType::U8, &[ROWS, COLUMNS], ParamMap::tensor("w")).unwrap();
+        inference.connect()
     };
-    assert!(error.contains("GPU memory"), "{error}");
+    let (one, _, _, _) = tokio::join!(on_host(0), on_host(1), on_gpu(0), on_gpu(1));
+    let error = one.err().unwrap().to_string();
+    // Its own, or the other trainer's.
+    assert!(error.contains("no common fabric") && error.contains("GPU memory"), "{error}");
 }

@@ -22,17 +22,27 @@
 //! its exporter's: work that is in flight when the exporter goes fails, and may take the sender's CUDA context with it.
 //! So descriptors are the way wherever the memory is ours to allocate.
 //!
+//! # Where rails cannot reach a GPU
+//!
+//! Over `tcp`, or to a NIC without peer access to the GPU, bytes go by page-locked host memory at both ends: [`StagedMemory`] copies
+//! what it sends into slots that such rails read, and a [`Mirror`] takes in what arrives and uploads it.
+//!
 //! This module must never give back a buffer that a stream may still read, and never wait for a GPU except to close a rail.
 
+mod fill;
 mod memory;
+mod mirror;
 mod rail;
 mod region;
 mod scales;
+mod staged;
 mod tags;
 
 pub use memory::{DeviceRail, GpuMemory, GpuMemoryConfig};
+pub use mirror::{Mirror, Upload};
 pub use rail::{CudaRail, CudaRailConfig};
 pub use region::{CudaPeer, DeviceRegion, expose};
+pub use staged::{StagedMemory, StagedMemoryConfig};
 pub use tags::Arrivals;
 
 use std::time::Duration;
@@ -97,9 +107,30 @@ pub enum CudaError {
         /// How many, and what to do.
         reason: String,
     },
+    /// A program that writes from where its weights are, on rails that cannot read them there.
+    #[error(
+        "rails of host memory cannot read this rank's GPU: bind its plan with Program::staged, which stages everything"
+    )]
+    NotStaged,
+    /// There is no host memory for a mirror.
+    #[error("no {bytes} bytes of host memory for the mirror of a GPU's: {reason}")]
+    NoMirror {
+        /// How many are wanted.
+        bytes: u64,
+        /// Why not.
+        reason: String,
+    },
+    /// Host memory that takes the place of a mirror's while a GPU still reads that.
+    #[error("the mirror is being uploaded: wait for that before its memory is renewed")]
+    Uploading,
+    /// A mirror whose last renewal has failed.
+    #[error("the mirror's pages are not locked, because its last renewal failed: make another")]
+    NotLocked,
     /// A GPU that does not end.
-    #[error("the GPU has not found the magnitudes of its weights within {after:?}")]
+    #[error("the GPU has not {what} within {after:?}")]
     Slow {
+        /// What it is to do.
+        what: &'static str,
         /// How long it had.
         after: Duration,
     },

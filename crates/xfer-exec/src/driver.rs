@@ -21,6 +21,7 @@ mod closing;
 mod gather;
 mod host;
 mod sender;
+mod slots;
 mod transform;
 
 pub use closing::Closed;
@@ -30,6 +31,8 @@ pub use host::HostMemory;
 #[cfg(feature = "ofi")]
 pub(crate) use sender::pin;
 pub use sender::{Measured, Sender, ThreadConfig};
+#[cfg(feature = "cuda")]
+pub(crate) use slots::HostSlots;
 
 /// The longest wait: an abort or a gather that ends meanwhile is seen after it.
 const WAIT_MAX: Duration = Duration::from_millis(1);
@@ -40,11 +43,11 @@ const GATHER_WAIT: Duration = Duration::from_micros(50);
 /// A rail over host memory.
 pub type HostRail = Box<dyn Rail<Buffer = Lease> + Send>;
 
-/// What rails of a memory read from.
-pub type BufferOf<M> = <<M as Memory>::Rail as Rail>::Buffer;
-
 /// Memory that a driver pushes from, and what fills its staging slots and closes its rails meanwhile. Nothing of it blocks.
 pub trait Store: Memory {
+    /// A region of weights, as a push takes it by value: what its rails read from, or what only its slots are filled from.
+    type Region;
+
     /// How many staging slots there are.
     fn slots(&self) -> u32;
 
@@ -55,17 +58,17 @@ pub trait Store: Memory {
     /// # Errors
     ///
     /// When `regions` are not those of the plan, or cannot be read.
-    fn magnitudes(&mut self, regions: &[BufferOf<Self>]) -> Result<Vec<f32>, String>;
+    fn magnitudes(&mut self, regions: &[Self::Region]) -> Result<Vec<f32>, String>;
 
     /// Takes the regions of a push, and the merged magnitudes of which this rank is told.
     ///
     /// # Errors
     ///
     /// When these are not as many as the plan says. The push is over then.
-    fn begin(&mut self, regions: Vec<BufferOf<Self>>, told: &[f32]) -> Result<(), String>;
+    fn begin(&mut self, regions: Vec<Self::Region>, told: &[f32]) -> Result<(), String>;
 
     /// Gives them back.
-    fn end(&mut self) -> Vec<BufferOf<Self>>;
+    fn end(&mut self) -> Vec<Self::Region>;
 
     /// A slot that has been filled meanwhile, or not.
     fn staged(&mut self) -> Option<Staged>;
@@ -190,7 +193,7 @@ impl<M: Store> Driver<M> {
     /// # Errors
     ///
     /// As [`Store::magnitudes`].
-    pub fn magnitudes(&mut self, regions: &[BufferOf<M>]) -> Result<Vec<f32>, String> {
+    pub fn magnitudes(&mut self, regions: &[M::Region]) -> Result<Vec<f32>, String> {
         self.memory.magnitudes(regions)
     }
 
@@ -200,12 +203,12 @@ impl<M: Store> Driver<M> {
     }
 
     /// Begins a push of `regions`. Then call [`Driver::step`] until it is over.
-    pub fn begin(&mut self, regions: Vec<BufferOf<M>>) {
+    pub fn begin(&mut self, regions: Vec<M::Region>) {
         self.begin_told(regions, &[]);
     }
 
     /// As [`Driver::begin`] with the merged magnitudes of which this rank is told. They must be those of the same weights.
-    pub fn begin_told(&mut self, regions: Vec<BufferOf<M>>, told: &[f32]) {
+    pub fn begin_told(&mut self, regions: Vec<M::Region>, told: &[f32]) {
         let (began, ticked_at, gather) = (Instant::now(), Duration::ZERO, Duration::ZERO);
         let refused = self.memory.begin(regions, told).err();
         if refused.is_none() {
@@ -227,7 +230,7 @@ impl<M: Store> Driver<M> {
     }
 
     /// Takes in what the threads have done, posts what is due and polls every rail once. Never blocks.
-    pub fn step(&mut self) -> Step<BufferOf<M>> {
+    pub fn step(&mut self) -> Step<M::Region> {
         let Some(push) = &mut self.push else { return Step::Still };
         if let Some(reason) = push.refused.take() {
             return self.end(Err(Failure::Aborted(reason)));
@@ -261,7 +264,7 @@ impl<M: Store> Driver<M> {
         }
     }
 
-    fn end(&mut self, result: Result<Delivered, Failure>) -> Step<BufferOf<M>> {
+    fn end(&mut self, result: Result<Delivered, Failure>) -> Step<M::Region> {
         let push = self.push.take();
         let timings = push.map_or_else(Timings::default, |Push { began, gather, .. }| Timings {
             total: began.elapsed(),

@@ -94,7 +94,8 @@ impl Rail {
 
 struct Peer {
     backlog: Backlog,
-    /// Whether what is gathered for it goes through staging memory; what is transformed always does.
+    /// Whether what is gathered for it goes through staging memory; what is transformed always does, and all where the
+    /// program says so.
     stages: bool,
     slots: u32,
     in_flight: u32,
@@ -216,7 +217,7 @@ impl Engine {
             let Some(peer) = self.peers.get_mut(op.to.index()) else { continue };
             if self.program.is_relay() {
                 peer.backlog.hold(op);
-            } else if Self::is_staged(op.kind(), peer.stages) {
+            } else if self.program.is_staged(op, peer.stages) {
                 peer.backlog.add_staged(index);
             } else {
                 peer.backlog.add(index, op);
@@ -396,7 +397,7 @@ impl Engine {
         let Delivered { bytes, writes, .. } = self.delivered;
         let (bytes_planned, writes_planned) = (self.program.bytes(), self.program.writes());
         if (bytes, writes) == (bytes_planned, writes_planned) {
-            Ok(self.delivered)
+            Ok(Delivered { writes: self.program.writes_planned(), ..self.delivered })
         } else {
             Err(Failure::Accounting { bytes, writes, bytes_planned, writes_planned })
         }
@@ -411,7 +412,7 @@ impl Engine {
             let stages = peer.stages;
             peer.backlog.give_up(|id, writes| {
                 let op = program.ops().get(id.op as usize);
-                if op.is_some_and(|op| Self::is_staged(op.kind(), stages)) {
+                if op.is_some_and(|op| program.is_staged(op, stages)) {
                     staging.release(id.slot_and_row().0, writes);
                 }
             });

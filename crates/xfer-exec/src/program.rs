@@ -16,6 +16,11 @@ use crate::engine::Slot;
 use crate::quant::{QuantError, Quantization};
 use crate::rail::RailIndex;
 
+mod error;
+mod fit;
+
+pub use error::ProgramError;
+
 /// Staging slots that a [`WriteId`] can name. A rail has far fewer WRITEs in flight.
 pub(crate) const SLOTS_MAX: u32 = 1 << SLOT_BITS;
 
@@ -75,108 +80,6 @@ pub struct RankLimits {
     pub transforms: bool,
 }
 
-/// Why a part of a plan cannot be run here.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ProgramError {
-    /// More operations than a [`WriteId`] can name.
-    #[error("the plan has {0} operations for this rank, more than 2^32")]
-    TooManyOps(usize),
-    /// More bytes or WRITEs than 2^64.
-    #[error("the plan has more than 2^64 bytes or writes for this rank")]
-    TooMuch,
-    /// Tags that are not one for each operation.
-    #[error("the plan tags {tags} of {ops} operations of this rank; do both sides run the same version?")]
-    Tags {
-        /// How many tags.
-        tags: usize,
-        /// How many operations.
-        ops: usize,
-    },
-    /// A rank that no job has.
-    #[error("there is no inference {0}: a job has at most {RANKS_MAX}")]
-    Rank(usize),
-    /// What this rank should pass on is not said rightly.
-    #[error("what the plan has this rank pass on is not possible: {0}; do both sides run the same version?")]
-    Relay(&'static str),
-    /// An operation without bytes, or that is staged and exceeds a slot.
-    #[error("the plan's operation {op} for {param} moves {bytes} bytes where 1 to {bytes_max} are possible")]
-    Size {
-        /// The operation.
-        op: usize,
-        /// Its parameter.
-        param: String,
-        /// Its bytes.
-        bytes: u64,
-        /// The bound.
-        bytes_max: u64,
-    },
-    /// An operation that reads outside this rank's memory.
-    #[error(
-        "the plan reads {param} outside {region} of this rank, which has {region_bytes:?} bytes; do both sides run the same manifest?"
-    )]
-    Source {
-        /// Its parameter.
-        param: String,
-        /// The region.
-        region: RegionIndex,
-        /// Its length, if it exists.
-        region_bytes: Option<u64>,
-    },
-    /// An operation that writes outside the peer's memory.
-    #[error(
-        "the plan writes {param} outside {region} of {to}, which exposes {region_bytes:?} bytes; its region is shorter than its manifest says"
-    )]
-    Destination {
-        /// Its parameter.
-        param: String,
-        /// The receiver.
-        to: ReceiverRank,
-        /// The region.
-        region: RegionIndex,
-        /// Its length, if it exists.
-        region_bytes: Option<u64>,
-    },
-    /// A receiver with two banks of regions that differ.
-    #[error(
-        "{to} exposes two arenas that differ, with regions of {region_bytes:?} bytes; does it run the same version?"
-    )]
-    Banks {
-        /// The receiver.
-        to: ReceiverRank,
-        /// Bytes of each of its regions.
-        region_bytes: Vec<u64>,
-    },
-    /// More rows in a slot than a [`WriteId`] can name.
-    #[error(
-        "the plan transforms {rows} rows of {param} at once, which land apart: at most {ROWS_MAX} are possible; shorten the chunks"
-    )]
-    Rows {
-        /// Its parameter.
-        param: String,
-        /// Its rows.
-        rows: u32,
-    },
-    /// An operation that changes elements on the way, on a rank that cannot.
-    #[error(
-        "the plan wants {param} as {transform:?}; this rank writes elements as they are, so convert them on the trainer"
-    )]
-    Transform {
-        /// Its parameter.
-        param: String,
-        /// What is asked for.
-        transform: Transform,
-    },
-    /// An operation to a receiver without a rail.
-    #[error("the plan writes {param} to {to}, to which this rank has no rail")]
-    NoRoute {
-        /// Its parameter.
-        param: String,
-        /// The receiver.
-        to: ReceiverRank,
-    },
-}
-
 /// See the module.
 #[derive(Debug)]
 pub struct Program {
@@ -188,8 +91,12 @@ pub struct Program {
     /// By receiver, of those that have two banks of regions: whether these have changed places. Empty where none has.
     banks: Vec<Option<bool>>,
     relay: Option<Relay>,
+    /// Whether no rail can read where the weights are.
+    stages_all: bool,
     bytes: u64,
     writes: u64,
+    /// As the plan counts them, whose operations may have been cut.
+    writes_planned: u64,
     #[cfg(feature = "driver")]
     quantization: Arc<Quantization>,
 }
@@ -224,6 +131,32 @@ impl Program {
         rank: &RankLimits,
         routes: BTreeMap<ReceiverRank, Route>,
     ) -> Result<Self, ProgramError> {
+        Self::bind(plan, names, rank, routes, false)
+    }
+
+    /// As [`Program::new`] for a rank whose rails cannot read where its weights are: every operation goes through a staging slot,
+    /// and one that is longer than a slot is cut. A push still counts its WRITEs as the plan does.
+    ///
+    /// # Errors
+    ///
+    /// As [`Program::new`]; [`ProgramError::Size`] for an operation that would have to be cut within an element, or that tells its
+    /// receiver something, which counts its WRITEs; [`ProgramError::TooManyParts`].
+    pub fn staged(
+        plan: RankPlan,
+        names: BTreeMap<ParamId, String>,
+        rank: &RankLimits,
+        routes: BTreeMap<ReceiverRank, Route>,
+    ) -> Result<Self, ProgramError> {
+        Self::bind(plan, names, rank, routes, true)
+    }
+
+    fn bind(
+        plan: RankPlan,
+        names: BTreeMap<ParamId, String>,
+        rank: &RankLimits,
+        routes: BTreeMap<ReceiverRank, Route>,
+        stages_all: bool,
+    ) -> Result<Self, ProgramError> {
         if u32::try_from(plan.ops.len()).is_err() {
             return Err(ProgramError::TooManyOps(plan.ops.len()));
         }
@@ -240,13 +173,15 @@ impl Program {
         }
         let mut program = Self {
             ops: Vec::new(),
-            tags: plan.tags,
+            tags: Vec::new(),
             names,
             routes: by_rank,
             banks: Vec::new(),
             relay: None,
+            stages_all,
             bytes: 0,
             writes: 0,
+            writes_planned: 0,
             #[cfg(feature = "driver")]
             quantization: Arc::default(),
         };
@@ -256,7 +191,11 @@ impl Program {
             let Some((bytes, writes)) = sums else { return Err(ProgramError::TooMuch) };
             (program.bytes, program.writes) = (bytes, writes);
         }
-        program.ops = plan.ops;
+        program.writes_planned = program.writes;
+        match stages_all {
+            true => program.fit(&plan, rank.slot_bytes)?,
+            false => (program.ops, program.tags) = (plan.ops, plan.tags),
+        }
         Ok(program)
     }
 
@@ -346,10 +285,15 @@ impl Program {
         if !op.transform.is_copy() && !rank.transforms {
             return Err(ProgramError::Transform { param: param(), transform: op.transform });
         }
-        let is_staged = op.staged_bytes() > 0;
+        // Where everything is staged, what is too long for a slot is cut.
+        let is_staged = op.staged_bytes() > 0 && !self.stages_all;
         // What leaves as one WRITE has a length of 32 bits.
         let one_write_max = u64::from(u32::MAX);
-        let bytes_max = if is_staged { rank.slot_bytes.min(one_write_max) } else { one_write_max };
+        let bytes_max = match is_staged {
+            true => rank.slot_bytes.min(one_write_max),
+            false if self.stages_all => u64::MAX,
+            false => one_write_max,
+        };
         if op.bytes() == 0 || op.bytes() > bytes_max && op.kind() != OpKind::Rows {
             return Err(ProgramError::Size { op: index, param: param(), bytes: op.bytes(), bytes_max });
         }
@@ -396,6 +340,22 @@ impl Program {
         &self.ops
     }
 
+    /// Whether an operation goes through a slot, to a receiver for which gathers do or do not.
+    pub(crate) fn is_staged(&self, op: &Op, stages_gathers: bool) -> bool {
+        match op.kind() {
+            _ if self.stages_all => true,
+            OpKind::Transform => true,
+            OpKind::Gather => stages_gathers,
+            OpKind::Direct | OpKind::Rows => false,
+        }
+    }
+
+    /// Whether every operation goes through a slot.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn stages_all(&self) -> bool {
+        self.stages_all
+    }
+
     /// Whether its operations wait for what arrives.
     pub(crate) fn is_relay(&self) -> bool {
         self.relay.is_some()
@@ -426,6 +386,11 @@ impl Program {
     /// WRITEs of one push of this rank.
     pub fn writes(&self) -> u64 {
         self.writes
+    }
+
+    /// The same as the plan counts them.
+    pub(crate) fn writes_planned(&self) -> u64 {
+        self.writes_planned
     }
 
     /// A parameter's name, for a message.

@@ -368,7 +368,7 @@ fn runs(first: u64, row_bytes: u64, rows: u64, stride: u64, written: &mut Vec<(u
 
 /// The source tensors, and where each trainer keeps its pieces of them.
 struct Sources<'m> {
-    index: SourceIndex<'m>,
+    index: SourceIndex,
     /// Sorted by trainer and tensor.
     pieces: Vec<((TrainerRank, TensorId), &'m SourcePiece)>,
     /// The plan's tables, by their number, and their places by tensor.
@@ -414,7 +414,7 @@ impl<'m> Sources<'m> {
 
 /// That the ranges of a table tile it, and that everybody who holds a part of a block learns its scale: either those who
 /// hold any of it hold all of it, or all of it is reported and everybody is told.
-fn check_blocks(index: &SourceIndex<'_>, tensor: TensorId, blocks: &Blocks) -> Result<(), &'static str> {
+fn check_blocks(index: &SourceIndex, tensor: TensorId, blocks: &Blocks) -> Result<(), &'static str> {
     let volume = |bounds: &TensorBox| bounds.volume().unwrap_or(u64::MAX);
     let total: u64 = blocks.ranges.iter().map(|range| volume(&range.blocks)).fold(0, u64::saturating_add);
     if total != blocks.shape.iter().product::<u64>() {

@@ -29,6 +29,7 @@ mod schedule;
 mod sender;
 mod source_index;
 mod template;
+mod templates;
 mod tensor_box;
 mod totals;
 pub mod traffic;

@@ -61,7 +61,7 @@ const RANGES_MAX: usize = 1 << 20;
 impl Blocks {
     /// Finds out who owns which blocks of `tensor`. `wanted_by` is for messages.
     pub(crate) fn new(
-        index: &SourceIndex<'_>,
+        index: &SourceIndex,
         tensor: TensorId,
         quant: BlockQuant,
         wanted_by: (ReceiverRank, &str),
@@ -90,7 +90,7 @@ impl Blocks {
         };
         if cells.iter().all(|(bounds, holders)| !holders.is_empty() && at_borders(bounds)) {
             // Nothing cuts a block: every cell's holders find its scales by themselves, and replicas take turns to send them.
-            let range = |(turn, (bounds, holders)): (usize, &(TensorBox, &[Holder<'_>]))| {
+            let range = |(turn, (bounds, holders)): (usize, &(TensorBox, &[Holder]))| {
                 let owner = holders.get(turn % holders.len().max(1)).map(|holder| holder.trainer);
                 let owner = owner.ok_or(PlanError::Defect { detail: "a cell without holders" })?;
                 Ok(BlockRange { blocks: blocks_of(bounds, &block).map_err(layout)?, owner })
@@ -156,7 +156,7 @@ impl Blocks {
 }
 
 /// Whether everybody who holds a part of `elements` holds all of them: then nobody needs to be told anything.
-fn held_whole(index: &SourceIndex<'_>, tensor: TensorId, elements: &TensorBox) -> bool {
+fn held_whole(index: &SourceIndex, tensor: TensorId, elements: &TensorBox) -> bool {
     let mut cells = 0;
     let counted = index.cells(tensor, elements, &mut |_, _| {
         cells += 1;

@@ -4,8 +4,7 @@
 //! an address or on chance: two machines with the same manifest make the same plan, and planning again after a change
 //! makes the plan that planning from scratch makes.
 
-use std::collections::{BTreeMap, HashMap};
-use std::hash::{BuildHasherDefault, DefaultHasher};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::bound::LowerBound;
@@ -14,16 +13,14 @@ use crate::digest::Digest;
 use crate::error::PlanError;
 use crate::ids::{GroupIndex, ParamId, ReceiverRank, RegionIndex};
 use crate::limits::{OPS_MAX, TRANSFERS_MAX};
-use crate::manifest::{
-    DestinationParam, Manifest, PlanOptions, ReceiverManifest, Relay, TrainerManifest, bandwidth,
-};
+use crate::manifest::{DestinationParam, Manifest, ReceiverManifest, Relay, bandwidth};
 use crate::plan::{Fill, Plan, PlannedParam, ReceiverPart, TrainerPart, Transfer};
-use crate::quant::{Blocks, ScaleTable};
+use crate::quant::ScaleTable;
 use crate::route::{Group, Route};
 use crate::sender::Senders;
-use crate::source_index::{SourceIndex, TensorId};
-use crate::template::{Declared, Template};
-use crate::transform::BlockQuant;
+use crate::source_index::SourceIndex;
+use crate::template::{Declared, Sources};
+use crate::templates::{ByContent, Templates};
 use crate::validate;
 
 /// Plans a transfer.
@@ -32,37 +29,36 @@ use crate::validate;
 /// When the manifest is invalid, when the two sides do not fit together, or when a [limit](crate::limits) is
 /// exceeded.
 pub fn plan(manifest: &Manifest) -> Result<Plan, PlanError> {
-    Planner::new(&manifest.trainers, manifest.options)?.plan(&manifest.receivers)
+    Planner::new().plan(manifest)
 }
 
-/// Plans for the same trainers again and again: when receivers join or leave, or want something else, only what has
-/// changed is planned, and the plan is the one that [`plan`] makes from scratch.
-pub struct Planner<'m> {
-    trainers: &'m [TrainerManifest],
-    options: PlanOptions,
-    index: SourceIndex<'m>,
-    digest: Digest,
-    known: Known<'m>,
-}
-
-/// A hasher without a random key: nothing is ever listed in the order of a hash, but not even the time that planning takes
-/// should depend on chance.
-type ByContent<K, V> = HashMap<K, V, BuildHasherDefault<DefaultHasher>>;
-
-/// What has been found out so far. None of it depends on which receivers there are.
+/// Plans again and again. While the trainers declare the same, only what no receiver has declared before is planned: receivers may
+/// leave, come back, or want something else, and the plan is the one that [`plan`] makes from scratch. When a trainer declares
+/// anything else, nothing of before is used.
+///
+/// It borrows nothing and keeps no manifest: the trainers are known again by their digest. What it keeps is the transfers of what
+/// only one trainer has, which it shares with its plans, and an index of who holds what, at most about twice as much as its last
+/// plan needed: what receivers declared that do not come back is forgotten. After a plan that fails it keeps nothing.
 #[derive(Default)]
-struct Known<'m> {
-    templates: ByContent<DestinationParam, usize>,
-    list: Vec<(Template<'m>, Digest)>,
-    table_ids: BTreeMap<(TensorId, BlockQuant), usize>,
-    tables: Vec<ScaleTable>,
-    /// Ranges that were found and will be asked for, by table.
-    ranges: BTreeMap<usize, Blocks>,
+pub struct Planner {
+    known: Option<Known>,
 }
+
+/// What has been found out about these trainers so far. None of it depends on which receivers there are.
+struct Known {
+    /// Of the trainers.
+    digest: Digest,
+    index: SourceIndex,
+    templates: Templates,
+}
+
+/// Templates of more than so many times the size of what a plan needed are forgotten after it. With 2, half of the receivers can
+/// be lost that share nothing with the others, and nothing is planned anew when they come back.
+const KEPT_MAX: usize = 2;
 
 /// Every declared parameter once, in the order of the manifest, with all who declare it alike.
 pub(crate) fn declarations(receivers: &[ReceiverManifest]) -> Vec<(Declared<'_>, Vec<ReceiverRank>)> {
-    let mut places: ByContent<&DestinationParam, usize> = HashMap::default();
+    let mut places: ByContent<&DestinationParam, usize> = ByContent::default();
     let mut found: Vec<(Declared<'_>, Vec<ReceiverRank>)> = Vec::new();
     for (receiver, declared) in (0..).map(ReceiverRank).zip(receivers) {
         for param in &declared.params {
@@ -97,65 +93,96 @@ fn receiver_digest(receiver: &ReceiverManifest, params: Vec<Digest>) -> Result<D
 struct Declaration<'a> {
     first: Declared<'a>,
     name: ParamId,
-    template: usize,
+    /// Of its template.
+    place: usize,
     members: Vec<ReceiverRank>,
 }
 
-impl<'m> Planner<'m> {
-    /// Indexes what the trainers hold.
-    ///
-    /// # Errors
-    /// When the trainers' manifests or the options are invalid.
-    pub fn new(trainers: &'m [TrainerManifest], options: PlanOptions) -> Result<Planner<'m>, PlanError> {
-        validate::trainers(trainers, &options)?;
-        let digest = Digest::of(trainers).map_err(encode)?;
-        Ok(Planner { trainers, options, index: SourceIndex::new(trainers)?, digest, known: Known::default() })
+impl Planner {
+    /// One that knows nothing yet.
+    pub fn new() -> Planner {
+        Planner::default()
     }
 
-    /// Plans a transfer to these receivers.
+    /// Plans a transfer.
     ///
     /// # Errors
     /// As [`plan`].
-    pub fn plan(&mut self, receivers: &[ReceiverManifest]) -> Result<Plan, PlanError> {
+    pub fn plan(&mut self, manifest: &Manifest) -> Result<Plan, PlanError> {
+        let mut known = Known::new(manifest, self.known.take())?;
+        let (plan, needed) = known.plan(manifest)?;
+        if known.templates.size > KEPT_MAX.saturating_mul(needed) {
+            known.templates = Templates::default();
+        }
+        self.known = Some(known);
+        Ok(plan)
+    }
+}
+
+impl Known {
+    /// What is known of before if the trainers are the same, else an index of what they hold.
+    fn new(Manifest { trainers, options, .. }: &Manifest, before: Option<Known>) -> Result<Known, PlanError> {
+        let of_trainers = || Digest::of(trainers.as_slice()).map_err(encode);
+        if let Some(known) = before
+            && known.digest == of_trainers()?
+        {
+            options.validate()?;
+            return Ok(known);
+        }
+        validate::trainers(trainers, options)?;
+        let index = SourceIndex::new(trainers)?;
+        Ok(Known { digest: of_trainers()?, index, templates: Templates::default() })
+    }
+
+    /// The plan, and the size of the templates that it is made of.
+    fn plan(&mut self, manifest: &Manifest) -> Result<(Plan, usize), PlanError> {
+        let Manifest { trainers, receivers, options } = manifest;
+        let Known { digest, index, templates } = self;
+        let sources = Sources { index, trainers };
         validate::receivers(receivers)?;
         let mut params = Params::default();
         let mut declarations: Vec<Declaration<'_>> = Vec::new();
         let mut declaration_of: Vec<Option<usize>> = Vec::new(); // by template
         let mut digests = Vec::with_capacity(receivers.len());
-        let mut room = TRANSFERS_MAX;
+        let (mut room, mut needed) = (TRANSFERS_MAX, 0);
         for (receiver, declared) in (0..).map(ReceiverRank).zip(receivers) {
             let mut of_params = Vec::with_capacity(declared.params.len());
             for param in &declared.params {
                 let first = Declared { receiver, param };
-                let template = self.known.template(&self.index, first, &mut room)?;
-                of_params.push(self.known.list.get(template).ok_or(LOST)?.1);
-                declaration_of.resize(self.known.list.len(), None);
-                let Some(declaration) = declaration_of.get_mut(template) else { return Err(LOST) };
+                let place = templates.place(sources, first, room)?;
+                let (template, param_digest) = templates.list.get(place).ok_or(LOST)?;
+                of_params.push(*param_digest);
+                declaration_of.resize(templates.list.len(), None);
+                let Some(declaration) = declaration_of.get_mut(place) else { return Err(LOST) };
                 match *declaration {
                     Some(declaration) => {
                         let known = declarations.get_mut(declaration).ok_or(LOST)?;
                         known.members.push(receiver);
                     }
                     None => {
+                        // Of templates of before too, or a plan could be made that cannot be made from scratch.
+                        room = room.checked_sub(template.room).ok_or(TOO_MANY)?;
+                        needed += template.size();
                         *declaration = Some(declarations.len());
                         let name = params.intern(param);
-                        declarations.push(Declaration { first, name, template, members: vec![receiver] });
+                        declarations.push(Declaration { first, name, place, members: vec![receiver] });
                     }
                 }
             }
             digests.push(receiver_digest(declared, of_params)?);
         }
-        let manifest_digest = Digest::of(&(self.digest, self.options, digests)).map_err(encode)?;
+        let manifest_digest = Digest::of(&(*digest, options, digests)).map_err(encode)?;
 
-        let route = self.route(receivers, &declarations);
+        let known = &*templates;
+        let route = known.route(manifest, &declarations);
         let mut assembly = Assembly { params: params.list, ..Assembly::default() };
-        let mut senders = Senders::new(self.trainers);
+        let mut senders = Senders::new(trainers);
         // What only one trainer has is settled first; the replicas then fill up around it.
         let mut dealt = Vec::new();
         for declaration in &declarations {
-            let (template, _) = self.known.list.get(declaration.template).ok_or(LOST)?;
+            let (template, _) = known.list.get(declaration.place).ok_or(LOST)?;
             let to = assembly.group(&declaration.members, receivers, route);
-            let tables = assembly.tables(&template.quantised, &self.known)?;
+            let tables = assembly.tables(&template.quantised, known)?;
             if !template.dealt.is_empty() {
                 dealt.push((declaration, template, to, tables.clone()));
             }
@@ -171,16 +198,22 @@ impl<'m> Planner<'m> {
         }
         for (declaration, template, to, tables) in dealt {
             let copies = assembly.copies(to);
-            let sent = senders.deal(template, declaration.first, copies, &self.options, &mut room)?;
+            let sent = senders.deal(template, declaration.first, copies, options, &mut room)?;
             let digest = Digest::of(sent.as_slice()).map_err(encode)?;
             assembly.fill(declaration.name, to, tables, (sent.into(), digest));
         }
-        assembly.finish(self.trainers, receivers, self.options, manifest_digest)
+        Ok((assembly.finish(manifest, manifest_digest)?, needed))
     }
+}
 
+const LOST: PlanError = PlanError::Defect { detail: "a declaration was lost" };
+
+const TOO_MANY: PlanError = PlanError::TooManyTransfers { max: TRANSFERS_MAX };
+
+impl Templates {
     /// The route of all groups: as asked, or the one that ends first.
-    fn route(&self, receivers: &[ReceiverManifest], declarations: &[Declaration<'_>]) -> Route {
-        let choices = match self.options.relay {
+    fn route(&self, manifest: &Manifest, declarations: &[Declaration<'_>]) -> Route {
+        let choices = match manifest.options.relay {
             Relay::Never => return Route::Direct,
             Relay::PerHost => return Route::PerHost,
             Relay::Chain => return Route::Chain,
@@ -188,53 +221,12 @@ impl<'m> Planner<'m> {
         };
         let estimate = |route: &Route| {
             let members = declarations.iter().map(|declaration| {
-                let bytes =
-                    self.known.list.get(declaration.template).map_or(0, |(template, _)| template.bytes);
+                let bytes = self.list.get(declaration.place).map_or(0, |(template, _)| template.bytes);
                 (bytes, declaration.members.as_slice())
             });
-            estimate(*route, members, self.trainers, receivers, &self.options)
+            estimate(*route, members, manifest)
         };
         choices.into_iter().min_by_key(estimate).unwrap_or(Route::Direct)
-    }
-}
-
-const LOST: PlanError = PlanError::Defect { detail: "a declaration was lost" };
-
-impl<'m> Known<'m> {
-    /// The template of a declaration, made if it is new.
-    fn template(
-        &mut self,
-        index: &SourceIndex<'m>,
-        declared: Declared<'_>,
-        room: &mut usize,
-    ) -> Result<usize, PlanError> {
-        if let Some(&known) = self.templates.get(declared.param) {
-            return Ok(known);
-        }
-        validate::map(declared.receiver, declared.param)?;
-        let wanted_by = (declared.receiver, declared.param.name.as_str());
-        let Known { table_ids, tables, ranges, .. } = self;
-        let mut blocks_of = |tensor, quant, scales: bool| {
-            let known = table_ids.get(&(tensor, quant)).copied();
-            let number = known.unwrap_or(tables.len());
-            // A tensor's ranges are many, and wanted once as a rule: they are not kept after that, but found again.
-            let blocks = match (known, scales) {
-                (Some(_), false) => return Ok((RegionIndex(number as u32), None)),
-                (Some(_), true) if let Some(kept) = ranges.remove(&number) => kept,
-                _ => Blocks::new(index, tensor, quant, wanted_by)?,
-            };
-            if known.is_none() {
-                table_ids.insert((tensor, quant), number);
-                tables.push(blocks.table.clone());
-            }
-            let blocks = if scales { Some(blocks) } else { ranges.insert(number, blocks) };
-            Ok((RegionIndex(number as u32), blocks.filter(|_| scales)))
-        };
-        let template = Template::new(index, declared, &mut blocks_of, room)?;
-        let digest = Digest::of(declared.param).map_err(encode)?;
-        self.templates.insert(declared.param.clone(), self.list.len());
-        self.list.push((template, digest));
-        Ok(self.list.len() - 1)
     }
 }
 
@@ -247,9 +239,7 @@ pub(crate) fn encode(error: postcard::Error) -> PlanError {
 fn estimate<'a>(
     route: Route,
     declared: impl Iterator<Item = (u64, &'a [ReceiverRank])>,
-    trainers: &[TrainerManifest],
-    receivers: &[ReceiverManifest],
-    options: &PlanOptions,
+    Manifest { trainers, receivers, options }: &Manifest,
 ) -> u64 {
     let hosts = hosts(receivers);
     let host_count = hosts.iter().map(|&host| host + 1).max().unwrap_or(0);
@@ -358,7 +348,7 @@ impl Assembly {
     }
 
     /// The plan's numbers of tables; only those are in it that it needs.
-    fn tables(&mut self, tables: &[RegionIndex], known: &Known<'_>) -> Result<Vec<u32>, PlanError> {
+    fn tables(&mut self, tables: &[RegionIndex], known: &Templates) -> Result<Vec<u32>, PlanError> {
         self.table_ids.resize(known.tables.len(), None);
         let number = |table: &RegionIndex| {
             let id = self.table_ids.get_mut(table.index()).ok_or(LOST)?;
@@ -386,9 +376,7 @@ impl Assembly {
 
     fn finish(
         self,
-        trainers: &[TrainerManifest],
-        receivers: &[ReceiverManifest],
-        options: PlanOptions,
+        Manifest { trainers, receivers, options }: &Manifest,
         manifest_digest: Digest,
     ) -> Result<Plan, PlanError> {
         let mut plan = Plan {
@@ -403,20 +391,76 @@ impl Assembly {
             manifest_digest,
             digest: Digest(Default::default()),
         };
-        let totals = plan.totals(&options, receivers.len());
+        let totals = plan.totals(options, receivers.len());
         if totals.loads.trainers.iter().any(|load| load.ops > OPS_MAX as u64) {
             return Err(PlanError::TooManyOps { max: OPS_MAX });
         }
         for (part, total) in plan.trainers.iter_mut().zip(&totals.loads.trainers) {
             (part.bytes, part.writes) = (total.nic_out_bytes, total.writes);
         }
-        let sides = (trainers, receivers);
+        let sides = (trainers.as_slice(), receivers.as_slice());
         plan.bound = LowerBound::new(sides, &totals.loads);
-        plan.predicted = Prediction::new(sides, &options, &totals.loads);
+        plan.predicted = Prediction::new(sides, options, &totals.loads);
         plan.receivers = totals.receivers;
         let mut digests = self.digests.into_iter();
         let lost = postcard::Error::SerializeBufferFull; // there is one for every fill
         plan.digest = plan.digest_with(|_| digests.next().ok_or(lost.clone())).map_err(encode)?;
         Ok(plan)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::{DType, ParamMap, RailDecl, SourcePiece, TensorBox, TrainerManifest};
+
+    /// One trainer, and receivers that each want its eight bytes at a place of their own.
+    fn manifest(places: &[u64]) -> Manifest {
+        let (host, regions, rails) = ("h".to_owned(), vec![1 << 20], vec![RailDecl { bytes_per_second: 1 }]);
+        let (tensor, shape, region) = ("w".to_owned(), vec![8], RegionIndex(0));
+        let (dtype, offset) = (DType::U8, 0);
+        let bounds = TensorBox::whole(&shape).unwrap();
+        let pieces = vec![SourcePiece { tensor, dtype, shape: shape.clone(), bounds, region, offset }];
+        let map = Arc::new(ParamMap::tensor("w"));
+        let receiver = |offset: &u64| {
+            let (name, shape, map) = ("w".to_owned(), shape.clone(), map.clone());
+            let param = DestinationParam { name, dtype, shape, region, offset: 8 * offset, map, priority: 0 };
+            let (host, regions, rails) = (host.clone(), regions.clone(), rails.clone());
+            ReceiverManifest { host, regions, rails, params: vec![param] }
+        };
+        let receivers = places.iter().map(receiver).collect();
+        let trainers = vec![TrainerManifest { host, regions, rails, pieces }];
+        Manifest { trainers, receivers, ..Manifest::default() }
+    }
+
+    fn known(planner: &Planner) -> usize {
+        planner.known.as_ref().map_or(0, |known| known.templates.list.len())
+    }
+
+    #[test]
+    fn who_is_lost_is_remembered_and_who_never_comes_back_is_forgotten() {
+        let mut planner = Planner::new();
+        planner.plan(&manifest(&[1, 2, 3, 4])).unwrap();
+        planner.plan(&manifest(&[1, 2])).unwrap();
+        assert_eq!(known(&planner), 4, "half of them may come back");
+        for other in 5..100 {
+            planner.plan(&manifest(&[1, 2, other])).unwrap();
+            assert!(known(&planner) <= KEPT_MAX * 3, "{}", known(&planner));
+        }
+    }
+
+    #[test]
+    fn what_is_known_of_other_trainers_or_of_a_plan_that_failed_is_of_no_use() {
+        let mut planner = Planner::new();
+        let mut job = manifest(&[1, 2]);
+        planner.plan(&job).unwrap();
+        job.trainers[0].rails[0].bytes_per_second = 2;
+        job.receivers.pop();
+        planner.plan(&job).unwrap();
+        assert_eq!(known(&planner), 1);
+        job.trainers[0].pieces.clear();
+        assert!(planner.plan(&job).is_err() && planner.known.is_none());
     }
 }

@@ -20,14 +20,16 @@ const REPLICA_BLOCK_CHUNKS: u64 = 16;
 const REPLICA_BLOCK_BYTES_MIN: u64 = 64 << 10;
 
 /// What every trainer has been given to send so far.
-pub(crate) struct Senders {
+pub(crate) struct Senders<'m> {
+    trainers: &'m [TrainerManifest],
     bytes: Vec<u64>,
     bytes_per_second: Vec<u64>,
 }
 
-impl Senders {
-    pub(crate) fn new(trainers: &[TrainerManifest]) -> Senders {
+impl<'m> Senders<'m> {
+    pub(crate) fn new(trainers: &'m [TrainerManifest]) -> Senders<'m> {
         Senders {
+            trainers,
             bytes: vec![0; trainers.len()],
             bytes_per_second: trainers.iter().map(|trainer| bandwidth(&trainer.rails)).collect(),
         }
@@ -43,7 +45,7 @@ impl Senders {
     /// Deals what several trainers hold out to whoever would be done with it first; each sends `copies` of it.
     pub(crate) fn deal(
         &mut self,
-        template: &Template<'_>,
+        template: &Template,
         declared: Declared<'_>,
         copies: u64,
         options: &PlanOptions,
@@ -72,7 +74,7 @@ impl Senders {
                 let holder = self.choose(&dealt.holders, bytes);
                 let holder = holder.ok_or(PlanError::Defect { detail: "no holder" })?;
                 self.load(holder.trainer, bytes);
-                send(holder, leaf, &block, &to, room, &mut sent)?;
+                send((self.trainers, holder), leaf, &block, &to, room, &mut sent)?;
             }
         }
         coalesce(&mut sent);
@@ -80,8 +82,8 @@ impl Senders {
     }
 
     /// The holder that would have sent everything first, were it given `bytes` more.
-    fn choose<'m>(&self, holders: &[Holder<'m>], bytes: u64) -> Option<Holder<'m>> {
-        let load = |holder: &Holder<'m>| {
+    fn choose(&self, holders: &[Holder], bytes: u64) -> Option<Holder> {
+        let load = |holder: &Holder| {
             let rank = holder.trainer.index();
             let bytes = u128::from(*self.bytes.get(rank)?) + u128::from(bytes);
             Some((bytes, u128::from(*self.bytes_per_second.get(rank)?)))

@@ -4,15 +4,19 @@
 //! the borders of its pieces, until every part is a *cell*: held as a whole by the same pieces everywhere.
 //! The cuts form a tree, so that a lookup touches only what it intersects. Parts that no one holds are cells
 //! too, without holders, and so a lookup finds out exactly what is missing.
+//!
+//! The index names pieces by number and borrows nothing, so that it outlives the manifest that it was made from. Whoever looks a
+//! piece up must bring the same trainers again.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::{PlanError, shorten};
 use crate::ids::TrainerRank;
 use crate::limits::INDEX_ENTRIES_MAX;
 use crate::manifest::{SourcePiece, TrainerManifest};
-use crate::tensor_box::TensorBox;
+use crate::tensor_box::{Dims, TensorBox};
 
 /// A source tensor: its place in the index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -20,16 +24,23 @@ pub(crate) struct TensorId(u32);
 
 /// A piece that holds a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Holder<'m> {
+pub(crate) struct Holder {
     pub(crate) trainer: TrainerRank,
-    pub(crate) piece: &'m SourcePiece,
+    piece: u32,
+}
+
+impl Holder {
+    /// The piece, among the trainers that the index was made of.
+    pub(crate) fn piece(self, trainers: &[TrainerManifest]) -> Option<&SourcePiece> {
+        trainers.get(self.trainer.index())?.pieces.get(self.piece as usize)
+    }
 }
 
 /// A tensor as all its pieces declare it.
-pub(crate) struct Tensor<'m> {
-    pub(crate) name: &'m str,
+pub(crate) struct Tensor {
+    name: Arc<str>,
     pub(crate) dtype: DType,
-    pub(crate) shape: &'m [u64],
+    pub(crate) shape: Dims,
     /// For messages when another trainer disagrees.
     declared_by: TrainerRank,
     root: u32,
@@ -43,42 +54,45 @@ enum Node {
 }
 
 /// What a lookup calls for each cell: with what is wanted of it, and its holders.
-pub(crate) type Visit<'v, 'i, 'm, E> = dyn FnMut(&TensorBox, &'i [Holder<'m>]) -> Result<(), E> + 'v;
+pub(crate) type Visit<'v, 'i, E> = dyn FnMut(&TensorBox, &'i [Holder]) -> Result<(), E> + 'v;
+
+/// A holder while the index is made, with what it holds.
+type Holding<'m> = (Holder, &'m TensorBox);
 
 /// All source tensors of a manifest.
-pub(crate) struct SourceIndex<'m> {
-    ids: BTreeMap<&'m str, TensorId>,
-    tensors: Vec<Tensor<'m>>,
+pub(crate) struct SourceIndex {
+    ids: BTreeMap<Arc<str>, TensorId>,
+    tensors: Vec<Tensor>,
     nodes: Vec<Node>,
-    holders: Vec<Holder<'m>>,
+    holders: Vec<Holder>,
     entries_max: usize,
 }
 
-impl<'m> SourceIndex<'m> {
+impl SourceIndex {
     /// Indexes a manifest that has been validated.
-    pub(crate) fn new(trainers: &'m [TrainerManifest]) -> Result<SourceIndex<'m>, PlanError> {
+    pub(crate) fn new(trainers: &[TrainerManifest]) -> Result<SourceIndex, PlanError> {
         SourceIndex::bounded(trainers, INDEX_ENTRIES_MAX)
     }
 
-    fn bounded(trainers: &'m [TrainerManifest], entries_max: usize) -> Result<SourceIndex<'m>, PlanError> {
+    fn bounded(trainers: &[TrainerManifest], entries_max: usize) -> Result<SourceIndex, PlanError> {
         let (ids, tensors, nodes, holders) = (BTreeMap::new(), Vec::new(), Vec::new(), Vec::new());
         let mut index = SourceIndex { ids, tensors, nodes, holders, entries_max };
-        let mut holders_of: Vec<Vec<Holder<'m>>> = Vec::new();
+        let mut holders_of: Vec<Vec<Holding<'_>>> = Vec::new();
         for (rank, trainer) in (0..).zip(trainers) {
             // Trainers of one stage list their pieces in the same order: the next tensor is most likely the one after.
             let mut next = TensorId(0);
-            for piece in &trainer.pieces {
-                let holder = Holder { trainer: TrainerRank(rank), piece };
-                let TensorId(tensor) = index.declare(holder, next)?;
+            let trainer_rank = TrainerRank(rank);
+            for (number, piece) in (0..).zip(&trainer.pieces) {
+                let TensorId(tensor) = index.declare(trainer_rank, piece, next)?;
                 next = TensorId(tensor + 1);
                 holders_of.resize_with(index.tensors.len(), Vec::new);
                 if let (Some(list), false) = (holders_of.get_mut(tensor as usize), piece.bounds.is_empty()) {
-                    list.push(holder);
+                    list.push((Holder { trainer: trainer_rank, piece: number }, &piece.bounds));
                 }
             }
         }
         for (tensor, holders) in holders_of.into_iter().enumerate() {
-            let shape = index.tensors.get(tensor).map_or(&[][..], |tensor| tensor.shape);
+            let shape = index.tensors.get(tensor).map_or(&[][..], |tensor| &tensor.shape);
             let whole = TensorBox::whole(shape).unwrap_or_default(); // validated: never too many dimensions
             let root = index.build(&whole, holders)?;
             if let Some(tensor) = index.tensors.get_mut(tensor) {
@@ -89,17 +103,23 @@ impl<'m> SourceIndex<'m> {
     }
 
     /// The tensor of a piece; it must agree with what was declared before.
-    fn declare(&mut self, holder: Holder<'m>, guess: TensorId) -> Result<TensorId, PlanError> {
-        let Holder { trainer, piece } = holder;
-        let guessed = self.tensors.get(guess.0 as usize).is_some_and(|tensor| tensor.name == piece.tensor);
-        let next = TensorId(self.tensors.len() as u32); // no memory holds a manifest with 2^32 tensors
-        let id = if guessed { guess } else { *self.ids.entry(&piece.tensor).or_insert(next) };
-        let Some(known) = self.tensors.get(id.0 as usize) else {
-            let SourcePiece { tensor, dtype, shape, .. } = piece;
-            self.tensors.push(Tensor { name: tensor, dtype: *dtype, shape, declared_by: trainer, root: 0 });
+    fn declare(
+        &mut self,
+        trainer: TrainerRank,
+        piece: &SourcePiece,
+        guess: TensorId,
+    ) -> Result<TensorId, PlanError> {
+        let guessed = self.tensors.get(guess.0 as usize).is_some_and(|tensor| *tensor.name == *piece.tensor);
+        let id = if guessed { Some(guess) } else { self.ids.get(piece.tensor.as_str()).copied() };
+        let Some((id, known)) = id.and_then(|id| Some((id, self.tensors.get(id.0 as usize)?))) else {
+            let id = TensorId(self.tensors.len() as u32); // no memory holds a manifest with 2^32 tensors
+            let (name, dtype, shape) = (Arc::<str>::from(piece.tensor.as_str()), piece.dtype, &piece.shape);
+            self.ids.insert(name.clone(), id);
+            let shape = Dims::from_slice(shape);
+            self.tensors.push(Tensor { name, dtype, shape, declared_by: trainer, root: 0 });
             return Ok(id);
         };
-        if known.dtype == piece.dtype && known.shape == piece.shape {
+        if known.dtype == piece.dtype && *known.shape == *piece.shape {
             return Ok(id);
         }
         Err(PlanError::TensorsDiffer {
@@ -117,17 +137,17 @@ impl<'m> SourceIndex<'m> {
     ///
     /// Every level halves the borders of one dimension, so the recursion is at most a few hundred deep,
     /// whatever the pieces are.
-    fn build(&mut self, part: &TensorBox, holders: Vec<Holder<'m>>) -> Result<u32, PlanError> {
+    fn build(&mut self, part: &TensorBox, holders: Vec<Holding<'_>>) -> Result<u32, PlanError> {
         let node = match cut(part, &holders) {
             None => {
                 let first = self.holders.len() as u32;
                 let count = holders.len() as u32;
-                self.holders.extend(holders);
+                self.holders.extend(holders.into_iter().map(|(holder, _)| holder));
                 Node::Cell { first, count }
             }
             Some((dim, at, below, above)) => {
                 let within = |part: &TensorBox| {
-                    holders.iter().copied().filter(|h| h.piece.bounds.intersects(part)).collect::<Vec<_>>()
+                    holders.iter().copied().filter(|(_, held)| held.intersects(part)).collect::<Vec<_>>()
                 };
                 let (held_below, held_above) = (within(&below), within(&above));
                 drop(holders);
@@ -143,17 +163,17 @@ impl<'m> SourceIndex<'m> {
         Ok((self.nodes.len() - 1) as u32)
     }
 
-    pub(crate) fn find(&self, name: &str) -> Option<(TensorId, &Tensor<'m>)> {
+    pub(crate) fn find(&self, name: &str) -> Option<(TensorId, &Tensor)> {
         let id = *self.ids.get(name)?;
         Some((id, self.tensors.get(id.0 as usize)?))
     }
 
-    pub(crate) fn name(&self, id: TensorId) -> &'m str {
-        self.tensors.get(id.0 as usize).map_or("?", |tensor| tensor.name)
+    pub(crate) fn name(&self, id: TensorId) -> &str {
+        self.tensors.get(id.0 as usize).map_or("?", |tensor| &tensor.name)
     }
 
-    pub(crate) fn shape(&self, id: TensorId) -> &'m [u64] {
-        self.tensors.get(id.0 as usize).map_or(&[], |tensor| tensor.shape)
+    pub(crate) fn shape(&self, id: TensorId) -> &[u64] {
+        self.tensors.get(id.0 as usize).map_or(&[], |tensor| &tensor.shape)
     }
 
     pub(crate) fn dtype(&self, id: TensorId) -> Option<DType> {
@@ -166,7 +186,7 @@ impl<'m> SourceIndex<'m> {
         &'i self,
         tensor: TensorId,
         wanted: &TensorBox,
-        visit: &mut Visit<'_, 'i, 'm, E>,
+        visit: &mut Visit<'_, 'i, E>,
     ) -> Result<(), E> {
         match self.tensors.get(tensor.0 as usize) {
             Some(tensor) => self.descend(tensor.root, wanted, visit),
@@ -178,7 +198,7 @@ impl<'m> SourceIndex<'m> {
         &'i self,
         node: u32,
         wanted: &TensorBox,
-        visit: &mut Visit<'_, 'i, 'm, E>,
+        visit: &mut Visit<'_, 'i, E>,
     ) -> Result<(), E> {
         match self.nodes.get(node as usize) {
             None => Ok(()),
@@ -202,14 +222,14 @@ impl<'m> SourceIndex<'m> {
 
 /// Where to cut `part`: the middle one of the holders' borders inside it, in the dimension that has most of
 /// them. `None` when no border is inside it.
-fn cut(part: &TensorBox, holders: &[Holder<'_>]) -> Option<(usize, u64, TensorBox, TensorBox)> {
+fn cut(part: &TensorBox, holders: &[Holding<'_>]) -> Option<(usize, u64, TensorBox, TensorBox)> {
     let mut most: Vec<u64> = Vec::new();
     let mut dim_of_most = 0;
     let mut borders = Vec::new();
     for (dim, (start, end)) in part.start().zip(part.end()).enumerate() {
         borders.clear();
-        for holder in holders {
-            if let Some((first, len)) = holder.piece.bounds.extent(dim) {
+        for (_, held) in holders {
+            if let Some((first, len)) = held.extent(dim) {
                 borders.extend([first, first + len].into_iter().filter(|&at| start < at && at < end));
             }
         }
@@ -250,7 +270,7 @@ mod tests {
         let (id, _) = index.find("w").unwrap();
         let mut found = Vec::new();
         let wanted = TensorBox::new(wanted.0, wanted.1).unwrap();
-        let visit = &mut |part: &TensorBox, holders: &[Holder<'_>]| {
+        let visit = &mut |part: &TensorBox, holders: &[Holder]| {
             let holders: Vec<u32> = holders.iter().map(|holder| holder.trainer.0).collect();
             found.push(format!("{part} on {holders:?}"));
             Ok::<(), PlanError>(())

@@ -10,7 +10,7 @@ use crate::error::{LayoutError, PlanError, shorten};
 use crate::ids::{ReceiverRank, RegionIndex, TrainerRank};
 use crate::intersect::{Place, Segment, segments};
 use crate::limits::TRANSFERS_MAX;
-use crate::manifest::DestinationParam;
+use crate::manifest::{DestinationParam, TrainerManifest};
 use crate::param_map::{Leaf, Resolved, Via};
 use crate::plan::Transfer;
 use crate::quant::Blocks;
@@ -20,15 +20,15 @@ use crate::transform::{BlockQuant, Transform};
 
 /// A part that several trainers hold: each of them could send it.
 #[derive(Clone, Debug)]
-pub(crate) struct Dealt<'m> {
+pub(crate) struct Dealt {
     pub(crate) leaf: usize,
     pub(crate) bounds: TensorBox,
-    pub(crate) holders: Vec<Holder<'m>>,
+    pub(crate) holders: Vec<Holder>,
 }
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct Template<'m> {
+pub(crate) struct Template {
     /// Where what is dealt belongs; nothing where nothing is.
     pub(crate) resolved: Option<Resolved<TensorId>>,
     /// What only one trainer has, by trainer and then by destination.
@@ -36,11 +36,21 @@ pub(crate) struct Template<'m> {
     /// Of `unique`.
     pub(crate) digest: Digest,
     /// What several trainers have.
-    pub(crate) dealt: Vec<Dealt<'m>>,
+    pub(crate) dealt: Vec<Dealt>,
     /// The tables of the quantised tensors that it needs.
     pub(crate) quantised: Vec<RegionIndex>,
     /// Bytes of the parameter that are written, padding left out.
     pub(crate) bytes: u64,
+    /// What it took of the transfers that a plan may have.
+    pub(crate) room: usize,
+}
+
+/// What the trainers hold.
+#[derive(Clone, Copy)]
+pub(crate) struct Sources<'a> {
+    pub(crate) index: &'a SourceIndex,
+    /// Of which the index was made.
+    pub(crate) trainers: &'a [TrainerManifest],
 }
 
 /// A declared parameter, and who declares it first: for messages.
@@ -64,11 +74,11 @@ impl Declared<'_> {
     }
 
     /// The rectangles that the parameter is made of, after checking that the two sides fit.
-    pub(crate) fn resolve(&self, index: &SourceIndex<'_>) -> Result<Resolved<TensorId>, PlanError> {
+    pub(crate) fn resolve(&self, index: &SourceIndex) -> Result<Resolved<TensorId>, PlanError> {
         let (receiver, param) = (self.receiver, self.param);
         let resolved = param.map.resolve(&mut |name| {
             let (id, tensor) = index.find(name)?;
-            Some((id, tensor.shape))
+            Some((id, tensor.shape.as_slice()))
         });
         let resolved = match resolved {
             Err(LayoutError::UnknownTensor { tensor }) => {
@@ -97,17 +107,18 @@ impl Declared<'_> {
     }
 }
 
-impl<'m> Template<'m> {
+impl Template {
     pub(crate) fn new(
-        index: &SourceIndex<'m>,
+        sources: Sources<'_>,
         declared: Declared<'_>,
         blocks_of: &mut BlocksOf<'_>,
         room: &mut usize,
-    ) -> Result<Template<'m>, PlanError> {
+    ) -> Result<Template, PlanError> {
+        let (index, room_before) = (sources.index, *room);
         let resolved = declared.resolve(index)?;
         let whole = TensorBox::whole(&resolved.shape).map_err(|source| declared.layout(source))?;
         let to = declared.place(&whole);
-        let mut maker = Maker { index, declared, to, room, unique: Vec::new(), dealt: Vec::new() };
+        let mut maker = Maker { sources, declared, to, room, unique: Vec::new(), dealt: Vec::new() };
         let mut quantised: Vec<RegionIndex> = Vec::new();
         for (number, leaf) in resolved.leaves.iter().enumerate() {
             if let Via::Quantize(quant) | Via::Scales(quant) = leaf.via {
@@ -131,22 +142,29 @@ impl<'m> Template<'m> {
         let elements: u64 = resolved.leaves.iter().filter_map(|leaf| leaf.result.volume()).sum();
         let bytes = elements * declared.param.dtype.bytes(); // validated: at most the parameter's bytes
         let resolved = Some(resolved).filter(|_| !dealt.is_empty());
-        Ok(Template { resolved, unique, digest, dealt, quantised, bytes })
+        Ok(Template { resolved, unique, digest, dealt, quantised, bytes, room: room_before - *room })
     }
 }
 
-struct Maker<'a, 'm> {
-    index: &'a SourceIndex<'m>,
+impl Template {
+    /// How much it keeps: one for itself, and one for each transfer, and for each part that is dealt.
+    pub(crate) fn size(&self) -> usize {
+        1 + self.unique.len() + self.dealt.len()
+    }
+}
+
+struct Maker<'a> {
+    sources: Sources<'a>,
     declared: Declared<'a>,
     to: Place<'a>,
     room: &'a mut usize,
     unique: Vec<Transfer>,
-    dealt: Vec<Dealt<'m>>,
+    dealt: Vec<Dealt>,
 }
 
-impl<'m> Maker<'_, 'm> {
+impl Maker<'_> {
     fn elements(&mut self, number: usize, leaf: &Leaf<TensorId>) -> Result<(), PlanError> {
-        let Maker { index, declared, to, room, unique, dealt } = self;
+        let Maker { sources: Sources { index, trainers }, declared, to, room, unique, dealt } = self;
         index.cells(leaf.tensor, &leaf.bounds, &mut |bounds, holders| match holders {
             [] => Err(PlanError::Uncovered {
                 receiver: declared.receiver,
@@ -154,7 +172,7 @@ impl<'m> Maker<'_, 'm> {
                 tensor: shorten(index.name(leaf.tensor)),
                 bounds: Box::new(bounds.clone()),
             }),
-            [holder] => send(*holder, leaf, bounds, to, room, unique),
+            [holder] => send((trainers, *holder), leaf, bounds, to, room, unique),
             _ => {
                 dealt.push(Dealt { leaf: number, bounds: bounds.clone(), holders: holders.to_vec() });
                 Ok(())
@@ -169,7 +187,7 @@ impl<'m> Maker<'_, 'm> {
         blocks: &Blocks,
     ) -> Result<(), PlanError> {
         let Via::Scales(quant) = leaf.via else { return Ok(()) };
-        let from = self.index.dtype(leaf.tensor).unwrap_or(self.declared.param.dtype);
+        let from = self.sources.index.dtype(leaf.tensor).unwrap_or(self.declared.param.dtype);
         let transform = Transform::Scales { from, quant };
         let all = TensorBox::whole(&blocks.shape).map_err(|source| self.declared.layout(source))?;
         let place =
@@ -189,14 +207,15 @@ const OUTSIDE: PlanError = PlanError::Defect { detail: "a cell lies outside what
 
 /// Lets `holder` send `bounds`, a part of `leaf`.
 pub(crate) fn send(
-    holder: Holder<'_>,
+    (trainers, holder): (&[TrainerManifest], Holder),
     leaf: &Leaf<TensorId>,
     bounds: &TensorBox,
     to: &Place<'_>,
     room: &mut usize,
     sent: &mut Vec<Transfer>,
 ) -> Result<(), PlanError> {
-    let Holder { trainer, piece } = holder;
+    let trainer = holder.trainer;
+    let piece = holder.piece(trainers).ok_or(PlanError::Defect { detail: "a holder without its piece" })?;
     let result = bounds.moved(&leaf.bounds, &leaf.result).ok_or(OUTSIDE)?;
     let transform = leaf.via.of(piece.dtype);
     let (region, offset, element_bytes) = (piece.region, piece.offset, piece.dtype.bytes());

@@ -62,7 +62,8 @@ fn ranks(side: &'static str, found: usize) -> Result<(), ManifestError> {
 }
 
 impl PlanOptions {
-    fn validate(&self) -> Result<(), ManifestError> {
+    /// Checks the options by themselves.
+    pub(crate) fn validate(&self) -> Result<(), ManifestError> {
         for (option, value) in [
             ("chunk_bytes_max", self.chunk_bytes_max),
             ("gather_chunk_bytes_max", self.gather_chunk_bytes_max),

@@ -228,7 +228,7 @@ impl Controller {
 
     fn plan(&mut self, now: Duration, actions: &mut Actions) {
         let manifest = self.manifest();
-        let plan = match xfer_plan::plan(&manifest) {
+        let plan = match self.planner.plan(&manifest) {
             Ok(plan) => plan,
             Err(error) => return self.no_plan(manifest, error.to_string(), now, actions),
         };

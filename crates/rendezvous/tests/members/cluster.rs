@@ -9,7 +9,7 @@ use std::time::Duration;
 use rendezvous::controller::{Action, ConnectionId, Controller, ControllerConfig, Event, Report};
 use rendezvous::member::Served;
 use rendezvous::{Commit, OnLoss, ToController, ToMember};
-use xfer_plan::{PlanOptions, Rank, TrainerRank};
+use xfer_plan::{Manifest, Parts, Plan, PlanError, PlanOptions, Rank, TrainerRank};
 
 use crate::job::{DEADLINE, Setup, TARGET, WORLD};
 use crate::ledger::Ledger;
@@ -93,7 +93,7 @@ impl Cluster {
             resume: self.record,
             seed: [self.controllers; 32],
         };
-        self.controller = Some(Controller::new(config).unwrap());
+        self.controller = Some(Controller::with_parts(config, Box::new(as_from_scratch)).unwrap());
     }
 
     pub(crate) fn regroups(&self) -> bool {
@@ -398,4 +398,10 @@ impl Cluster {
             }
         }
     }
+}
+
+/// Whatever the controller knew before, its plan is the one that is made from the manifest alone.
+fn as_from_scratch(plan: &Plan, manifest: &Manifest) -> Result<Parts, PlanError> {
+    assert_eq!(Ok(plan), xfer_plan::plan(manifest).as_ref());
+    plan.parts(manifest)
 }

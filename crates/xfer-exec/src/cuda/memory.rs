@@ -1,26 +1,20 @@
 //! Device memory as the runner sees it: the regions of the push, and staging slots that a stream of the GPU fills.
 //!
-//! A slot is filled by one kernel for its rows and, where elements change their type, another for these; or by one for each
-//! rectangle that is quantised. The stream works in the
-//! order in which slots were asked for, and an event behind each says when it is full. A slot is never filled again while
-//! anybody holds a part of it.
+//! The stream works in the order in which slots were asked for. A slot is never filled again while anybody holds a part of it.
 
 use std::collections::VecDeque;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gpu_mem::{DeviceMemory, Pending, Stream};
-use weight_ops::Dtype;
-use weight_ops::cuda::{BoxCopy, CopyBatch, DeviceRange, Kernels, Operation, PendingBatch, Place};
-use xfer_plan::{Op, Transform};
+use weight_ops::cuda::{DeviceRange, Kernels};
+use xfer_plan::Op;
 
-use super::scales::DeviceScales;
+use super::fill::{Fill, Filler};
 use super::{Arrivals, CudaError};
 use crate::driver::{Closed, Closings, Staged, Store};
 use crate::engine::{Post, Slot, Source};
 use crate::program::Program;
-use crate::quant::kernel_dtype;
 use crate::rail::{Rail, RailIndex};
 use crate::runner::Memory;
 
@@ -48,31 +42,21 @@ pub struct GpuMemoryConfig {
 
 /// See the module.
 pub struct GpuMemory {
-    kernels: Kernels,
-    multiprocessors: NonZeroU32,
-    regions: Vec<DeviceRange>,
+    filler: Filler,
     /// All slots, one behind the other: one memory to register with a NIC.
     staging: DeviceRange,
     slots: Vec<Arc<DeviceRange>>,
-    /// Where rows lie between their gather and their cast: one for all, because the stream does one after the other.
-    between: DeviceRange,
     /// In the order in which they were begun.
     filling: VecDeque<Filling>,
-    idle: Vec<CopyBatch>,
-    scales: DeviceScales,
     arrivals: Option<Arrivals>,
     closing: Closings,
-    uploads: Stream,
-    fills: Stream,
 }
 
 /// A slot that the stream fills.
 struct Filling {
     slot: Slot,
     began: Instant,
-    rows: Option<PendingBatch>,
-    /// What transforms; behind it all is over.
-    end: Pending<Vec<Operation>>,
+    fill: Fill,
 }
 
 impl GpuMemory {
@@ -88,44 +72,20 @@ impl GpuMemory {
         config: GpuMemoryConfig,
         arrivals: Option<Arrivals>,
     ) -> Result<Self, CudaError> {
-        let device = kernels.device();
-        let mut between = 0;
-        for op in program.ops() {
-            if let Some(cast) = Cast::of(op)?
-                && !cast.is_contiguous(op)
-            {
-                between = between.max(cast.source_bytes(op));
-            }
-            let quantization = program.quantization();
-            let is_held = match op.transform {
-                Transform::Quantize { .. } => quantization.rects(op).is_some(),
-                Transform::Scales { .. } => quantization.runs(op).is_some(),
-                Transform::Copy | Transform::Cast { .. } => true,
-            };
-            if !is_held {
-                return Err(CudaError::Transform { transform: op.transform });
-            }
-        }
+        let filler = Filler::new(kernels, program, config.multiprocessors)?;
         // Slots begin where kernels read and write fastest.
         let apart = config.slot_bytes.next_multiple_of(SLOT_ALIGN_BYTES);
         let slots = config.staging_bytes.checked_div(apart).unwrap_or(0).min(SLOTS_MAX);
         let slots = slots.max(u64::from(config.slot_bytes > 0 && config.staging_bytes >= config.slot_bytes));
-        let staging = DeviceRange::whole(&Arc::new(device.alloc(slots * apart)?));
+        let staging = DeviceRange::whole(&Arc::new(kernels.device().alloc(slots * apart)?));
         let slot = |slot| Ok(Arc::new(staging.part(slot * apart..slot * apart + config.slot_bytes)?));
         Ok(Self {
-            kernels: kernels.clone(),
-            multiprocessors: config.multiprocessors,
-            regions: Vec::new(),
+            filler,
             slots: (0..slots).map(slot).collect::<Result<_, CudaError>>()?,
             staging,
-            between: DeviceRange::whole(&Arc::new(device.alloc(between)?)),
             filling: VecDeque::new(),
-            idle: Vec::new(),
-            scales: DeviceScales::new(kernels, program.quantization())?,
             arrivals,
             closing: Closings::new(config.close_max),
-            uploads: device.stream()?,
-            fills: device.stream()?,
         })
     }
 
@@ -140,104 +100,7 @@ impl GpuMemory {
         let into = self.slots.get(slot.0 as usize).filter(|slot| Arc::strong_count(slot) == 1);
         let into = into.ok_or(CudaError::Slot { slot: slot.0 })?;
         let into = DeviceRange::new(into, 0..op.bytes())?;
-        let (rows, work) = match op.transform {
-            Transform::Quantize { .. } => (None, self.scales.quantize(op, &self.regions, &into)?),
-            Transform::Scales { .. } => self.store(op, &into)?,
-            Transform::Copy | Transform::Cast { .. } => self.cast(op, &into)?,
-        };
-        let end = Operation::enqueue_all(work, &self.fills).map_err(gpu_mem::Error::from)?;
-        Ok(Filling { slot, began, rows, end })
-    }
-
-    /// Copies scales, one after another. All is on the stream afterwards.
-    fn store(
-        &mut self,
-        op: &Op,
-        into: &DeviceRange,
-    ) -> Result<(Option<PendingBatch>, Vec<Operation>), CudaError> {
-        let (work, table, spans) = self.scales.store(op, &self.regions)?;
-        // Dropped, it stays parked at the stream for as long as it is used; what it touches is this memory's own.
-        drop(Operation::enqueue_all(work, &self.fills).map_err(gpu_mem::Error::from)?);
-        let mut batch = self.idle.pop().unwrap_or_else(|| self.kernels.batch());
-        let regions = [table, into.clone()];
-        spans.iter().try_for_each(|span| batch.span(&regions, span))?;
-        let rows = batch.enqueue(&self.uploads, &self.fills, self.multiprocessors.get())?;
-        Ok((Some(rows), Vec::new()))
-    }
-
-    /// Copies rows, and casts them where that is wanted: gives what is on the stream, and what is to be put there.
-    fn cast(
-        &mut self,
-        op: &Op,
-        into: &DeviceRange,
-    ) -> Result<(Option<PendingBatch>, Vec<Operation>), CudaError> {
-        let region = self.regions.get(op.source.region.index());
-        let source = region.ok_or(CudaError::Region { region: op.source.region.0 })?;
-        let source = source.part(op.source.offset..source.len())?;
-        let Some(cast) = Cast::of(op)? else {
-            return Ok((Some(self.gather(op, &source, into)?), Vec::new()));
-        };
-        // Rows without gaps are cast from where they are.
-        let (rows, gathered) = match cast.is_contiguous(op) {
-            true => (None, source.part(0..cast.source_bytes(op))?),
-            false => {
-                let between = self.between.part(0..cast.source_bytes(op))?;
-                (Some(self.gather(op, &source, &between)?), between)
-            }
-        };
-        let operation = self.kernels.cast(cast.from, &gathered, cast.to, into)?;
-        Ok((rows, vec![operation]))
-    }
-
-    /// Copies the rows of an operation from the start of `source` on, one after another.
-    fn gather(
-        &mut self,
-        op: &Op,
-        source: &DeviceRange,
-        into: &DeviceRange,
-    ) -> Result<PendingBatch, CudaError> {
-        let row_bytes = op.transform.source_bytes(u64::from(op.row_bytes));
-        let [from, to] = [0, 1].map(|region| Place { region, offset: 0 });
-        let copy = BoxCopy {
-            source: from,
-            destination: to,
-            row_bytes,
-            counts: [1, 1, op.rows],
-            source_strides: [0, 0, op.source.stride],
-            destination_strides: [0, 0, row_bytes],
-        };
-        let mut batch = self.idle.pop().unwrap_or_else(|| self.kernels.batch());
-        batch.rows(&[source.clone(), into.clone()], &copy)?;
-        Ok(batch.enqueue(&self.uploads, &self.fills, self.multiprocessors.get())?)
-    }
-}
-
-/// A change of elements' type.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Cast {
-    from: Dtype,
-    to: Dtype,
-}
-
-impl Cast {
-    /// What an operation wants; `None` where it casts nothing.
-    fn of(op: &Op) -> Result<Option<Self>, CudaError> {
-        let refused = || CudaError::Transform { transform: op.transform };
-        match op.transform {
-            Transform::Cast { from, to } => {
-                let (from, to) = kernel_dtype(from).zip(kernel_dtype(to)).ok_or_else(refused)?;
-                Ok(Some(Self { from, to }))
-            }
-            Transform::Copy | Transform::Quantize { .. } | Transform::Scales { .. } => Ok(None),
-        }
-    }
-
-    fn is_contiguous(self, op: &Op) -> bool {
-        op.rows == 1 || op.source.stride == op.transform.source_bytes(u64::from(op.row_bytes))
-    }
-
-    fn source_bytes(self, op: &Op) -> u64 {
-        op.transform.source_bytes(op.bytes())
+        Ok(Filling { slot, began, fill: self.filler.fill(op, &into)? })
     }
 }
 
@@ -248,7 +111,7 @@ impl Memory for GpuMemory {
         let bytes = post.rows.extent_bytes()?;
         match post.source {
             Source::Region(region, offset) => {
-                self.regions.get(region.index())?.part(offset..offset.checked_add(bytes)?).ok()
+                self.filler.region(region).ok()?.part(offset..offset.checked_add(bytes)?).ok()
             }
             Source::Slot(slot, offset) => {
                 DeviceRange::new(self.slots.get(slot.0 as usize)?, offset..offset.checked_add(bytes)?).ok()
@@ -268,42 +131,37 @@ impl Memory for GpuMemory {
 }
 
 impl Store for GpuMemory {
+    type Region = DeviceRange;
+
     fn slots(&self) -> u32 {
         self.slots.len() as u32
     }
 
     fn magnitudes(&mut self, regions: &[DeviceRange]) -> Result<Vec<f32>, String> {
-        self.scales.magnitudes(regions, &self.fills).map_err(|error| error.to_string())
+        self.filler.magnitudes(regions).map_err(|error| error.to_string())
     }
 
     fn begin(&mut self, regions: Vec<DeviceRange>, told: &[f32]) -> Result<(), String> {
-        self.regions = regions;
         // Nobody writes to a rank that passes on before it has begun: what was told by now is of a push that was given up.
         let mut stale = Vec::new();
         if let Err(error) = self.arrived(&mut stale) {
             tracing::warn!(error, "what has arrived before the push");
         }
-        self.scales.begin(told, &self.fills).map_err(|error| error.to_string())
+        self.filler.begin(regions, told).map_err(|error| error.to_string())
     }
 
     fn end(&mut self) -> Vec<DeviceRange> {
-        std::mem::take(&mut self.regions)
+        self.filler.end()
     }
 
     fn staged(&mut self) -> Option<Staged> {
-        let done = match self.filling.front()?.end.is_done() {
+        let done = match self.filling.front()?.fill.is_done() {
             Ok(false) => return None,
             Ok(true) => Ok(()),
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(CudaError::from(error)),
         };
-        let Filling { slot, began, rows, end } = self.filling.pop_front()?;
-        let result = done.and_then(|()| {
-            end.wait().map_err(|error| error.to_string())?;
-            if let Some(rows) = rows {
-                self.idle.push(rows.wait().map_err(|error| error.to_string())?);
-            }
-            Ok(())
-        });
+        let Filling { slot, began, fill } = self.filling.pop_front()?;
+        let result = done.and_then(|()| self.filler.finish(fill)).map_err(|error| error.to_string());
         Some(Staged { slot, took: began.elapsed(), result })
     }
 

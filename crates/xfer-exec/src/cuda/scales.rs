@@ -80,7 +80,9 @@ impl DeviceScales {
         let all = [gpu_mem::Span::first(table.len() as u64 * ENTRY)];
         let read = stream.copy_to_host(self.magnitudes.clone(), host, &all).map_err(gpu_mem::Error::from)?;
         let read = read.wait_until(Instant::now() + MEASURE_MAX).map_err(gpu_mem::Error::from)?;
-        let Ok((_, host)) = read else { return Err(CudaError::Slow { after: MEASURE_MAX }) };
+        let Ok((_, host)) = read else {
+            return Err(CudaError::Slow { what: "found the magnitudes of its weights", after: MEASURE_MAX });
+        };
         drop(work);
         let (entries, _) = host.bytes().as_chunks::<{ ENTRY as usize }>();
         table.iter_mut().zip(entries).for_each(|(magnitude, bytes)| *magnitude = f32::from_ne_bytes(*bytes));

@@ -1,7 +1,6 @@
 //! Host memory as the runner sees it: the regions of the push and the staging slots, and a thread that fills them.
 //!
-//! A slot is a lease that is either free, away with the gather thread, or read by rails. None is given to the gather thread
-//! while a rail still holds a slice of it.
+//! A slot is given to the gather thread only when no rail holds a slice of it.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -13,6 +12,7 @@ use xfer_plan::Op;
 
 use super::closing::{Closed, Closings};
 use super::gather::{self, Gathered, Job, Weights};
+use super::slots::HostSlots;
 use super::transform::{self, Scales};
 use super::{Staged, Store};
 use crate::engine::{Post, Slot, Source};
@@ -21,25 +21,14 @@ use crate::quant::Quantization;
 use crate::rail::{Rail, RailIndex};
 use crate::runner::Memory;
 
-/// Staging slots at most: far more than any rail has in flight, so that tiny gathers do not turn a large
-/// watermark into millions of slots.
-const SLOTS_MAX: usize = 1024;
-
 const OUTSIDE: &str = "the plan gathers or transforms what is not in this rank's memory";
-
-enum SlotMemory {
-    Free(LeaseMut),
-    Gathering,
-    /// Being written from; the rail holds slices of it.
-    Filled(Lease),
-}
 
 /// See the module.
 pub struct HostMemory {
     /// Of the push that runs.
     weights: Option<Arc<Weights>>,
     quantization: Arc<Quantization>,
-    slots: Vec<SlotMemory>,
+    slots: HostSlots,
     to_gather: ChannelSender<Job>,
     from_gather: Receiver<Gathered>,
     closing: Closings,
@@ -48,43 +37,23 @@ pub struct HostMemory {
 impl HostMemory {
     /// Cuts `staging` into slots of `slot_bytes`. Starts the thread that fills them.
     pub(super) fn new(
-        mut staging: LeaseMut,
+        staging: LeaseMut,
         slot_bytes: u64,
         close_max: Duration,
         program: &Program,
     ) -> io::Result<Self> {
-        let slot_bytes = usize::try_from(slot_bytes).unwrap_or(usize::MAX);
-        let mut slots = Vec::new();
-        while slots.len() < SLOTS_MAX
-            && let Some(slot) = staging.split_to(slot_bytes).filter(|slot| !slot.is_empty())
-        {
-            slots.push(SlotMemory::Free(slot));
-        }
-        let (to_gather, from_gather) = gather::start("rows", slots.len())?;
+        let slots = HostSlots::new(staging, slot_bytes);
+        let (to_gather, from_gather) = gather::start("rows", slots.len() as usize)?;
         let (quantization, closing) = (Arc::clone(program.quantization()), Closings::new(close_max));
         Ok(Self { weights: None, quantization, slots, to_gather, from_gather, closing })
-    }
-
-    /// The slot's memory, if no rail reads it: it is away afterwards.
-    fn take_free(&mut self, slot: Slot) -> Option<LeaseMut> {
-        let memory = self.slots.get_mut(slot.0 as usize)?;
-        match std::mem::replace(memory, SlotMemory::Gathering) {
-            SlotMemory::Free(lease) => Some(lease),
-            SlotMemory::Filled(lease) => match lease.thaw() {
-                Ok(lease) => Some(lease),
-                Err(lease) => {
-                    *memory = SlotMemory::Filled(lease);
-                    None
-                }
-            },
-            SlotMemory::Gathering => None,
-        }
     }
 }
 
 impl Store for HostMemory {
+    type Region = Lease;
+
     fn slots(&self) -> u32 {
-        self.slots.len() as u32
+        self.slots.len()
     }
 
     fn magnitudes(&mut self, regions: &[Lease]) -> Result<Vec<f32>, String> {
@@ -114,9 +83,7 @@ impl Store for HostMemory {
 
     fn staged(&mut self) -> Option<Staged> {
         let Gathered { slot, lease, took, ok } = self.from_gather.try_recv().ok()?;
-        if let Some(memory) = self.slots.get_mut(slot.0 as usize) {
-            *memory = SlotMemory::Filled(lease.freeze());
-        }
+        self.slots.give_back(slot, lease);
         let result = if ok { Ok(()) } else { Err(OUTSIDE.to_owned()) };
         Some(Staged { slot, took, result })
     }
@@ -136,20 +103,14 @@ impl Memory for HostMemory {
                 let offset = usize::try_from(offset).ok()?;
                 self.weights.as_ref()?.regions.get(region.index())?.slice(offset..offset.checked_add(bytes)?)
             }
-            Source::Slot(slot, offset) => match self.slots.get(slot.0 as usize)? {
-                SlotMemory::Filled(lease) => {
-                    let offset = usize::try_from(offset).ok()?;
-                    lease.slice(offset..offset.checked_add(bytes)?)
-                }
-                SlotMemory::Free(_) | SlotMemory::Gathering => None,
-            },
+            Source::Slot(slot, offset) => self.slots.slice(slot, offset, bytes),
         }
     }
 
     fn stage(&mut self, slot: Slot, _index: u32, op: &Op) -> Result<(), String> {
         let weights = self.weights.clone();
         let job =
-            weights.and_then(|weights| Some(Job { slot, op: *op, weights, into: self.take_free(slot)? }));
+            weights.and_then(|weights| Some(Job { slot, op: *op, weights, into: self.slots.take(slot)? }));
         // The queue has room for every slot.
         let sent = job.is_some_and(|job| self.to_gather.try_send(job).is_ok());
         if sent { Ok(()) } else { Err("defect: a slot is filled without memory".into()) }

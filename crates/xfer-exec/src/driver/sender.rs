@@ -12,9 +12,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender as ChannelSender, bounded};
 use efa_core::Lease;
 
-use crate::rail::Rail;
-
-use super::{BufferOf, Driver, DriverConfig, Outcome, Step, Store};
+use super::{Driver, DriverConfig, Outcome, Step, Store};
 
 /// How long the thread polls without a result before it waits. On a host with fewer cores than busy threads a longer
 /// spin takes the core from the peer that it waits for.
@@ -76,7 +74,7 @@ impl<B: Send + 'static> Sender<B> {
     /// Starts the thread of any driver.
     pub fn drive<M>(mut driver: Driver<M>, thread: ThreadConfig) -> io::Result<Self>
     where
-        M: Store<Rail: Rail<Buffer = B>> + Send + 'static,
+        M: Store<Region = B> + Send + 'static,
         Driver<M>: Send,
     {
         let (commands, inbox) = bounded(COMMANDS_MAX);
@@ -145,7 +143,7 @@ pub(crate) fn pin(name: &str, cpus: &[usize]) {
     }
 }
 
-fn serve<M: Store>(driver: &mut Driver<M>, thread: &ThreadConfig, inbox: &Receiver<Command<BufferOf<M>>>) {
+fn serve<M: Store>(driver: &mut Driver<M>, thread: &ThreadConfig, inbox: &Receiver<Command<M::Region>>) {
     while let Ok(command) = inbox.recv() {
         match command {
             Command::Push(regions, told, reply) => {
@@ -168,8 +166,8 @@ fn serve<M: Store>(driver: &mut Driver<M>, thread: &ThreadConfig, inbox: &Receiv
 fn push<M: Store>(
     driver: &mut Driver<M>,
     thread: &ThreadConfig,
-    inbox: &Receiver<Command<BufferOf<M>>>,
-) -> Outcome<BufferOf<M>> {
+    inbox: &Receiver<Command<M::Region>>,
+) -> Outcome<M::Region> {
     let (mut moved_at, mut looked_at) = (Instant::now(), Instant::now());
     loop {
         let step = driver.step();

@@ -6,7 +6,7 @@ use super::Failure;
 use crate::program::WriteId;
 use crate::rail::{RailIndex, Rows};
 
-/// A piece of staging memory, as long as the longest operation that is gathered or transformed.
+/// A piece of staging memory, as long as the longest operation that goes through one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Slot(pub u32);
 
@@ -96,7 +96,7 @@ pub enum Action {
 pub struct Delivered {
     /// Bytes in the peers' memory.
     pub bytes: u64,
-    /// WRITEs.
+    /// WRITEs. Of a push that is done they are as many as the plan has, also where a program has cut its operations.
     pub writes: u64,
     /// Of the bytes, those that went through staging.
     pub bytes_gathered: u64,

@@ -159,7 +159,7 @@ impl Engine {
         let whole = Rows { count: op.rows, bytes: op.row_bytes, stride: op.source.stride };
         let row = u64::from(id.row);
         let (source, rows, row) = match op.kind() {
-            kind if Self::is_staged(kind, stages) => {
+            _ if self.program.is_staged(op, stages) => {
                 let (slot, row) = id.slot_and_row();
                 let writes = op.writes();
                 if !self.staging.holds(slot, id.op) || u64::from(row) >= writes {

@@ -5,8 +5,6 @@
 
 use core::time::Duration;
 
-use xfer_plan::OpKind;
-
 use super::{Action, Actions, Engine, Failure, Phase, Post, Slot, Source};
 
 #[derive(Clone, Copy, PartialEq)]
@@ -111,11 +109,6 @@ impl Staging {
 }
 
 impl Engine {
-    /// Whether an operation to a receiver goes through staging memory; `stages` says so of its gathers.
-    pub(super) fn is_staged(kind: OpKind, stages: bool) -> bool {
-        kind == OpKind::Transform || kind == OpKind::Gather && stages
-    }
-
     /// Begins to fill slots while there are any, for one receiver after another.
     pub(super) fn begin_staging(&mut self, actions: &mut Actions) {
         let Phase::Writing = self.phase else { return };

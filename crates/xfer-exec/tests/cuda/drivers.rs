@@ -21,7 +21,7 @@ use xfer_plan::{
 use crate::gpu::{Gpu, Random, gpus};
 use crate::{SOON, TO};
 
-const BYTES: u64 = 4 << 20;
+pub(crate) const BYTES: u64 = 4 << 20;
 const SLOT_BYTES: u64 = 256 << 10;
 
 /// A receiver of this process, with one region.
@@ -79,7 +79,7 @@ fn routes() -> BTreeMap<ReceiverRank, Route> {
     BTreeMap::from([(TO, Route { rails: vec![RailIndex(0)], region_bytes: vec![BYTES] })])
 }
 
-fn plan_of(ops: Vec<Op>, tags: Vec<u32>) -> RankPlan {
+pub(crate) fn plan_of(ops: Vec<Op>, tags: Vec<u32>) -> RankPlan {
     let (bytes, writes) = (ops.iter().map(Op::bytes).sum(), ops.iter().map(Op::writes).sum());
     RankPlan { ops, bytes, writes, tags }
 }
@@ -101,15 +101,14 @@ fn driver(
 }
 
 /// Operations of all kinds, one behind the other at the receiver, and what they make of `source`.
-fn mixed(random: &mut Random, source: &[u8]) -> (Vec<Op>, Vec<u8>) {
+pub(crate) fn mixed(random: &mut Random, source: &[u8]) -> (Vec<Op>, Vec<u8>) {
     let casts = [
         (DType::F32, DType::BF16),
         (DType::BF16, DType::F8E4M3),
         (DType::F16, DType::F32),
         (DType::BF16, DType::BF16),
     ];
-    let (mut ops, mut expected) = (Vec::new(), vec![0; BYTES as usize]);
-    let mut at = 0;
+    let (mut ops, mut at) = (Vec::new(), 0);
     for number in 0..60 {
         let (from, to) = casts[random.below(4)];
         let transform = if number % 2 == 0 { Transform::Cast { from, to } } else { Transform::Copy };
@@ -122,16 +121,6 @@ fn mixed(random: &mut Random, source: &[u8]) -> (Vec<Op>, Vec<u8>) {
         // Rows that land together, and rows that land apart.
         let apart = random.below(2) as u64 * 32;
         let destination = Strided { region: RegionIndex(0), offset: at, stride: row_bytes + apart };
-        for row in 0..rows {
-            let bytes = &source[(offset + row * stride) as usize..][..row_source as usize];
-            let into = &mut expected[(at + row * (row_bytes + apart)) as usize..][..row_bytes as usize];
-            match transform {
-                Transform::Cast { from, to } => {
-                    weight_ops::cast_bytes(float(from), bytes, float(to), into).unwrap()
-                }
-                _ => into.copy_from_slice(bytes),
-            }
-        }
         ops.push(Op {
             to: TO,
             param: ParamId(0),
@@ -147,7 +136,28 @@ fn mixed(random: &mut Random, source: &[u8]) -> (Vec<Op>, Vec<u8>) {
         at += rows * (row_bytes + apart);
         assert!(at < BYTES);
     }
+    let expected = made_of(&ops, source);
     (ops, expected)
+}
+
+/// What operations of one region make of its bytes, as a CPU does it.
+pub(crate) fn made_of(ops: &[Op], source: &[u8]) -> Vec<u8> {
+    let mut made = vec![0; BYTES as usize];
+    for Op { row_bytes, rows, source: from, destination, transform, .. } in ops {
+        for row in 0..u64::from(*rows) {
+            let row_source = transform.source_bytes((*row_bytes).into()) as usize;
+            let bytes = &source[(from.offset + row * from.stride) as usize..][..row_source];
+            let into =
+                &mut made[(destination.offset + row * destination.stride) as usize..][..*row_bytes as usize];
+            match transform {
+                Transform::Cast { from, to } => {
+                    weight_ops::cast_bytes(float(*from), bytes, float(*to), into).unwrap()
+                }
+                _ => into.copy_from_slice(bytes),
+            }
+        }
+    }
+    made
 }
 
 fn float(dtype: DType) -> weight_ops::Dtype {

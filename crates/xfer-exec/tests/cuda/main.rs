@@ -1,10 +1,13 @@
-//! The rail over CUDA IPC, against a receiver that is another process. Needs one GPU; with two, also from one to the other.
+//! The rail over CUDA IPC, against a receiver that is another process, and the ways from a GPU by host memory. Needs one GPU; with
+//! two, also from one to the other.
 //! Without any it says `skipped: no CUDA device`, and fails where hardware was asked for (`WEIGHTSYNC_HW=1`).
 
 mod drivers;
 mod faults;
 mod gpu;
+mod mirror;
 mod peer;
+mod staged;
 mod transforms;
 
 use std::collections::{BTreeMap, VecDeque};

@@ -17,17 +17,17 @@ use scenario::Choices;
 use weight_ops::cuda::DeviceRange;
 use xfer_exec::cuda::{
     Arrivals, CudaPeer, CudaRail, CudaRailConfig, DeviceRail, DeviceRegion, GpuMemory, GpuMemoryConfig,
-    expose,
+    Mirror, StagedMemory, expose,
 };
-use xfer_exec::driver::{Driver, Outcome, Step};
-use xfer_exec::local::Doorman;
+use xfer_exec::driver::{Driver, Outcome, Step, Store};
+use xfer_exec::local::{Attached, Doorman, LocalRail, fetch};
 use xfer_exec::program::Route;
 use xfer_exec::{Program, RailIndex, RankLimits};
-use xfer_plan::{Manifest, Op, Plan, ReceiverRank, Relay, TrainerRank, plan};
+use xfer_plan::{Manifest, Op, Plan, ReceiverManifest, ReceiverRank, Relay, TrainerRank, plan};
 
-use crate::SOON;
 use crate::drivers::Contiguous;
 use crate::gpu::{Gpu, gpus};
+use crate::{SOON, staged};
 
 const UNTOUCHED: u8 = 0xee;
 
@@ -36,39 +36,84 @@ const REGION_BYTES: u64 = 2 << 20;
 
 struct Receiver {
     regions: Vec<DeviceRange>,
+    /// Of the regions, where that is how they are reached.
+    mirrors: Vec<Mirror>,
     doorman: Doorman,
-    _arrivals: Arrivals,
+    _arrivals: Option<Arrivals>,
 }
 
+/// One whose memory is written where it is.
 fn receiver(gpu: &Gpu, regions: &[u64]) -> Receiver {
     let buffers: Vec<_> =
         regions.iter().map(|bytes| Arc::new(gpu.device.alloc_vmm(*bytes, REGION_BYTES).unwrap())).collect();
     let told = buffers.iter().map(|buffer| DeviceRegion::mapped(buffer).unwrap()).collect();
     let (doorman, arrivals) = expose(told).unwrap();
     let regions = buffers.iter().map(DeviceRange::whole).collect();
-    Receiver { regions, doorman, _arrivals: arrivals }
+    Receiver { regions, mirrors: Vec::new(), doorman, _arrivals: Some(arrivals) }
 }
 
-fn driver(
-    gpu: &Gpu,
-    (plan, manifest, rank): (&Plan, &Manifest, TrainerRank),
-    receivers: &[Receiver],
-    takes_rows: bool,
-) -> Driver<GpuMemory> {
+/// One whose memory is behind mirrors.
+fn mirrored(gpu: &Gpu, regions: &[u64]) -> Receiver {
+    let buffer = |bytes: &u64| DeviceRange::whole(&Arc::new(gpu.device.alloc(*bytes).unwrap()));
+    let regions: Vec<DeviceRange> = regions.iter().map(buffer).collect();
+    let mirror = |_| Mirror::shared(&gpu.device, REGION_BYTES).unwrap();
+    let mirrors: Vec<Mirror> = regions.iter().map(mirror).collect();
+    let files = mirrors.iter().map(|mirror| mirror.file().unwrap().clone()).collect();
+    Receiver { regions, mirrors, doorman: Doorman::open(files).unwrap(), _arrivals: None }
+}
+
+impl Receiver {
+    fn attached(&self) -> Vec<Attached> {
+        let attach = |region: u32| {
+            let file = fetch(self.doorman.address(), region, SOON).unwrap();
+            Attached::new(&file, region, REGION_BYTES).unwrap()
+        };
+        (0..self.mirrors.len() as u32).map(attach).collect()
+    }
+
+    fn clear(&self, gpu: &Gpu) {
+        let untouched = vec![UNTOUCHED; REGION_BYTES as usize];
+        self.regions.iter().for_each(|region| gpu.write(region, &untouched));
+        self.attached().iter_mut().for_each(|memory| memory.copy_in(0, &untouched).unwrap());
+    }
+
+    fn read(&self, gpu: &Gpu) -> Vec<Vec<u8>> {
+        for (mirror, region) in self.mirrors.iter().zip(&self.regions) {
+            mirror.upload_all(region).unwrap().wait(SOON).unwrap();
+        }
+        self.regions.iter().map(|region| gpu.download(region)).collect()
+    }
+}
+
+/// A rank of a plan.
+type Part<'a> = (&'a Plan, &'a Manifest, TrainerRank);
+
+/// Its program, and how long a slot is: where everything is staged most operations do not fit.
+fn bound((plan, manifest, rank): Part<'_>, stages_all: bool) -> (Program, u64) {
     let part = plan.part(rank, manifest).unwrap();
-    let slot_bytes = part.ops.iter().map(Op::staged_bytes).max().unwrap_or(0);
+    let longest = |bytes: fn(&Op) -> u64| part.ops.iter().map(bytes).max().unwrap_or(0);
+    let slot_bytes = if stages_all { (longest(Op::bytes) / 3).max(16) } else { longest(Op::staged_bytes) };
     let region_bytes = manifest.trainers[rank.index()].regions.clone();
     let limits = RankLimits { region_bytes, slot_bytes, transforms: true };
-    let (mut routes, mut peers) = (BTreeMap::new(), BTreeMap::new());
-    for ((to, receiver), declared) in (0..).map(ReceiverRank).zip(receivers).zip(&manifest.receivers) {
-        let region_bytes = declared.regions.clone();
-        let peer = CudaPeer::open(&gpu.device, receiver.doorman.address(), &region_bytes, SOON).unwrap();
-        peers.insert(to, peer);
-        routes.insert(to, Route { rails: vec![RailIndex(0)], region_bytes });
-    }
+    let route = |receiver: &ReceiverManifest| Route {
+        rails: vec![RailIndex(0)],
+        region_bytes: receiver.regions.clone(),
+    };
+    let routes = (0..).map(ReceiverRank).zip(manifest.receivers.iter().map(route)).collect();
     let quantised = plan.quant_part(rank, manifest).unwrap();
-    let program = Program::new(part, BTreeMap::new(), &limits, routes).unwrap();
-    let program = program.with_quantization(&quantised, &limits).unwrap();
+    let bind = if stages_all { Program::staged } else { Program::new };
+    let program = bind(part, BTreeMap::new(), &limits, routes).unwrap();
+    (program.with_quantization(&quantised, &limits).unwrap(), slot_bytes)
+}
+
+/// A driver that writes to GPUs.
+fn direct(gpu: &Gpu, part: Part<'_>, receivers: &[Receiver], takes_rows: bool) -> Driver<GpuMemory> {
+    let (program, slot_bytes) = bound(part, false);
+    let opened = |receiver: &Receiver| {
+        let region_bytes = vec![REGION_BYTES; receiver.regions.len()];
+        CudaPeer::open(&gpu.device, receiver.doorman.address(), &region_bytes, SOON).unwrap()
+    };
+    let peers = (0..).map(ReceiverRank).zip(receivers.iter().map(opened)).collect();
     let rail = CudaRail::new(&gpu.kernels, peers, CudaRailConfig::default()).unwrap();
     let rail: Box<DeviceRail> = if takes_rows { Box::new(rail) } else { Box::new(Contiguous(rail)) };
     let config = GpuMemoryConfig {
@@ -81,8 +126,22 @@ fn driver(
     Driver::over(memory, program, vec![rail], SOON * 6, SOON)
 }
 
+/// A driver that writes to mirrors.
+fn by_host(gpu: &Gpu, part: Part<'_>, receivers: &[Receiver]) -> Driver<StagedMemory> {
+    let (program, slot_bytes) = bound(part, true);
+    let attached = receivers.iter().map(Receiver::attached);
+    let rail = LocalRail::new((0..).map(ReceiverRank).zip(attached).collect());
+    staged::driver(gpu, program, vec![Box::new(rail)], staged::staging(gpu, 3 * slot_bytes), slot_bytes)
+}
+
 /// Pushes what the trainers have, twice with the same drivers, from the first GPU to the last; gives what has arrived.
-fn push(gpus: &[Gpu], manifest: &Manifest, sources: &[Vec<Vec<u8>>], takes_rows: bool) -> Vec<Vec<Vec<u8>>> {
+fn push<M: Store<Region = DeviceRange>>(
+    gpus: &[Gpu],
+    manifest: &Manifest,
+    sources: &[Vec<Vec<u8>>],
+    receiver: fn(&Gpu, &[u64]) -> Receiver,
+    driver: impl Fn(&Gpu, Part<'_>, &[Receiver]) -> Driver<M>,
+) -> Vec<Vec<Vec<u8>>> {
     let (from, to) = (&gpus[0], &gpus[gpus.len() - 1]);
     let manifest = &aligned(manifest);
     let plan = plan(manifest).unwrap();
@@ -90,14 +149,12 @@ fn push(gpus: &[Gpu], manifest: &Manifest, sources: &[Vec<Vec<u8>>], takes_rows:
         manifest.receivers.iter().map(|declared| receiver(to, &declared.regions)).collect();
     let ranks: Vec<TrainerRank> = (0..sources.len() as u32).map(TrainerRank).collect();
     let mut drivers: Vec<_> =
-        ranks.iter().map(|rank| driver(from, (&plan, manifest, *rank), &receivers, takes_rows)).collect();
+        ranks.iter().map(|rank| driver(from, (&plan, manifest, *rank), &receivers)).collect();
     let weights: Vec<Vec<DeviceRange>> =
         sources.iter().map(|regions| regions.iter().map(|bytes| from.upload(bytes)).collect()).collect();
     let mut magnitudes = plan.magnitudes();
     for _ in 0..2 {
-        for region in receivers.iter().flat_map(|receiver| &receiver.regions) {
-            to.write(region, &vec![UNTOUCHED; REGION_BYTES as usize]);
-        }
+        receivers.iter().for_each(|receiver| receiver.clear(to));
         magnitudes.clear();
         for ((rank, driver), weights) in ranks.iter().zip(&mut drivers).zip(&weights) {
             magnitudes.report(*rank, &driver.magnitudes(weights).unwrap()).unwrap();
@@ -113,8 +170,7 @@ fn push(gpus: &[Gpu], manifest: &Manifest, sources: &[Vec<Vec<u8>>], takes_rows:
             assert_eq!(regions.len(), weights.len());
         }
     }
-    let read = |receiver: &Receiver| receiver.regions.iter().map(|region| to.download(region)).collect();
-    receivers.iter().map(read).collect()
+    receivers.iter().map(|receiver| receiver.read(to)).collect()
 }
 
 /// The same with regions as device memory is mapped.
@@ -150,14 +206,20 @@ fn what_a_gpu_sends_is_what_the_whole_tensors_give() {
         let mut manifest = scenario::manifest(&mut Choices::new(choices));
         manifest.options.relay = Relay::Never;
         let manifest = with_aligned_pieces(manifest);
-        let found = push(&gpus, &manifest, &scenario::sources(&manifest), case % 2 == 0);
+        let (sources, takes_rows) = (scenario::sources(&manifest), case % 2 == 0);
+        let direct = |gpu: &Gpu, part: Part<'_>, to: &[Receiver]| direct(gpu, part, to, takes_rows);
         let expected = scenario::expected(&aligned(&manifest), UNTOUCHED);
+        let found = push(&gpus, &manifest, &sources, receiver, direct);
         assert!(found == expected, "{case}: {manifest:#?}");
+        let found = push(&gpus, &manifest, &sources, mirrored, by_host);
+        assert!(found == expected, "{case}, by host memory: {manifest:#?}");
     }
 }
 
 #[test]
 fn blocks_that_four_trainers_cut_arrive_from_a_gpu_as_the_cpu_quantises_the_whole() {
     let Some(gpus) = gpus() else { return };
-    whole::check(&|manifest, sources| push(&gpus, manifest, sources, true));
+    let direct = |gpu: &Gpu, part: Part<'_>, to: &[Receiver]| direct(gpu, part, to, true);
+    whole::check(&|manifest, sources| push(&gpus, manifest, sources, receiver, direct));
+    whole::check(&|manifest, sources| push(&gpus, manifest, sources, mirrored, by_host));
 }

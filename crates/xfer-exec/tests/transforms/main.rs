@@ -21,7 +21,7 @@ use xfer_exec::program::Route;
 use xfer_exec::{
     Armed, Done, Program, Rail, RailError, RailIndex, RailLimits, RailWrite, RankLimits, WriteId,
 };
-use xfer_plan::{Manifest, Plan, ReceiverRank, Relay, TrainerRank, plan};
+use xfer_plan::{Manifest, Op, Plan, ReceiverRank, Relay, TrainerRank, plan};
 
 const UNTOUCHED: u8 = 0xee;
 const SOON: Duration = Duration::from_secs(20);
@@ -29,11 +29,22 @@ const SOON: Duration = Duration::from_secs(20);
 /// Every region of every receiver.
 type Memory = Arc<Mutex<Vec<Vec<Vec<u8>>>>>;
 
+/// How bytes get to the rail.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Way {
+    /// It takes rows as they are.
+    Rows,
+    /// What lies apart is gathered.
+    Contiguous,
+    /// It cannot read the weights: everything is staged, in slots that most operations do not fit.
+    Staged,
+}
+
 /// A rail into memory of this process, which writes when it is polled.
 struct InMemory {
     memory: Memory,
     taken: VecDeque<RailWrite<Lease>>,
-    takes_rows: bool,
+    way: Way,
 }
 
 impl Rail for InMemory {
@@ -43,7 +54,7 @@ impl Rail for InMemory {
         "in memory".into()
     }
     fn limits(&self) -> RailLimits {
-        RailLimits { depth: 4, in_flight_bytes_max: 1 << 20, takes_rows: self.takes_rows }
+        RailLimits { depth: 4, in_flight_bytes_max: 1 << 20, takes_rows: self.way == Way::Rows }
     }
     fn post(&mut self, writes: &mut VecDeque<RailWrite<Lease>>) -> Result<(), RailError> {
         while self.taken.len() < 4
@@ -80,9 +91,13 @@ fn untouched(manifest: &Manifest) -> Vec<Vec<Vec<u8>>> {
     manifest.receivers.iter().map(|receiver| regions(&receiver.regions)).collect()
 }
 
-fn program(plan: &Plan, manifest: &Manifest, rank: TrainerRank) -> (Program, u64) {
+fn program(plan: &Plan, manifest: &Manifest, rank: TrainerRank, way: Way) -> (Program, u64) {
     let part = plan.part(rank, manifest).unwrap();
-    let slot_bytes = part.ops.iter().map(xfer_plan::Op::staged_bytes).max().unwrap_or(0);
+    let longest = |bytes: fn(&Op) -> u64| part.ops.iter().map(bytes).max().unwrap_or(0);
+    let slot_bytes = match way {
+        Way::Rows | Way::Contiguous => longest(Op::staged_bytes),
+        Way::Staged => (longest(Op::bytes) / 3).max(16),
+    };
     let region_bytes = manifest.trainers[rank.index()].regions.clone();
     let limits = RankLimits { region_bytes, slot_bytes, transforms: true };
     let route = |receiver: &xfer_plan::ReceiverManifest| Route {
@@ -91,13 +106,14 @@ fn program(plan: &Plan, manifest: &Manifest, rank: TrainerRank) -> (Program, u64
     };
     let routes = (0..).map(ReceiverRank).zip(manifest.receivers.iter().map(route)).collect();
     let quantised = plan.quant_part(rank, manifest).unwrap();
-    let program = Program::new(part, BTreeMap::new(), &limits, routes).unwrap();
+    let bind = if way == Way::Staged { Program::staged } else { Program::new };
+    let program = bind(part, BTreeMap::new(), &limits, routes).unwrap();
     (program.with_quantization(&quantised, &limits).unwrap(), slot_bytes)
 }
 
-fn sender(plan: &Plan, manifest: &Manifest, rank: TrainerRank, memory: &Memory, takes_rows: bool) -> Sender {
-    let (program, slot_bytes) = program(plan, manifest, rank);
-    let rail = InMemory { memory: Arc::clone(memory), taken: VecDeque::new(), takes_rows };
+fn sender(plan: &Plan, manifest: &Manifest, rank: TrainerRank, memory: &Memory, way: Way) -> Sender {
+    let (program, slot_bytes) = program(plan, manifest, rank, way);
+    let rail = InMemory { memory: Arc::clone(memory), taken: VecDeque::new(), way };
     let rails: Vec<HostRail> = vec![Box::new(rail)];
     // Two slots: what is transformed has to wait for what is written.
     let staging = LeaseMut::zeroed(2 * slot_bytes as usize).unwrap();
@@ -112,12 +128,12 @@ fn lease(bytes: &[u8]) -> Lease {
 }
 
 /// Pushes what the trainers have, twice with the same drivers, and gives what has arrived.
-fn push(manifest: &Manifest, sources: &[Vec<Vec<u8>>], takes_rows: bool) -> Vec<Vec<Vec<u8>>> {
+fn push(manifest: &Manifest, sources: &[Vec<Vec<u8>>], way: Way) -> Vec<Vec<Vec<u8>>> {
     let plan = plan(manifest).unwrap();
     let memory: Memory = Arc::new(Mutex::new(Vec::new()));
     let ranks: Vec<TrainerRank> = (0..sources.len() as u32).map(TrainerRank).collect();
     let senders: Vec<Sender> =
-        ranks.iter().map(|rank| sender(&plan, manifest, *rank, &memory, takes_rows)).collect();
+        ranks.iter().map(|rank| sender(&plan, manifest, *rank, &memory, way)).collect();
     let mut magnitudes = plan.magnitudes();
     let mut weights: Vec<Vec<Lease>> =
         sources.iter().map(|regions| regions.iter().map(|bytes| lease(bytes)).collect()).collect();
@@ -136,7 +152,10 @@ fn push(manifest: &Manifest, sources: &[Vec<Vec<u8>>], takes_rows: bool) -> Vec<
             let told = magnitudes.merged(*rank).unwrap();
             sender.push_told(std::mem::take(weights), told, move |outcome| reply.send(outcome).unwrap());
             let Outcome { result, regions, .. } = outcome.recv_timeout(2 * SOON).unwrap();
-            result.unwrap();
+            let (delivered, planned) = (result.unwrap(), plan.part(*rank, manifest).unwrap());
+            assert_eq!((delivered.bytes, delivered.writes), (planned.bytes, planned.writes));
+            let all = delivered.bytes_gathered == delivered.bytes;
+            assert!(all || way != Way::Staged, "{delivered:?}");
             // Nobody keeps a handle on what was given back.
             *weights = regions.into_iter().map(|region| region.thaw().unwrap().freeze()).collect();
         }
@@ -149,17 +168,22 @@ proptest! {
     #![proptest_config(scenario::config(300))]
 
     #[test]
-    fn what_arrives_is_what_the_whole_tensors_give(choices in scenario::choices(), takes_rows: bool) {
+    fn what_arrives_is_what_the_whole_tensors_give(
+        choices in scenario::choices(),
+        way in prop::sample::select(vec![Way::Rows, Way::Contiguous, Way::Staged]),
+    ) {
         let mut manifest = scenario::manifest(&mut Choices::new(choices));
         manifest.options.relay = Relay::Never;
-        let found = push(&manifest, &scenario::sources(&manifest), takes_rows);
+        let found = push(&manifest, &scenario::sources(&manifest), way);
         prop_assert_eq!(found, scenario::expected(&manifest, UNTOUCHED), "{:#?}", manifest);
     }
 }
 
 #[test]
 fn blocks_that_four_trainers_cut_arrive_as_the_kernels_quantise_the_whole() {
-    whole::check(&|manifest, sources| push(manifest, sources, false));
+    for way in [Way::Contiguous, Way::Staged] {
+        whole::check(&|manifest, sources| push(manifest, sources, way));
+    }
 }
 
 #[test]
@@ -167,7 +191,7 @@ fn a_push_that_is_told_too_little_fails_and_gives_the_weights_back() {
     let (manifest, sources) = whole::cut_by_four();
     let plan = plan(&manifest).unwrap();
     let memory: Memory = Arc::new(Mutex::new(untouched(&manifest)));
-    let sender = sender(&plan, &manifest, TrainerRank(1), &memory, true);
+    let sender = sender(&plan, &manifest, TrainerRank(1), &memory, Way::Rows);
     let weights: Vec<Lease> = sources[1].iter().map(|bytes| lease(bytes)).collect();
     let (reply, outcome) = mpsc::channel();
     sender.push(weights, move |outcome| reply.send(outcome).unwrap());
@@ -187,7 +211,7 @@ fn a_part_that_lies_elsewhere_is_refused() {
     let refused = |change: &dyn Fn(&mut xfer_plan::HeldTable)| {
         let region_bytes = manifest.trainers[1].regions.clone();
         let limits = RankLimits { region_bytes, slot_bytes: 1 << 20, transforms: true };
-        let (program, _) = program(&plan, &manifest, rank);
+        let (program, _) = program(&plan, &manifest, rank, Way::Rows);
         let mut part = plan.quant_part(rank, &manifest).unwrap();
         change(&mut part.tables[0]);
         program.with_quantization(&part, &limits).unwrap_err().to_string()

@@ -3,6 +3,7 @@
 mod job;
 
 use job::Job;
+use proptest::prelude::*;
 
 use super::*;
 
@@ -462,4 +463,32 @@ fn a_job_that_fails_on_loss_regroups_for_nobody() {
         assert_eq!(job.told(member), [REFUSED]);
     }
     assert!(job.controller.has_ended());
+}
+
+proptest! {
+    /// One rank after another is lost and comes back, some with another manifest; every plan is compared with one from scratch.
+    #[test]
+    fn who_comes_back_is_planned_with_as_if_for_the_first_time(
+        turns in prop::collection::vec((0_usize..5, 0_u64..4, any::<bool>()), 1..12),
+    ) {
+        // Any one of the trainers can be done without.
+        let mut job = Job::started_with(OnLoss::Continue, &[(0, 2), (0, 1), (0, 2)]);
+        let all: Vec<Rank> = job.config.world.members().collect();
+        for (turn, moved, pushes) in turns {
+            let member = all[turn];
+            job.lose(member);
+            let others: Vec<Rank> = all.iter().copied().filter(|other| *other != member).collect();
+            others.iter().for_each(|other| job.join(*other));
+            job.connect(&others);
+            if pushes {
+                let version = job.controller.committed() + 1;
+                job.push(version);
+            }
+            job.moved.insert(member, 8 * moved);
+            job.forget();
+            job.join(member);
+            others.iter().for_each(|other| job.join(*other));
+            job.connect(&all);
+        }
+    }
 }

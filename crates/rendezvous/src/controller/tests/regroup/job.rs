@@ -9,6 +9,8 @@ pub(super) struct Job {
     pub(super) config: ControllerConfig,
     /// The rows of the tensor that each trainer owns: from, count.
     pub(super) owned: Vec<(u64, u64)>,
+    /// How far from where it was what a rank has or needs lies in its memory, in bytes; 0 where nothing is said.
+    pub(super) moved: BTreeMap<Rank, u64>,
     pub(super) now: Duration,
     pub(super) connections: BTreeMap<Rank, ConnectionId>,
     pub(super) opened: u64,
@@ -25,9 +27,10 @@ impl Job {
         let world = World { trainers: owned.len() as u32, inference: 2 };
         let config = ControllerConfig { world, on_loss, resume, ..config(Verify::Off) };
         Self {
-            controller: Controller::new(config.clone()).unwrap(),
+            controller: Controller::with_parts(config.clone(), Box::new(as_from_scratch)).unwrap(),
             config,
             owned: owned.to_vec(),
+            moved: BTreeMap::new(),
             now: Duration::ZERO,
             connections: BTreeMap::new(),
             opened: 0,
@@ -107,6 +110,15 @@ impl Job {
             let (from, rows) = self.owned[rank as usize];
             manifest.regions = vec![8 * rows];
             manifest.pieces[0].bounds = TensorBox::new(&[from, 0], &[rows, 8]).unwrap();
+        }
+        let moved = self.moved.get(&member).copied().unwrap_or(0);
+        match &mut join.manifest {
+            MemberManifest::Trainer(TrainerManifest { regions, pieces, .. }) => {
+                (regions[0], pieces[0].offset) = (regions[0] + moved, moved);
+            }
+            MemberManifest::Inference(ReceiverManifest { regions, params, .. }) => {
+                (regions[0], params[0].offset) = (regions[0] + moved, moved);
+            }
         }
         self.opened += 1;
         self.connections.entry(member).or_insert(ConnectionId(self.opened));
@@ -209,4 +221,10 @@ impl Job {
         self.told.clear();
         self.reports.clear();
     }
+}
+
+/// Whatever the controller knew before, its plan is the one that is made from the manifest alone.
+fn as_from_scratch(plan: &Plan, manifest: &Manifest) -> Result<Parts, PlanError> {
+    assert_eq!(Ok(plan), xfer_plan::plan(manifest).as_ref());
+    plan.parts(manifest)
 }

@@ -10,9 +10,10 @@ use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::sync::mpsc;
 use weightsync::metrics::Metrics;
-use weightsync::{Controller, Rank, Report, Secret, ServerConfig, World};
+use weightsync::{BlockQuant, Controller, Rank, Report, Secret, ServerConfig, World};
 use weightsync_cli::checkpoint::Checkpoint;
 use weightsync_cli::synthetic::{self, Shape};
+use weightsync_cli::tensor_parallel::Layout;
 
 use crate::args::DemoArgs;
 use crate::children::{Children, News};
@@ -42,8 +43,12 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     let mut demo = Demo::new(&args, world)?;
     if !args.json {
         say!("checkpoint {} ({})", path.display(), bytes_text(checkpoint.bytes()));
-        let fp8 = if args.fp8 { ", linear layers in FP8" } else { "" };
-        say!("{world}, {} versions, fabric {}{fp8}", args.steps, args.rail.fabric);
+        say!("{world}, {} versions, fabric {}", args.steps, args.rail.fabric);
+        if args.fp8 {
+            let layout = Layout::new(checkpoint.tensors(), checkpoint.heads(), args.inference)?;
+            let quantised = layout.with_fp8(BlockQuant::default())?.quantised();
+            say!("{quantised} parameters of each inference rank in FP8, quantised on the way");
+        }
     }
     let failed = demo.play(&args, &path).await;
     let traced = match &args.trace {

@@ -25,6 +25,12 @@ impl Layout {
         }
         Ok(self)
     }
+
+    /// How many parameters are quantised.
+    #[must_use]
+    pub fn quantised(&self) -> usize {
+        self.params.iter().filter(|param| param.quant.is_some()).count()
+    }
 }
 
 impl Part {

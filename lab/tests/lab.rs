@@ -310,12 +310,18 @@ fn links_change_while_the_lab_stands() {
         assert_eq!(rates, [100_000_000, 250_000_000, 100_000_000]);
     }
     // A NIC that is down says nothing of its carrier, so the other end is asked: a cable has two.
-    let carrier_at_a = || output(lab.command(Side::A, "cat").arg("/sys/class/net/rail2/carrier"));
-    becomes_true("link 2 is up", || carrier_at_a() == "1\n");
+    let carrier_at_a = |device: &str| {
+        output(lab.command(Side::A, "cat").arg(format!("/sys/class/net/{device}/carrier"))) == "1\n"
+    };
+    becomes_true("link 2 is up", || carrier_at_a("rail2"));
     lab.set_link(Side::B, 2, false).unwrap();
-    becomes_true("link 2 is down", || carrier_at_a() == "0\n");
+    becomes_true("link 2 is down", || !carrier_at_a("rail2"));
+    assert!(carrier_at_a("control"));
+    lab.set_control(Side::B, false).unwrap();
+    becomes_true("the control link is down", || !carrier_at_a("control"));
     lab.set_link(Side::B, 2, true).unwrap();
-    becomes_true("link 2 is up again", || carrier_at_a() == "1\n");
+    lab.set_control(Side::B, true).unwrap();
+    becomes_true("both are up again", || carrier_at_a("rail2") && carrier_at_a("control"));
     let routes = output(lab.command(Side::B, "ip").args(["route", "get", "10.0.2.1"]));
     assert!(routes.contains("dev rail2"), "{routes}");
     lab.delete_link(0).unwrap();

@@ -12,11 +12,12 @@ use crate::bench::{self, COMMIT_VARIABLE};
 use crate::{Failure, workspace};
 
 /// Test binaries that need a GPU: package, which of its tests, and features.
-const TESTS: [(&str, &str, &str); 4] = [
+const TESTS: [(&str, &str, &str); 5] = [
     ("gpu-mem", "*", ""),
     ("weight-ops", "cuda_*", "cuda"),
     ("xfer-exec", "cuda*", "cuda,ofi"),
     ("weightsync", "cuda", ""),
+    ("weightsync", "transforms", ""),
 ];
 
 /// Runs everything in the folder that it lies in.

@@ -225,16 +225,29 @@ async fn over_tcp() {
     versions_arrive_as_the_whole_tensors_are_quantised(Fabric::Tcp, 0).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn between_gpus() {
+/// How many GPUs there are; `None` where the test is to be skipped.
+fn gpus() -> Option<u32> {
     match Device::cuda_count() {
-        Ok(gpus @ 1..) => versions_arrive_as_the_whole_tensors_are_quantised(Fabric::Local, gpus).await,
+        Ok(gpus @ 1..) => Some(gpus),
         other => {
             let asked = std::env::var_os("WEIGHTSYNC_HW").is_some_and(|value| value == "1");
             assert!(!asked, "WEIGHTSYNC_HW=1 asks for a GPU: {other:?}");
             println!("skipped: no CUDA device");
+            None
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn between_gpus() {
+    let Some(gpus) = gpus() else { return };
+    versions_arrive_as_the_whole_tensors_are_quantised(Fabric::Local, gpus).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn between_gpus_through_the_host() {
+    let Some(gpus) = gpus() else { return };
+    versions_arrive_as_the_whole_tensors_are_quantised(Fabric::Tcp, gpus).await;
 }
 
 /// A trainer that measures nothing, and says so.

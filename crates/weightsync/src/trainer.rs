@@ -13,6 +13,7 @@ use crate::error::Error;
 use crate::gpu::Gpu;
 use crate::memory::Weights;
 
+mod holder;
 mod joining;
 mod session;
 

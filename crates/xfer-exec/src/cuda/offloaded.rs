@@ -76,7 +76,7 @@ impl OffloadedMemory {
         let filler = Filler::new(kernels, program, config.multiprocessors)?;
         Ok(Self {
             quantization: Arc::clone(program.quantization()),
-            uploads: Uploads::new(device, program.ops(), filler.stream())?,
+            uploads: Uploads::new(device, program, filler.stream())?,
             filler,
             slots: DeviceSlots::new(device, config.staging_bytes, config.slot_bytes)?,
             filling: VecDeque::new(),

@@ -11,17 +11,20 @@
 //!
 //! # Magnitudes
 //!
-//! The scales of a matrix need all of its elements, those of the rank, before the first can be quantised. They go through the landing
-//! places once for their magnitudes and, as operations want them, once more: two copies at 55 GB/s each, so 27 GB/s, which is as much
-//! as one core finds magnitudes at (17 to 27 GB/s), and takes none. What others tell of every block spares the first copy.
+//! The scales of a matrix need all of its elements, those of the rank, before the first can be quantised. They land once for their
+//! magnitudes, and what is still there is quantised from there: a landing place has room for a matrix, and operations on a matrix mostly
+//! follow one another. What is not there any more, because others were wanted meanwhile, lands a second time. Even then elements come at
+//! 27 GB/s, half of what PCIe 5.0 copies, which is as much as one core finds magnitudes at (17 to 27 GB/s), and takes none. What others
+//! tell of every block needs no magnitudes.
 //!
 //! This module must never have the GPU write to a landing place that a kernel may still read.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
 use efa_core::Lease;
-use gpu_mem::{Device, Pending, Rows, Span, Stream};
+use gpu_mem::{Device, DeviceMemory as _, Pending, Rows, Span, Stream};
 use weight_ops::Dtype;
 use weight_ops::cuda::{DeviceMatrix, DeviceRange, Operation};
 use xfer_plan::{Op, RegionIndex, Strided, Transform};
@@ -29,13 +32,15 @@ use xfer_plan::{Op, RegionIndex, Strided, Transform};
 use super::CudaError;
 use super::fill::is_contiguous;
 use super::scales::Sources;
-use crate::quant::Elements;
+use crate::program::Program;
+use crate::quant::{Elements, Matrix, Quantization};
 
 /// Places to land in.
 const LANDINGS: usize = 2;
 
-/// Bytes of a landing place that elements are quantised from: 0.15 ms over PCIe, long beside what a copy and a kernel cost to begin.
-const PART_BYTES: u64 = 8 << 20;
+/// The longest landing place for elements that are quantised, in bytes. A projection of Qwen3-8B has 96 MiB in BF16; longer ones land in
+/// parts.
+const MATRIX_BYTES_MAX: u64 = 128 << 20;
 
 /// What a row costs the copy engine at least, in bytes: one request of PCIe.
 const ROW_COST_BYTES: u64 = 512;
@@ -86,16 +91,21 @@ pub(super) struct Uploads {
 
 struct Landing {
     memory: DeviceRange,
+    /// Elements that are there, one row behind the other, until something else lands.
+    holds: Option<(Elements, Dtype)>,
     /// Behind the last kernel that reads it.
     read: Option<Pending<()>>,
 }
 
 impl Uploads {
     /// For these operations, whose kernels are on the stream `kernels`.
-    pub(super) fn new(device: &Device, ops: &[Op], kernels: &Stream) -> Result<Self, CudaError> {
-        let landing_bytes = ops.iter().map(landing_bytes).max().filter(|bytes| *bytes > 0);
+    pub(super) fn new(device: &Device, program: &Program, kernels: &Stream) -> Result<Self, CudaError> {
+        let matrix_bytes = matrix_bytes(program.quantization()).min(MATRIX_BYTES_MAX);
+        let landing_bytes = program.ops().iter().map(landing_bytes).chain([matrix_bytes]);
+        let landing_bytes = landing_bytes.max().filter(|bytes| *bytes > 0);
         let memory = |bytes| (0..LANDINGS).map(move |_| device.alloc(bytes));
-        let landing = |memory| Landing { memory: DeviceRange::whole(&Arc::new(memory)), read: None };
+        let landing =
+            |memory| Landing { memory: DeviceRange::whole(&Arc::new(memory)), holds: None, read: None };
         let landings = landing_bytes.into_iter().flat_map(memory);
         Ok(Self {
             regions: Vec::new(),
@@ -116,6 +126,8 @@ impl Uploads {
     /// [`CudaError::NotPageLocked`]; they are taken nevertheless.
     pub(super) fn begin(&mut self, regions: Vec<Lease>) -> Result<(), CudaError> {
         self.regions = regions;
+        // They may have changed since.
+        self.landings.iter_mut().for_each(|landing| landing.holds = None);
         for (number, region) in (0..).zip(&self.regions) {
             if !self.copies.device().is_page_locked(region)? {
                 return Err(CudaError::NotPageLocked { region: number });
@@ -177,7 +189,8 @@ impl Uploads {
     fn land(&mut self, region: RegionIndex, rows: Rows) -> Result<DeviceRange, CudaError> {
         let place = self.count.checked_rem(self.landings.len()).unwrap_or(0);
         let missing = CudaError::NotStaged;
-        let landing = self.landings.get(place).ok_or(missing)?;
+        let landing = self.landings.get_mut(place).ok_or(missing)?;
+        landing.holds = None;
         let memory = landing.memory.part(0..rows.count.saturating_mul(rows.bytes))?;
         if let Some(read) = &landing.read {
             self.copies.wait_for(read.event())?;
@@ -190,12 +203,49 @@ impl Uploads {
         Ok(memory)
     }
 
+    /// Has elements land, and remembers that they are there.
+    fn land_elements(&mut self, elements: &Elements, dtype: Dtype) -> Result<DeviceMatrix, CudaError> {
+        let Elements { shape, region, offset, stride, .. } = *elements;
+        let [count, bytes, stride] = [shape[0], shape[1] * dtype.bytes(), stride * dtype.bytes()];
+        let [count, bytes, stride] = [count, bytes, stride].map(|number| number as u64);
+        let landed = self.land(region, joined(Rows { from: offset, to: 0, count, bytes, stride }))?;
+        if let Some(landing) = self.landed.and_then(|place| self.landings.get_mut(place)) {
+            landing.holds = Some((*elements, dtype));
+        }
+        Ok(DeviceMatrix::new(&landed, dtype, shape, shape[1])?)
+    }
+
+    /// Elements that are there already.
+    fn landed(&mut self, elements: &Elements, dtype: Dtype) -> Result<Option<DeviceMatrix>, CudaError> {
+        let has = |landing: &Landing| {
+            let (held, of) = landing.holds?;
+            (of == dtype).then(|| bytes_within(&held, elements, dtype.bytes() as u64))?
+        };
+        let found = self
+            .landings
+            .iter()
+            .enumerate()
+            .find_map(|(place, landing)| Some((place, landing, has(landing)?)));
+        let Some((place, landing, (bytes, stride))) = found else { return Ok(None) };
+        let matrix = DeviceMatrix::new(&landing.memory.part(bytes)?, dtype, elements.shape, stride)?;
+        self.landed = Some(place);
+        Ok(Some(matrix))
+    }
+
     /// Whatever reads what landed last is on the stream of kernels.
     fn read(&mut self) -> Result<(), CudaError> {
         if let Some(landing) = self.landed.take().and_then(|place| self.landings.get_mut(place)) {
             landing.read = Some(self.kernels.hold(()).map_err(gpu_mem::Error::from)?);
         }
         Ok(())
+    }
+
+    /// Puts on the stream what was asked for so far, of which the last reads what landed last.
+    fn put(&mut self, operation: Operation) -> Result<(), CudaError> {
+        self.later.push(operation);
+        let work = Operation::enqueue_all(self.rest(), &self.kernels);
+        self.posted.work.push(work.map_err(gpu_mem::Error::from)?);
+        self.read()
     }
 }
 
@@ -220,26 +270,25 @@ impl Sources for Uploads {
         dtype: Dtype,
         make: &mut dyn FnMut(&Elements, &DeviceMatrix) -> Result<Operation, CudaError>,
     ) -> Result<(), CudaError> {
-        let Elements { origin, shape: [rows, columns], region, offset, stride } = *elements;
+        if let Some(matrix) = self.landed(elements, dtype)? {
+            return self.put(make(elements, &matrix)?);
+        }
+        let Elements { origin, shape: [rows, columns], offset, stride, .. } = *elements;
         let width = dtype.bytes();
-        let room = self.landings.first().map_or(0, |landing| gpu_mem::DeviceMemory::len(&landing.memory));
+        let room = self.landings.first().map_or(0, |landing| landing.memory.len());
         let room = (usize::try_from(room).unwrap_or(usize::MAX) / width).max(1);
         let across = columns.clamp(1, room);
         let down = (room / across).max(1);
         for row in (0..rows).step_by(down) {
             for column in (0..columns).step_by(across) {
-                let shape = [down.min(rows - row), across.min(columns - column)];
-                let start = (row * stride + column) * width;
-                let offset = offset.saturating_add(start as u64);
-                let [count, bytes, stride] = [shape[0], shape[1] * width, stride * width].map(|n| n as u64);
-                let landed = self.land(region, joined(Rows { from: offset, to: 0, count, bytes, stride }))?;
-                let part =
-                    Elements { origin: [origin[0] + row, origin[1] + column], shape, offset, ..*elements };
-                let matrix = DeviceMatrix::new(&landed, dtype, shape, shape[1])?;
-                self.later.push(make(&part, &matrix)?);
-                let work = Operation::enqueue_all(self.rest(), &self.kernels);
-                self.posted.work.push(work.map_err(gpu_mem::Error::from)?);
-                self.read()?;
+                let part = Elements {
+                    origin: [origin[0] + row, origin[1] + column],
+                    shape: [down.min(rows - row), across.min(columns - column)],
+                    offset: offset.saturating_add(((row * stride + column) * width) as u64),
+                    ..*elements
+                };
+                let matrix = self.land_elements(&part, dtype)?;
+                self.put(make(&part, &matrix)?)?;
             }
         }
         Ok(())
@@ -284,9 +333,84 @@ fn comes_whole(op: &Op) -> bool {
 fn landing_bytes(op: &Op) -> u64 {
     let Rows { count, bytes, stride, .. } = rows_of(op);
     match op.transform {
-        Transform::Quantize { .. } | Transform::Scales { .. } => PART_BYTES,
+        // As long as a matrix: others decide.
+        Transform::Quantize { .. } | Transform::Scales { .. } => 0,
         _ if comes_whole(op) => (count - 1).saturating_mul(stride).saturating_add(bytes),
         Transform::Cast { .. } => count.saturating_mul(bytes),
         Transform::Copy => 0,
+    }
+}
+
+/// The longest part of a matrix that is quantised.
+fn matrix_bytes(quantization: &Quantization) -> u64 {
+    let matrices =
+        (0..quantization.matrices()).filter_map(|number| Some((number, quantization.matrix(number)?)));
+    let bytes = |(number, matrix): (usize, &Matrix)| {
+        let all = matrix.across(number, 0..matrix.grid.blocks()[0]);
+        let elements = matrix.held(&all).map(|held| held.shape[0] as u64 * held.shape[1] as u64).max();
+        elements.unwrap_or(0) * matrix.dtype.bytes() as u64
+    };
+    matrices.map(bytes).max().unwrap_or(0)
+}
+
+/// Where elements lie among others that are one row behind the other, in bytes, and from one row to the next in elements; `None` where they
+/// are not all among them.
+fn bytes_within(held: &Elements, wanted: &Elements, width: u64) -> Option<(Range<u64>, usize)> {
+    let [down, along] = [0, 1].map(|dim| wanted.origin[dim].checked_sub(held.origin[dim]));
+    let (down, along) = (down?, along?);
+    let fits = down + wanted.shape[0] <= held.shape[0] && along + wanted.shape[1] <= held.shape[1];
+    // Matrices of a stack have the same rows and columns, and different bytes.
+    let is_same = (held.region, held.stride) == (wanted.region, wanted.stride)
+        && held.offset.checked_add((down * held.stride + along) as u64 * width)? == wanted.offset;
+    let columns = held.shape[1];
+    let start = down * columns + along;
+    let end = start + wanted.shape[0].checked_sub(1)? * columns + wanted.shape[1];
+    (fits && is_same).then_some((start as u64 * width..end as u64 * width, columns))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The addresses of elements in host memory, in their order, of two bytes each.
+    fn addresses(of: &Elements) -> Vec<u64> {
+        let row = |row: usize| {
+            (0..of.shape[1]).map(move |column| (row * of.stride + column) as u64 * 2 + of.offset)
+        };
+        (0..of.shape[0]).flat_map(row).collect()
+    }
+
+    /// Of a matrix of so many columns at byte 40.
+    fn elements() -> impl Strategy<Value = Elements> {
+        (0..5_usize, 0..5_usize, 1..6_usize, 1..6_usize, 10..12_usize, 0..2_u32, 0..2_u64).prop_map(
+            |(row, column, rows, columns, stride, region, number)| Elements {
+                origin: [row, column],
+                shape: [rows, columns],
+                region: RegionIndex(region),
+                offset: 40 + number * 1000 + (row * stride + column) as u64 * 2,
+                stride,
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn elements_are_found_among_those_that_landed(held in elements(), wanted in elements()) {
+            let landed = addresses(&held);
+            let same = (held.region, held.stride) == (wanted.region, wanted.stride);
+            let is_there = addresses(&wanted).iter().all(|address| landed.contains(address));
+            match bytes_within(&held, &wanted, 2) {
+                None => prop_assert!(!same || !is_there),
+                Some((bytes, stride)) => {
+                    prop_assert!(same && bytes.end <= landed.len() as u64 * 2);
+                    let at = |row: usize, column: usize| landed[bytes.start as usize / 2 + row * stride + column];
+                    let found: Vec<u64> = (0..wanted.shape[0]).flat_map(|row| (0..wanted.shape[1]).map(move |column| (row, column)))
+                        .map(|(row, column)| at(row, column)).collect();
+                    prop_assert_eq!(found, addresses(&wanted));
+                }
+            }
+        }
     }
 }

@@ -150,7 +150,7 @@ fn lent(gpu: &Gpu, bytes: &[u8]) -> Lease {
     offloaded::pinned(gpu, bytes).freeze()
 }
 
-/// Pushes what the trainers have, twice with the same drivers, from the first GPU to the last; gives what has arrived.
+/// Pushes other weights and then, with the same drivers, what the trainers have, from the first GPU to the last; gives what has arrived.
 fn push<M: Store<Region: Clone>>(
     gpus: &[Gpu],
     manifest: &Manifest,
@@ -167,10 +167,13 @@ fn push<M: Store<Region: Clone>>(
     let ranks: Vec<TrainerRank> = (0..sources.len() as u32).map(TrainerRank).collect();
     let mut drivers: Vec<_> =
         ranks.iter().map(|rank| driver(from, (&plan, manifest, *rank), &receivers)).collect();
-    let weights: Vec<Vec<M::Region>> =
-        sources.iter().map(|regions| regions.iter().map(|bytes| weights(from, bytes)).collect()).collect();
+    let lend = |lend: &dyn Fn(&Vec<u8>) -> M::Region| -> Vec<Vec<M::Region>> {
+        sources.iter().map(|regions| regions.iter().map(lend).collect()).collect()
+    };
+    let others = lend(&|bytes| weights(from, &vec![0; bytes.len()]));
+    let weights = lend(&|bytes| weights(from, bytes));
     let mut magnitudes = plan.magnitudes();
-    for _ in 0..2 {
+    for weights in [others, weights] {
         receivers.iter().for_each(|receiver| receiver.clear(to));
         magnitudes.clear();
         for ((rank, driver), weights) in ranks.iter().zip(&mut drivers).zip(&weights) {

@@ -167,6 +167,24 @@ mod tests {
     }
 
     #[test]
+    fn a_bound_that_is_raised_while_nothing_comes_counts() {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        for (raised, fits) in [(64, true), (7, false)] {
+            let bytes_max = AtomicU32::new(8);
+            let (mut near, mut far) = tokio::io::duplex(128);
+            let (read, ()) = block_on(async {
+                let read = read_bounded::<Vec<u8>>(&mut near, peer(), || bytes_max.load(Ordering::Relaxed));
+                // It waits already.
+                tokio::join!(biased; read, async {
+                    bytes_max.store(raised, Ordering::Relaxed);
+                    far.write_all(&encode(&vec![1u8; 32], 64).unwrap()).await.unwrap();
+                })
+            });
+            assert_eq!(read.is_ok(), fits, "{read:?}");
+        }
+    }
+
+    #[test]
     fn bytes_after_the_message_are_refused() {
         let mut frame = encode(&7u64, 64).unwrap();
         frame.push(0);

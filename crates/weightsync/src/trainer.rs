@@ -14,6 +14,7 @@ use crate::error::Error;
 use crate::gpu::Gpu;
 use crate::memory::Weights;
 
+mod holder;
 mod joining;
 mod session;
 

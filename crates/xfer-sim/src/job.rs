@@ -9,6 +9,7 @@ mod config;
 mod error;
 mod faults;
 mod log;
+mod measuring;
 mod memory;
 mod protocol;
 mod rail;

@@ -36,7 +36,7 @@ impl Controller {
     }
 
     /// Whether trainers report magnitudes in every attempt.
-    pub(crate) fn measures(&self) -> bool {
+    pub fn measures(&self) -> bool {
         self.magnitudes.is_some()
     }
 

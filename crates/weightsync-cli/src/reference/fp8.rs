@@ -31,7 +31,7 @@ const LINEAR: [&str; 8] = [
     "output.dense",
 ];
 
-/// As [`param_names`](super::param_names), of a receiver of `tp` that holds linear layers in FP8.
+/// As [`param_names`], of a receiver of `tp` that holds linear layers in FP8.
 ///
 /// # Errors
 /// When a name has no source in the checkpoint.

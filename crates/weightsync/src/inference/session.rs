@@ -369,8 +369,8 @@ impl InferenceSession {
     }
 
     /// The base address of what is served, for an engine that reads the weights where they are: parameter `i` is at
-    /// `params()[i].offset` from it. On a GPU it is an address of that GPU. Under [`CommitMode::Staged`] every commit changes it; otherwise it stays the same until the
-    /// session is dropped.
+    /// `params()[i].offset` from it. On a GPU it is an address of that GPU. Under [`CommitMode::Staged`](crate::CommitMode::Staged)
+    /// every commit changes it; otherwise it stays the same until the session is dropped.
     pub fn arena_ptr(&self) -> *mut u8 {
         self.arenas.served().as_ptr()
     }

@@ -14,6 +14,7 @@ use weight_ops::cuda::DeviceRange;
 use xfer_exec::{Failure, RailUse};
 use xfer_plan::{Rank, ReceiverRank, SourcePiece, TrainerRank};
 
+use super::holder::Holder;
 use super::joining::Rails;
 use super::{Tensor, TensorId, Trainer, write};
 use crate::config::SessionConfig;
@@ -26,40 +27,6 @@ use crate::pusher::Written;
 use crate::report::{PushReport, RailReport, Stopwatch, gb_per_second};
 use crate::verify::Summed;
 use crate::watch::Watch;
-
-/// Who has the weights.
-enum Holder {
-    /// The session.
-    Here(Weights),
-    /// The rails, until these come back; without them, where a rail did not close.
-    Lent(oneshot::Receiver<Option<Weights>>),
-    /// Lost to a rail that did not close.
-    Lost,
-}
-
-impl Holder {
-    fn of(weights: Option<Weights>) -> Self {
-        weights.map_or(Self::Lost, Self::Here)
-    }
-
-    /// Gives the weights away until they come back over `lent`.
-    fn lend(&mut self, lent: oneshot::Receiver<Option<Weights>>) -> Result<Weights, Error> {
-        match std::mem::replace(self, Self::Lent(lent)) {
-            Self::Here(weights) => Ok(weights),
-            other => {
-                *self = other;
-                Err(Error::Broken)
-            }
-        }
-    }
-
-    /// Waits until they are back.
-    async fn take_back(&mut self) {
-        if let Self::Lent(weights) = self {
-            *self = Self::of(weights.await.ok().flatten());
-        }
-    }
-}
 
 /// A trainer that is part of a job.
 pub struct TrainerSession {

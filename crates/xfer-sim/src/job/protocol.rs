@@ -16,8 +16,9 @@ use xfer_exec::program::RankLimits;
 use xfer_exec::{Program, ProgramError, Runner};
 use xfer_plan::{Op, Rank, ReceiverRank};
 
+use super::measuring::Measures;
 use super::rail::SimRail;
-use super::rank::{Half, Measures};
+use super::rank::Half;
 use super::sabotage::Sabotage;
 use super::world::{Event, World, short};
 use crate::time::Time;
@@ -244,29 +245,6 @@ impl World<'_> {
         }
     }
 
-    /// A kernel reads the blocks that a trainer shares with others, as if it had all of each: at most what it takes.
-    fn measure(&mut self, number: u32) {
-        let gpu = self.config.cluster.host.gpu;
-        let rank = &mut self.ranks[number as usize];
-        rank.agenda.measured += 1;
-        let read =
-            u128::from(rank.measures.bytes) * 1_000_000_000 / u128::from(gpu.hbm_bytes_per_second.max(1));
-        let at = self.now.plus_nanos(gpu.launch_nanoseconds).plus_nanos(read as u64);
-        self.events.push(at, Event::Measured(number, rank.agenda.measured));
-    }
-
-    /// Elements are names here and have no magnitudes: as many zeros as the plan wants.
-    pub(super) fn measured(&mut self, number: u32, attempt: u32) {
-        let rank = &mut self.ranks[number as usize];
-        let Half::Trainer(member) = &mut rank.half else { return };
-        // It was told of another attempt meanwhile.
-        if !(rank.alive && rank.ended.is_none() && rank.agenda.measured == attempt) {
-            return;
-        }
-        let message = member.measured(Ok(vec![0.0; rank.measures.blocks as usize]));
-        self.answer(number, message);
-    }
-
     /// An attempt of a trainer is over without a commit.
     fn aborted(&mut self, number: u32) {
         let agenda = &mut self.ranks[number as usize].agenda;
@@ -378,7 +356,7 @@ impl World<'_> {
         self.breaks(format!("{} is to join again: {reason}", self.ranks[number as usize].rank));
     }
 
-    fn answer(&mut self, number: u32, message: Option<ToController>) {
+    pub(super) fn answer(&mut self, number: u32, message: Option<ToController>) {
         if let Some(message) = message {
             self.tell_controller(number, message);
         }

@@ -9,9 +9,10 @@ use core::time::Duration;
 use rendezvous::member::{InferenceMember, TrainerMember};
 use xfer_exec::program::Route;
 use xfer_exec::{RailIndex, RailLimits, Runner};
-use xfer_plan::{QuantPart, Rank, ReceiverRank, TensorBox, TrainerRank, paired_rail};
+use xfer_plan::{Rank, ReceiverRank, TrainerRank, paired_rail};
 
 use super::bundle::Cost;
+use super::measuring::Measures;
 use super::memory::SimMemory;
 use super::rail::Queue;
 use super::times::Times;
@@ -43,29 +44,6 @@ pub(super) struct Agenda {
     pub(super) failed: u32,
     /// How often it was told to measure.
     pub(super) measured: u32,
-}
-
-/// What a trainer measures in every push.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Measures {
-    /// Blocks that it shares with others.
-    pub(super) blocks: u64,
-    /// Their bytes at the source, if all of each were here.
-    pub(super) bytes: u64,
-}
-
-impl Measures {
-    pub(super) fn new(part: &QuantPart) -> Measures {
-        let mut sum = Measures::default();
-        for table in &part.tables {
-            let blocks = table.reports.iter().filter_map(TensorBox::volume).fold(0, u64::saturating_add);
-            let [rows, columns] = table.quant.block.map(u64::from);
-            let block = rows.saturating_mul(columns).saturating_mul(table.dtype.bytes());
-            sum.blocks = sum.blocks.saturating_add(blocks);
-            sum.bytes = sum.bytes.saturating_add(blocks.saturating_mul(block));
-        }
-        sum
-    }
 }
 
 /// Where a flight goes.

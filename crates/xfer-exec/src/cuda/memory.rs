@@ -26,7 +26,8 @@ pub type DeviceRail = dyn Rail<Buffer = DeviceRange> + Send;
 pub struct GpuMemoryConfig {
     /// Bytes of all staging slots together.
     pub staging_bytes: u64,
-    /// Bytes of a staging slot: the plan's longest gather or transform; 0 where it has none.
+    /// Bytes of a staging slot: the plan's longest gather or transform; 0 where it has none. Where everything is staged, what the
+    /// program was bound with.
     pub slot_bytes: u64,
     /// How many of the GPU's multiprocessors may be kept busy by gathers. Casts take as many as there are for a moment.
     pub multiprocessors: NonZeroU32,

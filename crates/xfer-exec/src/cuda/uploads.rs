@@ -5,9 +5,9 @@
 //!
 //! # Rows
 //!
-//! The copy engine fetches rows one after another in a single call. It asks the host for at most 512 bytes at a time, so a row that is
-//! shorter costs about as much as one of 512. Where rows begin no further apart than that, all from the first to the last is copied
-//! in one piece and gathered on the GPU, whose memory is many times faster than PCIe.
+//! The copy engine fetches rows one after another in a single call. Over PCIe a read brings 512 bytes at most on usual hosts, so a row
+//! that is shorter is taken to cost as much as one of 512; that has not been measured. Where rows begin no further apart, all from the
+//! first to the last is copied in one piece and gathered on the GPU, whose memory is many times faster than PCIe.
 //!
 //! # Magnitudes
 //!

@@ -102,7 +102,7 @@ impl Trainer {
             }
             (_, fabric) if !fabric.reaches_gpus() => {
                 format!(
-                    "{fabric} writes from host memory: with the device cpu its weights are where they should be"
+                    "{fabric} writes from host memory: choose the device cpu, and it reads the weights where they are"
                 )
             }
             _ => return Ok(Self { weights: Weights::in_host(), offloaded: true, ..Self::new(config) }),

@@ -1,15 +1,18 @@
 //! From host memory to a GPU's by way of a GPU: the driver over offloaded memory, and rails that read slots on the GPU.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroU32;
 use std::time::Instant;
 
 use efa_core::{Lease, LeaseMut};
 use gpu_mem::{Cuda, inject};
-use xfer_exec::cuda::{CudaError, DeviceRail, GpuMemoryConfig, OffloadedMemory};
+use weight_ops::cuda::DeviceRange;
+use xfer_exec::cuda::{CudaError, CudaRail, DeviceRail, GpuMemoryConfig, OffloadedMemory};
 use xfer_exec::driver::{Driver, Outcome, Step};
-use xfer_exec::program::Route;
-use xfer_exec::{Failure, Program, RailIndex, RankLimits};
+use xfer_exec::program::{Route, WriteId};
+use xfer_exec::{
+    Armed, Done, Failure, Program, Rail, RailError, RailIndex, RailLimits, RailWrite, RankLimits,
+};
 use xfer_plan::{DType, Op, ParamId, RankPlan, RegionIndex, Strided, Transform};
 
 use crate::drivers::{BYTES, Contiguous, Receiver, made_of, mixed, plan_of, rail_to, receiver};
@@ -176,6 +179,32 @@ fn an_offloaded_push_that_is_aborted_in_the_middle_is_whole_when_it_is_repeated(
     is_there(to, &receiver, &expected);
 }
 
+/// A rail whose calls are made by other threads: what is injected into this one's is the memory's alone.
+struct Elsewhere(CudaRail);
+
+impl Rail for Elsewhere {
+    type Buffer = DeviceRange;
+
+    fn name(&self) -> String {
+        self.0.name()
+    }
+    fn limits(&self) -> RailLimits {
+        RailLimits { takes_rows: false, ..self.0.limits() }
+    }
+    fn post(&mut self, writes: &mut VecDeque<RailWrite<DeviceRange>>) -> Result<(), RailError> {
+        std::thread::scope(|scope| scope.spawn(|| self.0.post(writes)).join().unwrap())
+    }
+    fn poll(&mut self, done: &mut Vec<Done<DeviceRange>>) -> Result<(), RailError> {
+        std::thread::scope(|scope| scope.spawn(|| self.0.poll(done)).join().unwrap())
+    }
+    fn arm(&mut self) -> Armed<'_> {
+        self.0.arm()
+    }
+    fn close(self: Box<Self>, unfinished: &mut Vec<WriteId>) -> Result<(), RailError> {
+        Box::new(self.0).close(unfinished)
+    }
+}
+
 /// Something invalid, which harms nothing but the call.
 const REFUSED: i32 = 1;
 /// An access to no memory: nothing of the device works any more.
@@ -207,9 +236,9 @@ fn whatever_call_is_refused_the_weights_come_back_and_the_next_push_is_whole() {
         // On a handle of its own on the device: what is lost stays its own.
         let gpu = Gpu::on(&Cuda::open().unwrap().device(0).unwrap());
         let receiver = receiver(to);
-        // The rail has another: what is refused is refused to the memory.
+        // The rail has another, so that it outlives that.
         let sending = Gpu::on(&Cuda::open().unwrap().device(0).unwrap());
-        let rail = Box::new(Contiguous(rail_to(&sending, &receiver)));
+        let rail = Box::new(Elsewhere(rail_to(&sending, &receiver)));
         let mut driver = driver(&gpu, program(plan.clone(), SLOT_BYTES), rail, SLOT_BYTES);
         driver.begin(vec![]);
         assert!(finish(&mut driver, |_| false).result.is_err(), "without weights");

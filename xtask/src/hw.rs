@@ -192,6 +192,7 @@ mod tests {
             "1 skipped: one CUDA device\n",
             "test result: ok. 1 passed\n",
             "==> demo\nverified: demo --device cuda\n",
+            "==> demo, offloaded\nverified: demo --device cuda --offload --fp8\n",
             "hw --json a b.json --rounds 3\n",
             "failed: gpu-mem.a\n",
         ] {
@@ -207,7 +208,7 @@ mod tests {
         let (tests, bench) = (output(&folder, &["tests"]), output(&folder, &["bench"]));
         let (help, wrong) = (output(&folder, &["--help"]), output(&folder, &["all"]));
         fs::remove_dir_all(folder).unwrap();
-        assert_eq!(tests, (Some(0), "==> gpu-mem.a\n==> demo\n".to_owned()));
+        assert_eq!(tests, (Some(0), "==> gpu-mem.a\n==> demo\n==> demo, offloaded\n".to_owned()));
         assert_eq!(bench, (Some(1), "==> benchmark\nfailed: benchmark\n".to_owned()));
         assert!(help.0 == Some(0) && help.1.contains("--sanitize"), "{}", help.1);
         assert_eq!(wrong, (Some(2), String::new()));

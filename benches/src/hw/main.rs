@@ -88,6 +88,7 @@ fn on_one(report: &mut Report, device: &Device, bytes: u64, arena_bytes: u64) ->
         report.part("host and GPU", |report| link::measure(report, &gpu, &weights.halves));
         report.part("pipeline", |report| pipeline::measure(report, &gpu, &weights.halves));
     }
+    report.part("offloaded pushes", |report| push::measure_offloaded(report, &gpu, bytes));
     report.part("host arena", |report| registration::host(report, &gpu, bytes, arena_bytes));
     report.part("GPU arena", |report| registration::device(report, device, arena_bytes));
     Ok(())

@@ -1,4 +1,5 @@
-//! Whole pushes from one GPU to the next: the planner's plan of a model, the driver and the rail, as a session runs them.
+//! Whole pushes from one GPU to the next, and of offloaded weights to their own: the planner's plan of a model, the driver and the
+//! rail, as a session runs them.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
@@ -6,14 +7,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use gpu_mem::PinnedBuffer;
+use efa_core::{Lease, LeaseMut};
+use gpu_mem::{PinnedBuffer, Span, Stream};
 use rayon::prelude::*;
 use weight_ops::cuda::DeviceRange;
 use weight_ops::{BlockGrid, Dtype, F8E4M3, MatrixMut, MatrixRef, ScaleFormat};
 use xfer_exec::cuda::{
-    Arrivals, CudaPeer, CudaRail, CudaRailConfig, DeviceRegion, GpuMemory, GpuMemoryConfig, expose,
+    Arrivals, CudaPeer, CudaRail, CudaRailConfig, DeviceRegion, GpuMemory, GpuMemoryConfig, OffloadedMemory,
+    expose,
 };
-use xfer_exec::driver::{Driver, Step};
+use xfer_exec::driver::{Driver, Step, Store};
 use xfer_exec::local::Doorman;
 use xfer_exec::program::Route;
 use xfer_exec::{Program, RailIndex, RankLimits};
@@ -25,6 +28,7 @@ use xfer_plan::{
 
 use crate::data::{LenBytes as _, Source};
 use crate::gpu::{Gpu, POISON};
+use crate::link;
 use crate::measure::{Figures, Target, Work, beside};
 use crate::report::Report;
 
@@ -35,6 +39,9 @@ const STAGING_BYTES: u64 = 512 << 20;
 
 /// How much longer a push may take for quantising on the way.
 const QUANTISED_MAX: f64 = 1.10;
+
+/// Of the bytes per second of one copy from the host.
+const OFFLOADED_MIN: f64 = 0.95;
 
 /// Device memory is mapped in multiples of this.
 const GRANULARITY: u64 = 2 << 20;
@@ -61,6 +68,19 @@ pub(crate) fn measure(report: &mut Report, gpus: &[Gpu], bytes: u64) -> anyhow::
     Ok(())
 }
 
+/// Of weights in page-locked memory by way of a GPU to memory of the same GPU, of models of up to eight times `bytes`.
+pub(crate) fn measure_offloaded(report: &mut Report, gpu: &Gpu, bytes: u64) -> anyhow::Result<()> {
+    for is_quantised in [false, true] {
+        report.part("offloaded push", |report| {
+            let model = Model::new(8 * bytes, is_quantised)?;
+            let figures = model.offloaded_beside_a_copy(report.rounds(), gpu);
+            report.add(&format!("offloaded: {}", model.name), figures);
+            Ok(())
+        });
+    }
+    Ok(())
+}
+
 /// Qwen3-8B on one trainer and one inference rank, with as many of its layers as there is room for.
 struct Model {
     name: String,
@@ -72,7 +92,7 @@ struct Model {
 
 /// A push that does what it must, with both its ends.
 struct Compared {
-    push: Push,
+    push: Push<GpuMemory>,
     // Behind the push: it writes there until it is dropped.
     receiver: Receiver,
     source: Source,
@@ -131,6 +151,27 @@ impl Model {
         let expected = self.expected(&source.host)?;
         second.check(&receiver.arena, &expected)?;
         Ok(Compared { push, receiver, source, expected })
+    }
+
+    /// The push of weights that are in the host, beside one copy of them from there.
+    fn offloaded_beside_a_copy(&self, rounds: usize, gpu: &Gpu) -> anyhow::Result<Figures> {
+        let Source { host, device, .. } = Source::new(gpu, Dtype::BF16, self.source_bytes()?)?;
+        let expected = self.expected(&host)?;
+        let host = Arc::into_inner(host).context("somebody else has the weights")?;
+        let receiver = Receiver::new(gpu, self.arena_bytes()?)?;
+        let weights = LeaseMut::new(host).freeze();
+        let mut push = Push::offloaded(gpu, &receiver, self.part.clone(), &self.quantised, weights.clone())?;
+        receiver.poison(gpu)?;
+        push.run()?;
+        gpu.check(&receiver.arena, &expected)?;
+        let all = [Span::first(device.len_bytes())];
+        let copy = || {
+            let copy = |stream: &Stream| Ok(stream.copy_to_device(weights.clone(), device.clone(), &all)?);
+            Ok(gpu.timed(copy, |pending| Ok(pending.wait()?))?.1)
+        };
+        let bytes = device.len_bytes();
+        let figures = beside(rounds, Work::new(bytes, || push.run()), link::TO_GPU, Work::new(bytes, copy))?;
+        Ok(figures.with_target(Target::Ratio(OFFLOADED_MIN)))
     }
 
     /// The push, beside one copy of as many bytes.
@@ -239,12 +280,29 @@ impl Receiver {
 }
 
 /// A sender: its driver, and its weights while they are not being pushed.
-struct Push {
-    driver: Driver<GpuMemory>,
-    weights: Vec<DeviceRange>,
+struct Push<M: Store> {
+    driver: Driver<M>,
+    weights: Vec<M::Region>,
 }
 
-impl Push {
+/// A rail to a receiver, and what leads there.
+fn rail_to(gpu: &Gpu, to: &Receiver) -> anyhow::Result<(CudaRail, BTreeMap<ReceiverRank, Route>)> {
+    let region_bytes = vec![to.arena.len_bytes()];
+    let peer = CudaPeer::open(&gpu.device, to.doorman.address(), &region_bytes, DEADLINE)?;
+    let rail = CudaRail::new(&gpu.kernels, BTreeMap::from([(TO, peer)]), CudaRailConfig::default())?;
+    Ok((rail, BTreeMap::from([(TO, Route { rails: vec![RailIndex(0)], region_bytes })])))
+}
+
+fn limits(region_bytes: u64, slot_bytes: u64) -> RankLimits {
+    RankLimits { region_bytes: vec![region_bytes], slot_bytes, transforms: true }
+}
+
+fn memory_config(gpu: &Gpu, slot_bytes: u64) -> GpuMemoryConfig {
+    let multiprocessors = NonZeroU32::new(gpu.kernels.multiprocessors()).unwrap_or(NonZeroU32::MIN);
+    GpuMemoryConfig { staging_bytes: STAGING_BYTES, slot_bytes, multiprocessors, close_max: DEADLINE }
+}
+
+impl Push<GpuMemory> {
     fn new(
         gpu: &Gpu,
         to: &Receiver,
@@ -253,21 +311,35 @@ impl Push {
         weights: DeviceRange,
     ) -> anyhow::Result<Self> {
         let slot_bytes = part.ops.iter().map(Op::staged_bytes).max().unwrap_or(0);
-        let limits = RankLimits { region_bytes: vec![weights.len_bytes()], slot_bytes, transforms: true };
-        let region_bytes = vec![to.arena.len_bytes()];
-        let peer = CudaPeer::open(&gpu.device, to.doorman.address(), &region_bytes, DEADLINE)?;
-        let routes = BTreeMap::from([(TO, Route { rails: vec![RailIndex(0)], region_bytes })]);
+        let limits = limits(weights.len_bytes(), slot_bytes);
+        let (rail, routes) = rail_to(gpu, to)?;
         let program =
             Program::new(part, BTreeMap::new(), &limits, routes)?.with_quantization(quantised, &limits)?;
-        let rail = CudaRail::new(&gpu.kernels, BTreeMap::from([(TO, peer)]), CudaRailConfig::default())?;
-        let multiprocessors = NonZeroU32::new(gpu.kernels.multiprocessors()).unwrap_or(NonZeroU32::MIN);
-        let staging_bytes = STAGING_BYTES;
-        let config = GpuMemoryConfig { staging_bytes, slot_bytes, multiprocessors, close_max: DEADLINE };
-        let memory = GpuMemory::new(&gpu.kernels, &program, config, None)?;
+        let memory = GpuMemory::new(&gpu.kernels, &program, memory_config(gpu, slot_bytes), None)?;
         let driver = Driver::over(memory, program, vec![Box::new(rail)], DEADLINE, DEADLINE / 5);
         Ok(Self { driver, weights: vec![weights] })
     }
+}
 
+impl Push<OffloadedMemory> {
+    fn offloaded(
+        gpu: &Gpu,
+        to: &Receiver,
+        part: RankPlan,
+        quantised: &QuantPart,
+        weights: Lease,
+    ) -> anyhow::Result<Self> {
+        let limits = limits(weights.len() as u64, SLOT_BYTES);
+        let (rail, routes) = rail_to(gpu, to)?;
+        let program =
+            Program::staged(part, BTreeMap::new(), &limits, routes)?.with_quantization(quantised, &limits)?;
+        let memory = OffloadedMemory::new(&gpu.kernels, &program, memory_config(gpu, SLOT_BYTES))?;
+        let driver = Driver::over(memory, program, vec![Box::new(rail)], DEADLINE, DEADLINE / 5);
+        Ok(Self { driver, weights: vec![weights] })
+    }
+}
+
+impl<M: Store> Push<M> {
     /// One push, by the host's clock.
     fn run(&mut self) -> anyhow::Result<Duration> {
         self.driver.begin(std::mem::take(&mut self.weights));

@@ -37,6 +37,48 @@ impl Span {
     }
 }
 
+/// Equally long rows at equal distances in a source, which lie one after another in the destination, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rows {
+    /// The first byte of the first row in the source.
+    pub from: u64,
+    /// The first byte in the destination.
+    pub to: u64,
+    /// How many rows.
+    pub count: u64,
+    /// Of each.
+    pub bytes: u64,
+    /// From the start of one to that of the next in the source; not less than `bytes`.
+    pub stride: u64,
+}
+
+impl Rows {
+    /// From the first byte to the last in the source, as one span with what all rows are in the destination. `None` where that is no
+    /// length, or rows overlap.
+    fn extents(self) -> Option<(u64, u64)> {
+        let before_last = self.count.saturating_sub(1).checked_mul(self.stride)?;
+        let is_empty = self.count == 0 || self.bytes == 0;
+        let apart = self.count < 2 || self.stride >= self.bytes;
+        let extent = if is_empty { 0 } else { before_last.checked_add(self.bytes)? };
+        apart.then_some((extent, self.count.checked_mul(self.bytes)?))
+    }
+
+    fn check(self, from: Extent, to: Extent) -> Result<Vec<Checked>, Error> {
+        let outside = Error::Range { offset: self.from, len: u64::MAX, available: from.1 };
+        let (extent, total) = self.extents().ok_or(outside)?;
+        let first = Checked {
+            from: inside(from.0, from.1, self.from, extent)?,
+            to: inside(to.0, to.1, self.to, total)?,
+            // As in `check`.
+            len: usize::try_from(self.bytes).unwrap_or(usize::MAX),
+        };
+        Ok(if total == 0 { Vec::new() } else { vec![first] })
+    }
+}
+
+/// The longest distance between rows that every driver takes in one call (`CU_DEVICE_ATTRIBUTE_MAX_PITCH`).
+const PITCH_MAX: u64 = i32::MAX as u64;
+
 /// A span that was checked: two addresses and a length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Checked {
@@ -84,6 +126,55 @@ impl Stream {
             // SAFETY: both ranges lie inside their buffers, which are held until the copy is done; the source is
             // only read meanwhile.
             unsafe { cu!(cuMemcpyHtoDAsync_v2(span.to, from.cast(), span.len, self.raw())) }
+        })
+    }
+
+    /// Copies rows from host memory to the stream's device, all in one call.
+    ///
+    /// # Errors
+    ///
+    /// As [`Stream::copy_to_device`]; [`Error::Range`] also for rows that overlap.
+    pub fn copy_rows_to_device<H: HostMemory, D: DeviceMemory>(
+        &self,
+        from: H,
+        to: D,
+        rows: Rows,
+    ) -> Posted<(H, D)> {
+        let base = from.bytes().as_ptr();
+        let source = (base.addr() as u64, from.bytes().len() as u64);
+        let checked = self.owns(&to).and_then(|()| rows.check(source, extent(&to)));
+        // A single row has no next one.
+        let stride = if rows.count < 2 { rows.bytes } else { rows.stride };
+        if checked.is_ok() && stride > PITCH_MAX {
+            let row = |row| {
+                let (from, to) = (rows.from + row * stride, rows.to + row * rows.bytes);
+                Span { from, to, len: rows.bytes }
+            };
+            let spans: Vec<Span> = (0..rows.count).map(row).collect();
+            return self.copy_to_device(from, to, &spans);
+        }
+        self.post((from, to), checked, |first| {
+            let copy = sys::CUDA_MEMCPY2D {
+                srcXInBytes: 0,
+                srcY: 0,
+                srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+                srcHost: base.with_addr(address(first.from)).cast(),
+                srcDevice: 0,
+                srcArray: std::ptr::null_mut(),
+                srcPitch: address(stride),
+                dstXInBytes: 0,
+                dstY: 0,
+                dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+                dstHost: std::ptr::null_mut(),
+                dstDevice: first.to,
+                dstArray: std::ptr::null_mut(),
+                dstPitch: first.len,
+                WidthInBytes: first.len,
+                Height: address(rows.count),
+            };
+            // SAFETY: from the first row to the last, both sides lie inside their buffers, which are held until the copy is done;
+            // the source is only read meanwhile. The description is read during the call.
+            unsafe { cu!(cuMemcpy2DAsync_v2(&raw const copy, self.raw())) }
         })
     }
 

@@ -7,7 +7,7 @@
 //! | to | see |
 //! |---|---|
 //! | allocate | [`Device::alloc`], [`Device::pinned`], [`Device::alloc_vmm`], [`Device::register_host`] |
-//! | copy | [`Stream::copy_to_device`], [`Stream::copy_to_host`], [`Stream::copy`] |
+//! | copy | [`Stream::copy_to_device`], [`Stream::copy_rows_to_device`], [`Stream::copy_to_host`], [`Stream::copy`] |
 //! | compile and launch | [`Device::compile`], [`Function::launch`] |
 //! | give memory to a NIC | [`NicMemory`], [`Device::flush_rdma_writes`] |
 //! | use a framework's memory | [`Device::adopt`], [`RegistrationCache`] |
@@ -63,7 +63,7 @@ pub use buffer::{DeviceBuffer, PinnedBuffer};
 pub use cache::{CACHE_ENTRIES_MAX, Cached, Found, RegistrationCache};
 #[cfg(feature = "test-util")]
 pub use call::inject;
-pub use copy::{Posted, Span};
+pub use copy::{Posted, Rows, Span};
 pub use device::{Device, Flushed, MemoryInfo, Observer};
 pub use dmabuf::{DmaBuf, NicAccess, NicMemory};
 pub use driver::{Cuda, Version};

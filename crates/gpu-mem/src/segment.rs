@@ -13,7 +13,11 @@ use cudarc::driver::sys::CUpointer_attribute as Attribute;
 
 use crate::call::cu;
 use crate::device::Device;
-use crate::error::Error;
+use crate::error::{CallError, Error};
+use crate::memory::HostMemory;
+
+/// What the driver answers where it does not know an address.
+const UNKNOWN: i32 = sys::CUresult::CUDA_ERROR_INVALID_VALUE as i32;
 
 /// The driver's names for an allocation: no other has both in the life of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -207,6 +211,30 @@ impl Device {
             self.release("a reference to a chunk", move || unsafe { cu!(cuMemRelease(handle)) });
         }
         found.is_ok()
+    }
+
+    /// Whether host memory is page-locked, by CUDA and so for it: copies to and from other memory hold up whoever asks for them.
+    /// The first and the last byte stand for all; no bytes are.
+    ///
+    /// # Errors
+    ///
+    /// The driver's, but not that it does not know the memory.
+    pub fn is_page_locked(&self, memory: &impl HostMemory) -> Result<bool, Error> {
+        let is_locked = |byte: &u8| {
+            let address = std::ptr::from_ref(byte).addr() as u64;
+            match self.pointer_attribute(address, Attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE) {
+                Ok(kind) => Ok(kind == sys::CUmemorytype::CU_MEMORYTYPE_HOST as u64),
+                Err(Error::Call(CallError { code, .. })) if code == UNKNOWN => Ok(false),
+                Err(error) => Err(error),
+            }
+        };
+        let bytes = memory.bytes();
+        for byte in bytes.first().into_iter().chain(bytes.last()) {
+            if !is_locked(byte)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn pointer_attribute(&self, address: u64, attribute: Attribute) -> Result<u64, Error> {

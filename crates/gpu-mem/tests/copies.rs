@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 
 use common::{device, devices, on_device, pattern, pinned, read, read_shared, write};
-use gpu_mem::{DeviceMemory, Error, HostMemory, Span};
+use gpu_mem::{DeviceMemory, Error, HostMemory, Rows, Span};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -33,6 +33,48 @@ fn moved(from: &[u8], to: &mut [u8], spans: &[Span]) {
         let [from_start, to_start, len] = [span.from, span.to, span.len].map(|part| part as usize);
         to[to_start..to_start + len].copy_from_slice(&from[from_start..from_start + len]);
     }
+}
+
+#[test]
+fn rows_are_copied_one_after_another_and_nothing_else() {
+    let Some(device) = device() else { return };
+    let stream = device.stream().unwrap();
+    let config = ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() };
+    let rows = (0..600_u64, 0..600_u64, 0..40_u64, 0..90_u64, 0..40_u64);
+    proptest!(config, |((from, to, count, bytes, gap) in rows)| {
+        let (source, mut expected) = (pattern(LEN, 5), pattern(LEN, 6));
+        let stride = bytes + gap;
+        let spans: Vec<Span> =
+            (0..count).map(|row| Span { from: from + row * stride, to: to + row * bytes, len: bytes }).collect();
+        let fits = bytes == 0 || spans.iter().all(|span| span.from.max(span.to) + bytes <= LEN as u64);
+        let (host, memory) = (pinned(&device, &source), on_device(&stream, &expected));
+        let memory = match stream.copy_rows_to_device(host, memory, Rows { from, to, count, bytes, stride }) {
+            Ok(copy) => {
+                prop_assert!(fits);
+                moved(&source, &mut expected, if bytes == 0 { &[] } else { &spans });
+                copy.wait().unwrap().1
+            }
+            Err(failed) => {
+                prop_assert!(!fits && matches!(failed.error, Error::Range { .. }), "{failed}");
+                failed.returned.unwrap().1
+            }
+        };
+        prop_assert_eq!(read(&stream, memory).1, expected);
+    });
+    let overlapping = Rows { from: 0, to: 0, count: 2, bytes: 5, stride: 4 };
+    let (host, memory) = (pinned(&device, &[0; 100]), on_device(&stream, &[0; 100]));
+    let failed = stream.copy_rows_to_device(host, memory, overlapping).unwrap_err();
+    assert!(matches!(failed.error, Error::Range { .. }), "{failed}");
+}
+
+#[test]
+fn page_locked_memory_is_told_from_other() {
+    let Some(device) = device() else { return };
+    assert!(device.is_page_locked(&pinned(&device, &[1; 5000])).unwrap());
+    let registered = device.register_host(vec![1_u8; 9000]).unwrap();
+    assert!(device.is_page_locked(&registered).unwrap());
+    assert!(!device.is_page_locked(&registered.unregister().unwrap()).unwrap());
+    assert!(!device.is_page_locked(&vec![1_u8; 5000]).unwrap());
 }
 
 #[test]

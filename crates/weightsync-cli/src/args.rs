@@ -208,6 +208,9 @@ pub(crate) struct StagingArgs {
     /// A trainer's staging memory, in MiB
     #[arg(long, default_value_t = 256, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     pub(crate) watermark: u64,
+    /// Keep the trainer's weights in page-locked host memory, and push them by way of the GPU of --device
+    #[arg(long)]
+    pub(crate) offload: bool,
 }
 
 /// Which job.

@@ -28,7 +28,7 @@ pub struct SessionConfig {
     pub secret: Secret,
     /// How this rank talks to the controller: plain TCP, or TLS where the controller has it too.
     pub transport: Transport,
-    /// Where this rank's weights are. GPUs of one host reach each other, and NICs reach GPUs (`efa`, `verbs`); on `tcp` and `shm`
+    /// Where this rank's weights are, or with [`Trainer::offloaded`](crate::Trainer::offloaded) by which GPU they go. GPUs of one host reach each other, and NICs reach GPUs (`efa`, `verbs`); on `tcp` and `shm`
     /// they are staged through page-locked host memory, which takes an inference rank as much of that as its weights have bytes.
     pub device: Device,
     /// How to reach peers.

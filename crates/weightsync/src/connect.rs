@@ -34,9 +34,11 @@ pub(crate) struct Connecting {
     pub(crate) endpoint: Endpoint,
     pub(crate) opened: Vec<OpenRail>,
     pub(crate) memories: Vec<MemoryRef>,
-    /// Where the weights are on one; and then they, in place of `memories`.
+    /// Where the weights are on one, or go by it; on it they are here, in place of `memories`.
     pub(crate) gpu: Option<Arc<Gpu>>,
     pub(crate) device_memories: Vec<DeviceRange>,
+    /// Whether they are in host memory and go by the GPU.
+    pub(crate) offloaded: bool,
     pub(crate) region_bytes: Vec<u64>,
     pub(crate) progress: Arc<AtomicU64>,
 }
@@ -116,9 +118,16 @@ impl Connecting {
         let staged = |op: &Op| if all { op.bytes() } else { op.staged_bytes() };
         let slot_bytes = plan.ops.iter().map(staged).max().unwrap_or(0);
         let transforms = plan.ops.iter().any(|op| op.kind() == OpKind::Transform);
-        let stages = transforms || !by_fabric.is_empty();
+        let stages = all || transforms || !by_fabric.is_empty();
         let staged_bytes = if stages { self.staged_bytes(slot_bytes)? } else { 0 };
         let rails = match self.gpu.clone() {
+            Some(gpu) if self.offloaded => {
+                let local = routes.add_device(&gpu, by_device)?;
+                // They are told of staging memory alone, when it is there.
+                let connect = |rail, peers, left| DeviceOfiRail::connect(rail, &[], peers, left);
+                let over_nics = add_fabric(self.opened, rank, by_fabric, until, &mut routes, connect)?;
+                Rails::Offloaded { local, over_nics, gpu }
+            }
             Some(gpu) if all => {
                 let staging = LeaseMut::new(gpu.pinned(staged_bytes)?);
                 let memories = [staging.memory().clone()];
@@ -165,7 +174,7 @@ impl Connecting {
 
     /// Whether its rails cannot read where its weights are.
     fn stages_all(&self) -> bool {
-        self.gpu.is_some() && !self.config.fabric.reaches_gpus()
+        self.offloaded || (self.gpu.is_some() && !self.config.fabric.reaches_gpus())
     }
 
     /// Bytes of staging memory: the watermark, if anything is staged at all.

@@ -71,10 +71,15 @@ pub(crate) enum Weights {
 }
 
 impl Weights {
+    /// None yet, in the host.
+    pub(crate) fn in_host() -> Self {
+        Self::Host(Vec::new())
+    }
+
     /// None yet.
     pub(crate) fn on(device: Device) -> Self {
         match device {
-            Device::Cpu => Self::Host(Vec::new()),
+            Device::Cpu => Self::in_host(),
             Device::Cuda(_) => Self::Device(Vec::new()),
         }
     }

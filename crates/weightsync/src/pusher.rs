@@ -16,6 +16,7 @@ const ELSEWHERE: &str = "defect: weights that are not where the rails read";
 
 /// See the module.
 pub(crate) enum Pusher {
+    /// Whatever the rails read.
     Host(Sender<Lease>),
     Device(Sender<DeviceRange>, Arc<Gpu>),
 }

@@ -9,6 +9,7 @@ use weight_ops::cuda::DeviceRange;
 use xfer_plan::{DType, Rank, RegionIndex, SourcePiece, TensorBox, TrainerRank};
 
 use crate::config::SessionConfig;
+use crate::device::Device;
 use crate::error::Error;
 use crate::gpu::Gpu;
 use crate::memory::Weights;
@@ -72,6 +73,8 @@ struct Tensor {
 pub struct Trainer {
     config: SessionConfig,
     weights: Weights,
+    /// Whether they are in page-locked host memory, and leave by way of the GPU.
+    offloaded: bool,
     /// Opened when the first memory is allocated on it, or at last to connect.
     gpu: Option<Arc<Gpu>>,
     tensors: Vec<Tensor>,
@@ -82,15 +85,45 @@ impl Trainer {
     /// A trainer that owns nothing yet.
     pub fn new(config: SessionConfig) -> Self {
         let weights = Weights::on(config.device);
-        Self { config, weights, gpu: None, tensors: Vec::new(), pieces: Vec::new() }
+        Self { config, weights, offloaded: false, gpu: None, tensors: Vec::new(), pieces: Vec::new() }
+    }
+
+    /// A trainer whose weights are offloaded: they are in page-locked host memory, which [`Trainer::allocate`] takes, and a push
+    /// brings them to the GPU ([`SessionConfig::device`]) by and by, casts and quantises them there, and writes them from there. It
+    /// takes as much of the GPU's memory as the watermark, and where it quantises two more places of at most 128 MiB.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Declaration`] where there is no GPU to go by: the device is the CPU, or the fabric reads host memory anyhow.
+    pub fn offloaded(config: SessionConfig) -> Result<Self, Error> {
+        let reason = match (config.device, config.fabric) {
+            (Device::Cpu, _) => {
+                "its device is the CPU: choose the GPU that the weights are to go by".to_owned()
+            }
+            (_, fabric) if !fabric.reaches_gpus() => {
+                format!(
+                    "{fabric} writes from host memory: choose the device cpu, and it reads the weights where they are"
+                )
+            }
+            _ => return Ok(Self { weights: Weights::in_host(), offloaded: true, ..Self::new(config) }),
+        };
+        let name = format!("{} with offloaded weights", Rank::Trainer(TrainerRank(config.rank)));
+        Err(Error::Declaration { name, reason })
     }
 
     /// Takes over host memory that tensors are in: one registration, however many tensors.
     ///
     /// # Errors
     ///
-    /// [`Error::Declaration`] where this rank's weights are on a GPU ([`SessionConfig::device`]).
+    /// [`Error::Declaration`] where this rank's weights are on a GPU ([`SessionConfig::device`]), and for memory that is not
+    /// page-locked where they are offloaded; [`Error::Gpu`].
     pub fn add_memory(&mut self, memory: LeaseMut) -> Result<RegionIndex, Error> {
+        if self.offloaded
+            && let Some(gpu) = self.gpu()?
+            && !gpu.device().is_page_locked(&memory)?
+        {
+            return Err(self.elsewhere("host memory that is not page-locked"));
+        }
         match &mut self.weights {
             Weights::Host(regions) => Ok(added(regions, memory)),
             Weights::Device(_) => Err(self.elsewhere("host memory")),
@@ -154,7 +187,8 @@ impl Trainer {
         self.register_at(spec, region, 0)
     }
 
-    /// Declares many tensors in one fresh, zeroed region where this rank's weights are ([`SessionConfig::device`]); the ids are
+    /// Declares many tensors in one fresh, zeroed region where this rank's weights are ([`SessionConfig::device`], or for
+    /// [`Trainer::offloaded`] page-locked host memory); the ids are
     /// in the order of `specs`.
     pub fn allocate(&mut self, specs: Vec<TensorSpec>) -> Result<Vec<TensorId>, Error> {
         let mut offsets = Vec::with_capacity(specs.len());
@@ -167,7 +201,12 @@ impl Trainer {
             offsets.push(start);
         }
         let memory = |reason: String| Error::Memory { what: "weights", reason };
+        let offloaded = self.offloaded;
         let region = match self.gpu()? {
+            Some(gpu) if offloaded => {
+                let memory = LeaseMut::new(gpu.pinned(end)?);
+                self.add_memory(memory)?
+            }
             Some(gpu) => {
                 let memory = gpu.zeroed(end)?;
                 self.add_device_memory(memory)?

@@ -43,6 +43,8 @@ struct Job {
     joined: watch::Receiver<u32>,
     gpus: u32,
     fabric: Fabric,
+    /// The trainers' weights are in host memory.
+    offloaded: bool,
 }
 
 impl Job {
@@ -57,7 +59,7 @@ impl Job {
                 count.send_modify(|count| *count += 1);
             }
         });
-        Self { server, joined, gpus, fabric }
+        Self { server, joined, gpus, fabric, offloaded: false }
     }
 
     /// The trainers' GPUs first, then the inference ranks'; all the same where there is one.
@@ -69,11 +71,14 @@ impl Job {
     }
 
     async fn trainer(&self, rank: u32) -> Pushing {
-        let mut trainer = Trainer::new(self.session(rank, rank));
+        let config = self.session(rank, rank);
+        let mut trainer =
+            if self.offloaded { Trainer::offloaded(config).unwrap() } else { Trainer::new(config) };
         let bounds = TensorBox::new(&[u64::from(rank) * ROWS / 2, 0], &[ROWS / 2, COLUMNS]).unwrap();
         let spec = TensorSpec { name: "w".into(), dtype: DType::U8, shape: vec![ROWS, COLUMNS], bounds };
         let id = trainer.allocate(vec![spec]).unwrap()[0];
-        assert!(trainer.tensor_mut(id).is_none(), "no host code can follow its address");
+        let is_host = trainer.tensor_mut(id).is_some();
+        assert_eq!(is_host, self.offloaded, "no host code can follow the address of what is on a GPU");
         Pushing { session: trainer.connect().await.unwrap(), id, rank: rank.into() }
     }
 
@@ -141,10 +146,10 @@ impl Serving {
     }
 }
 
-async fn versions_go_from_gpu_to_gpu(fabric: Fabric) {
+async fn versions_go_to_gpus(fabric: Fabric, offloaded: bool) {
     let Some(gpus) = gpus() else { return };
     for (mode, _) in CommitMode::ALL {
-        let job = Job::start(gpus, fabric, OnLoss::Fail).await;
+        let job = Job { offloaded, ..Job::start(gpus, fabric, OnLoss::Fail).await };
         let (mut a, mut b, mut first, mut second) = tokio::join!(
             job.trainer(0),
             job.trainer(1),
@@ -165,7 +170,12 @@ async fn versions_go_from_gpu_to_gpu(fabric: Fabric) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn versions_go_straight() {
-    versions_go_from_gpu_to_gpu(Fabric::Auto).await;
+    versions_go_to_gpus(Fabric::Auto, false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn versions_of_offloaded_weights_go_by_the_gpu() {
+    versions_go_to_gpus(Fabric::Auto, true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -174,14 +184,14 @@ async fn versions_go_through_the_host() {
         assert!(std::env::var_os("LIBFABRIC_SO").is_none(), "{error}");
         return println!("skipped: {error}");
     }
-    versions_go_from_gpu_to_gpu(Fabric::Tcp).await;
+    versions_go_to_gpus(Fabric::Tcp, false).await;
 }
 
 /// An inference rank is lost and comes back; then a trainer is, at any moment of a push. What it may still have under way
 /// is never seen: the memory is another, at the same address.
-async fn ranks_are_lost_and_come_back(fabric: Fabric) {
+async fn ranks_are_lost_and_come_back(fabric: Fabric, offloaded: bool) {
     let Some(gpus) = gpus() else { return };
-    let job = Job::start(gpus, fabric, OnLoss::Continue).await;
+    let job = Job { offloaded, ..Job::start(gpus, fabric, OnLoss::Continue).await };
     let (mut a, mut b, mut first, second) = tokio::join!(
         job.trainer(0),
         job.trainer(1),
@@ -224,13 +234,18 @@ async fn ranks_are_lost_and_come_back(fabric: Fabric) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ranks_come_back_straight() {
-    ranks_are_lost_and_come_back(Fabric::Auto).await;
+    ranks_are_lost_and_come_back(Fabric::Auto, false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ranks_with_offloaded_weights_come_back() {
+    ranks_are_lost_and_come_back(Fabric::Auto, true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ranks_come_back_through_the_host() {
     if efa_core::Library::open().is_ok() {
-        ranks_are_lost_and_come_back(Fabric::Tcp).await;
+        ranks_are_lost_and_come_back(Fabric::Tcp, false).await;
     }
 }
 
@@ -259,4 +274,26 @@ async fn host_memory_and_gpus_have_nothing_in_common() {
     let error = one.err().unwrap().to_string();
     // Its own, or the other trainer's.
     assert!(error.contains("no common fabric") && error.contains("GPU memory"), "{error}");
+}
+
+#[test]
+fn offloaded_weights_are_page_locked_and_have_a_gpu_to_go_by() {
+    let session = |device, fabric| {
+        let mut config = SessionConfig::new("nowhere:1", WORLD, 1);
+        (config.device, config.fabric) = (device, fabric);
+        config
+    };
+    for (device, fabric, reason) in
+        [(Device::Cpu, Fabric::Auto, "the GPU"), (Device::Cuda(0), Fabric::Tcp, "device cpu")]
+    {
+        let refused = Trainer::offloaded(session(device, fabric)).err().unwrap().to_string();
+        assert!(
+            refused.starts_with("trainer 1 with offloaded weights") && refused.contains(reason),
+            "{refused}"
+        );
+    }
+    let Some(_) = gpus() else { return };
+    let mut trainer = Trainer::offloaded(session(Device::Cuda(0), Fabric::Auto)).unwrap();
+    let refused = trainer.add_memory(weightsync::LeaseMut::zeroed(100).unwrap()).unwrap_err().to_string();
+    assert!(refused.contains("not page-locked"), "{refused}");
 }

@@ -32,6 +32,8 @@ struct Job {
     fabric: Fabric,
     /// 0: weights are in host memory.
     gpus: u32,
+    /// The trainers' are there nevertheless, and go by the GPUs.
+    offloaded: bool,
 }
 
 impl Job {
@@ -41,7 +43,12 @@ impl Job {
         (config.controller.verify, config.controller.on_loss) = (verify, on_loss);
         // Rows of blocks are cut between operations too.
         config.controller.options.gather_chunk_bytes_max = 24 << 10;
-        Self { server: Controller::bind(config).await.unwrap().spawn(|_| {}), fabric, gpus: 0 }
+        Self {
+            server: Controller::bind(config).await.unwrap().spawn(|_| {}),
+            fabric,
+            gpus: 0,
+            offloaded: false,
+        }
     }
 
     fn session(&self, rank: u32) -> SessionConfig {
@@ -58,7 +65,7 @@ impl Job {
     fn trainer(&self, rank: u32) -> Trainer {
         let mut config = self.session(rank);
         config.device = self.device(rank);
-        Trainer::new(config)
+        if self.offloaded { Trainer::offloaded(config).unwrap() } else { Trainer::new(config) }
     }
 
     /// Half of `up` by rows and of `down` by columns, where blocks end, and all of `norm` in f32.
@@ -191,7 +198,10 @@ fn expected(tensor: usize, version: u64, bounds: &TensorBox) -> Vec<Vec<u8>> {
 }
 
 async fn versions_arrive_as_the_whole_tensors_are_quantised(fabric: Fabric, gpus: u32) {
-    let job = Job { gpus, ..Job::start(fabric, Verify::Off, OnLoss::Fail).await };
+    as_quantised(Job { gpus, ..Job::start(fabric, Verify::Off, OnLoss::Fail).await }).await;
+}
+
+async fn as_quantised(job: Job) {
     let (mut a, mut b, mut c, mut first, mut second) = tokio::join!(
         Pushing::connect(&job, 0),
         Pushing::connect(&job, 1),
@@ -242,6 +252,13 @@ fn gpus() -> Option<u32> {
 async fn between_gpus() {
     let Some(gpus) = gpus() else { return };
     versions_arrive_as_the_whole_tensors_are_quantised(Fabric::Local, gpus).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn offloaded_by_way_of_gpus() {
+    let Some(gpus) = gpus() else { return };
+    let job = Job::start(Fabric::Local, Verify::Off, OnLoss::Fail).await;
+    as_quantised(Job { gpus, offloaded: true, ..job }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

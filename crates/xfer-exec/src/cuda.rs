@@ -27,19 +27,28 @@
 //! Over `tcp`, or to a NIC without peer access to the GPU, bytes go by page-locked host memory at both ends: [`StagedMemory`] copies
 //! what it sends into slots that such rails read, and a [`Mirror`] takes in what arrives and uploads it.
 //!
+//! # Where weights are offloaded
+//!
+//! What leaves a GPU need not be kept there: [`OffloadedMemory`] brings weights from page-locked host memory to slots on the GPU, for
+//! the same rails.
+//!
 //! This module must never give back a buffer that a stream may still read, and never wait for a GPU except to close a rail.
 
 mod fill;
 mod memory;
 mod mirror;
+mod offloaded;
 mod rail;
 mod region;
 mod scales;
+mod slots;
 mod staged;
 mod tags;
+mod uploads;
 
 pub use memory::{DeviceRail, GpuMemory, GpuMemoryConfig};
 pub use mirror::{Mirror, Upload};
+pub use offloaded::OffloadedMemory;
 pub use rail::{CudaRail, CudaRailConfig};
 pub use region::{CudaPeer, DeviceRegion, expose};
 pub use staged::{StagedMemory, StagedMemoryConfig};
@@ -109,7 +118,7 @@ pub enum CudaError {
     },
     /// A program that writes from where its weights are, on rails that cannot read them there.
     #[error(
-        "rails of host memory cannot read this rank's GPU: bind its plan with Program::staged, which stages everything"
+        "this rank's rails cannot read its weights where they are: bind its plan with Program::staged, which stages everything"
     )]
     NotStaged,
     /// There is no host memory for a mirror.
@@ -143,6 +152,15 @@ pub enum CudaError {
     /// A push without a region that its program reads.
     #[error("the push has no region {region}: give all regions of this rank's manifest")]
     Region {
+        /// The region.
+        region: u32,
+    },
+    /// Weights in host memory that a GPU does not copy beside the CPU.
+    #[error(
+        "region {region} of the weights is not page-locked: allocate it with Device::pinned, or register it with \
+         Device::register_host"
+    )]
+    NotPageLocked {
         /// The region.
         region: u32,
     },

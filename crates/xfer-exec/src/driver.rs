@@ -33,6 +33,8 @@ pub(crate) use sender::pin;
 pub use sender::{Measured, Sender, ThreadConfig};
 #[cfg(feature = "cuda")]
 pub(crate) use slots::HostSlots;
+#[cfg(feature = "cuda")]
+pub(crate) use transform::magnitudes;
 
 /// The longest wait: an abort or a gather that ends meanwhile is seen after it.
 const WAIT_MAX: Duration = Duration::from_millis(1);

@@ -69,6 +69,7 @@ run_tests() {
     done
     # A whole job, in processes; it writes its checkpoint (1.2 GB) on the first run.
     check "demo" "$plain_seconds" "$here/weightsync" demo --device cuda
+    check "demo, offloaded" "$plain_seconds" "$here/weightsync" demo --device cuda --offload --fp8
 }
 
 run_sanitized() {

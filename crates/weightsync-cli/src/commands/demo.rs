@@ -247,15 +247,12 @@ impl Demo {
         };
         line.extend(["--local-rank".into(), format!("{local_rank}/{local_ranks}").into()]);
         match command {
-            "push" => line.extend(
-                [
-                    "--steps".into(),
-                    args.steps.to_string(),
-                    "--watermark".into(),
-                    args.staging.watermark.to_string(),
-                ]
-                .map(OsString::from),
-            ),
+            "push" => {
+                let watermark = args.staging.watermark.to_string();
+                let staging = ["--steps".into(), args.steps.to_string(), "--watermark".into(), watermark];
+                line.extend(staging.map(OsString::from));
+                line.extend(args.staging.offload.then(|| "--offload".into()));
+            }
             _ => {
                 line.extend(["--verify".into(), "--commit".into(), args.commit.to_string().into()]);
                 line.extend(args.fp8.then(|| "--fp8".into()));

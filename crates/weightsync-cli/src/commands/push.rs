@@ -25,7 +25,7 @@ pub(crate) async fn run(args: PushArgs) -> anyhow::Result<()> {
     let mut config = args.rank.config()?;
     config.watermark_bytes = args.staging.watermark << 20;
     let _page = args.rank.metrics.serve(&config.metrics).await?;
-    let mut trainer = Trainer::new(config);
+    let mut trainer = if args.staging.offload { Trainer::offloaded(config)? } else { Trainer::new(config) };
     let ids = trainer.allocate(shards.clone())?;
     let mut offloaded = Vec::new();
     for (shard, id) in shards.iter().zip(&ids) {

@@ -134,9 +134,18 @@ impl TrainerSession {
         let (config, rank) = (self.config.clone(), TrainerRank(self.config.rank));
         let (memories, region_bytes) = (self.memories.clone(), self.region_bytes.clone());
         let (gpu, device_memories) = (self.gpu.clone(), self.device_memories.clone());
-        let progress = self.line.progress();
-        let connecting =
-            Connecting { config, endpoint, opened, memories, gpu, device_memories, region_bytes, progress };
+        let (offloaded, progress) = (self.offloaded, self.line.progress());
+        let connecting = Connecting {
+            config,
+            endpoint,
+            opened,
+            memories,
+            gpu,
+            device_memories,
+            offloaded,
+            region_bytes,
+            progress,
+        };
         self.rails =
             Rails::Connecting(tokio::task::spawn_blocking(move || connecting.connect(rank, planned)));
         Ok(())

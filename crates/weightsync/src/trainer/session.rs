@@ -35,6 +35,7 @@ pub struct TrainerSession {
     pub(super) member: TrainerMember,
     pub(super) rails: Rails,
     weights: Holder,
+    pub(super) offloaded: bool,
     pub(super) gpu: Option<Arc<Gpu>>,
     tensors: Vec<Tensor>,
     pub(super) pieces: Vec<SourcePiece>,
@@ -87,7 +88,7 @@ const LOST: &str = "this rank lost the controller, or was given up by it";
 
 impl TrainerSession {
     pub(super) fn new(trainer: Trainer) -> Result<Self, Error> {
-        let Trainer { config, weights, gpu, tensors, pieces } = trainer;
+        let Trainer { config, weights, offloaded, gpu, tensors, pieces } = trainer;
         Ok(Self {
             line: Line::new(&config)?,
             member: TrainerMember::new(),
@@ -96,6 +97,7 @@ impl TrainerSession {
             device_memories: weights.device_memories(),
             region_bytes: weights.region_bytes(),
             weights: Holder::Here(weights),
+            offloaded,
             gpu,
             tensors,
             pieces,

@@ -7,13 +7,13 @@
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use gpu_mem::{DeviceMemory, Event, Pending, Stream};
+use gpu_mem::{Event, Pending, Stream};
 use weight_ops::Dtype;
 use weight_ops::cuda::{BoxCopy, CopyBatch, DeviceRange, Kernels, Operation, PendingBatch, Place};
 use xfer_plan::{Op, RegionIndex, Transform};
 
 use super::CudaError;
-use super::scales::DeviceScales;
+use super::scales::{DeviceScales, Resident, Sources};
 use crate::program::Program;
 use crate::quant::kernel_dtype;
 
@@ -112,6 +112,11 @@ impl Filler {
         self.regions.get(region.index()).ok_or(CudaError::Region { region: region.0 })
     }
 
+    /// On which all is made.
+    pub(super) fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
     /// Nothing that is asked for from now on begins before this point of another stream.
     pub(super) fn wait_for(&self, event: &Event) -> Result<(), CudaError> {
         Ok(self.stream.wait_for(event)?)
@@ -119,12 +124,28 @@ impl Filler {
 
     /// Puts on the stream what makes the bytes of an operation, one row after another from the start of `into`.
     pub(super) fn fill(&mut self, op: &Op, into: &DeviceRange) -> Result<Fill, CudaError> {
-        let (rows, work) = match op.transform {
-            Transform::Quantize { .. } => (None, self.scales.quantize(op, &self.regions, into)?),
-            Transform::Scales { .. } => self.store(op, into)?,
-            Transform::Copy | Transform::Cast { .. } => self.cast(op, into)?,
+        let regions = std::mem::take(&mut self.regions);
+        let fill = self.fill_from(op, &mut Resident::new(&regions), into);
+        self.regions = regions;
+        fill
+    }
+
+    /// The same of weights that lie elsewhere.
+    pub(super) fn fill_from(
+        &mut self,
+        op: &Op,
+        sources: &mut impl Sources,
+        into: &DeviceRange,
+    ) -> Result<Fill, CudaError> {
+        let rows = match op.transform {
+            Transform::Quantize { .. } => {
+                self.scales.quantize(op, sources, into)?;
+                None
+            }
+            Transform::Scales { .. } => Some(self.store(op, sources, into)?),
+            Transform::Copy | Transform::Cast { .. } => self.cast(op, sources, into)?,
         };
-        let end = Operation::enqueue_all(work, &self.stream).map_err(gpu_mem::Error::from)?;
+        let end = Operation::enqueue_all(sources.rest(), &self.stream).map_err(gpu_mem::Error::from)?;
         Ok(Fill { rows, end })
     }
 
@@ -137,43 +158,43 @@ impl Filler {
         Ok(())
     }
 
-    /// Copies scales, one after another. All is on the stream afterwards.
+    /// Copies scales, one after another.
     fn store(
         &mut self,
         op: &Op,
+        sources: &mut impl Sources,
         into: &DeviceRange,
-    ) -> Result<(Option<PendingBatch>, Vec<Operation>), CudaError> {
-        let (work, table, spans) = self.scales.store(op, &self.regions)?;
+    ) -> Result<PendingBatch, CudaError> {
+        let (table, spans) = self.scales.store(op, sources)?;
         // Dropped, it stays parked at the stream for as long as it is used; what it touches is this memory's own.
-        drop(Operation::enqueue_all(work, &self.stream).map_err(gpu_mem::Error::from)?);
+        drop(Operation::enqueue_all(sources.rest(), &self.stream).map_err(gpu_mem::Error::from)?);
         let mut batch = self.idle.pop().unwrap_or_else(|| self.kernels.batch());
         let regions = [table, into.clone()];
         spans.iter().try_for_each(|span| batch.span(&regions, span))?;
-        let rows = batch.enqueue(&self.uploads, &self.stream, self.multiprocessors.get())?;
-        Ok((Some(rows), Vec::new()))
+        Ok(batch.enqueue(&self.uploads, &self.stream, self.multiprocessors.get())?)
     }
 
-    /// Copies rows, and casts them where that is wanted: gives what is on the stream, and what is to be put there.
+    /// Copies rows, and casts them where that is wanted: gives what copies.
     fn cast(
         &mut self,
         op: &Op,
+        sources: &mut impl Sources,
         into: &DeviceRange,
-    ) -> Result<(Option<PendingBatch>, Vec<Operation>), CudaError> {
-        let source = self.region(op.source.region)?;
-        let source = source.part(op.source.offset..source.len())?;
-        let Some(cast) = Cast::of(op)? else {
-            return Ok((Some(self.gather(op, &source, into)?), Vec::new()));
+    ) -> Result<Option<PendingBatch>, CudaError> {
+        let (op, source) = sources.rows(op)?;
+        let Some(cast) = Cast::of(&op)? else {
+            return Ok(Some(self.gather(&op, &source, into)?));
         };
         // Rows without gaps are cast from where they are.
-        let (rows, gathered) = match is_contiguous(op) {
-            true => (None, source.part(0..cast.source_bytes(op))?),
+        let (rows, gathered) = match is_contiguous(&op) {
+            true => (None, source.part(0..cast.source_bytes(&op))?),
             false => {
-                let between = self.between.part(0..cast.source_bytes(op))?;
-                (Some(self.gather(op, &source, &between)?), between)
+                let between = self.between.part(0..cast.source_bytes(&op))?;
+                (Some(self.gather(&op, &source, &between)?), between)
             }
         };
-        let operation = self.kernels.cast(cast.from, &gathered, cast.to, into)?;
-        Ok((rows, vec![operation]))
+        sources.work(self.kernels.cast(cast.from, &gathered, cast.to, into)?);
+        Ok(rows)
     }
 
     /// Copies the rows of an operation from the start of `source` on, one after another.

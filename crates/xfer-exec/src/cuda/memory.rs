@@ -4,25 +4,19 @@
 
 use std::collections::VecDeque;
 use std::num::NonZeroU32;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use weight_ops::cuda::{DeviceRange, Kernels};
 use xfer_plan::Op;
 
 use super::fill::{Fill, Filler};
+use super::slots::DeviceSlots;
 use super::{Arrivals, CudaError};
 use crate::driver::{Closed, Closings, Staged, Store};
 use crate::engine::{Post, Slot, Source};
 use crate::program::Program;
 use crate::rail::{Rail, RailIndex};
 use crate::runner::Memory;
-
-/// Staging slots at most, as of host memory.
-const SLOTS_MAX: u64 = 1024;
-
-/// Where allocations of CUDA begin, too.
-const SLOT_ALIGN_BYTES: u64 = 256;
 
 /// A rail from device memory.
 pub type DeviceRail = dyn Rail<Buffer = DeviceRange> + Send;
@@ -32,7 +26,8 @@ pub type DeviceRail = dyn Rail<Buffer = DeviceRange> + Send;
 pub struct GpuMemoryConfig {
     /// Bytes of all staging slots together.
     pub staging_bytes: u64,
-    /// Bytes of a staging slot: the plan's longest gather or transform; 0 where it has none.
+    /// Bytes of a staging slot: the plan's longest gather or transform; 0 where it has none. Where everything is staged, what the
+    /// program was bound with.
     pub slot_bytes: u64,
     /// How many of the GPU's multiprocessors may be kept busy by gathers. Casts take as many as there are for a moment.
     pub multiprocessors: NonZeroU32,
@@ -43,9 +38,7 @@ pub struct GpuMemoryConfig {
 /// See the module.
 pub struct GpuMemory {
     filler: Filler,
-    /// All slots, one behind the other: one memory to register with a NIC.
-    staging: DeviceRange,
-    slots: Vec<Arc<DeviceRange>>,
+    slots: DeviceSlots,
     /// In the order in which they were begun.
     filling: VecDeque<Filling>,
     arrivals: Option<Arrivals>,
@@ -73,16 +66,9 @@ impl GpuMemory {
         arrivals: Option<Arrivals>,
     ) -> Result<Self, CudaError> {
         let filler = Filler::new(kernels, program, config.multiprocessors)?;
-        // Slots begin where kernels read and write fastest.
-        let apart = config.slot_bytes.next_multiple_of(SLOT_ALIGN_BYTES);
-        let slots = config.staging_bytes.checked_div(apart).unwrap_or(0).min(SLOTS_MAX);
-        let slots = slots.max(u64::from(config.slot_bytes > 0 && config.staging_bytes >= config.slot_bytes));
-        let staging = DeviceRange::whole(&Arc::new(kernels.device().alloc(slots * apart)?));
-        let slot = |slot| Ok(Arc::new(staging.part(slot * apart..slot * apart + config.slot_bytes)?));
         Ok(Self {
             filler,
-            slots: (0..slots).map(slot).collect::<Result<_, CudaError>>()?,
-            staging,
+            slots: DeviceSlots::new(kernels.device(), config.staging_bytes, config.slot_bytes)?,
             filling: VecDeque::new(),
             arrivals,
             closing: Closings::new(config.close_max),
@@ -91,15 +77,13 @@ impl GpuMemory {
 
     /// What rails read beside the regions, to be registered with NICs; empty where nothing is staged.
     pub fn staging(&self) -> &DeviceRange {
-        &self.staging
+        self.slots.memory()
     }
 
     /// Puts on the stream what fills a slot.
     fn fill(&mut self, slot: Slot, op: &Op) -> Result<Filling, CudaError> {
         let began = Instant::now();
-        let into = self.slots.get(slot.0 as usize).filter(|slot| Arc::strong_count(slot) == 1);
-        let into = into.ok_or(CudaError::Slot { slot: slot.0 })?;
-        let into = DeviceRange::new(into, 0..op.bytes())?;
+        let into = self.slots.take(slot, op.bytes())?;
         Ok(Filling { slot, began, fill: self.filler.fill(op, &into)? })
     }
 }
@@ -113,9 +97,7 @@ impl Memory for GpuMemory {
             Source::Region(region, offset) => {
                 self.filler.region(region).ok()?.part(offset..offset.checked_add(bytes)?).ok()
             }
-            Source::Slot(slot, offset) => {
-                DeviceRange::new(self.slots.get(slot.0 as usize)?, offset..offset.checked_add(bytes)?).ok()
-            }
+            Source::Slot(slot, offset) => self.slots.slice(slot, offset, bytes),
         }
     }
 
@@ -134,7 +116,7 @@ impl Store for GpuMemory {
     type Region = DeviceRange;
 
     fn slots(&self) -> u32 {
-        self.slots.len() as u32
+        self.slots.len()
     }
 
     fn magnitudes(&mut self, regions: &[DeviceRange]) -> Result<Vec<f32>, String> {

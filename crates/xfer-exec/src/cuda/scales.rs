@@ -2,11 +2,13 @@
 //!
 //! The scales of a matrix are found when the first operation needs one of them: by a kernel or two in front of those that
 //! quantise, so that no WRITE waits for the magnitudes of all weights. A rank's own elements raise what it was told.
+//!
+//! Where the elements are is the matter of [`Sources`]: on the GPU, or in host memory, from where they come in parts.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gpu_mem::{Pending, PinnedBuffer, Stream};
+use gpu_mem::{DeviceMemory, Pending, PinnedBuffer, Stream};
 use weight_ops::cuda::{DeviceMatrix, DeviceRange, Kernels, Operation, Place, Span};
 use weight_ops::{Dtype, ScaleFormat};
 use xfer_plan::{Op, Transform};
@@ -19,6 +21,66 @@ const ENTRY: u64 = size_of::<f32>() as u64;
 
 /// How long finding magnitudes may take: a GPU reads all of its memory in a tenth of a second.
 const MEASURE_MAX: Duration = Duration::from_secs(10);
+
+/// Where the weights are that operations are made of, and the work on them, which goes on one stream in the order in which it is
+/// asked for.
+pub(super) trait Sources {
+    /// Where the rows of an operation that copies or casts can be read from now on: the operation as it is there, and memory from its
+    /// first byte on.
+    fn rows(&mut self, op: &Op) -> Result<(Op, DeviceRange), CudaError>;
+
+    /// Work on elements, all at once or one part after another: `make` is told which, and where they are.
+    fn work_on(
+        &mut self,
+        elements: &Elements,
+        dtype: Dtype,
+        make: &mut dyn FnMut(&Elements, &DeviceMatrix) -> Result<Operation, CudaError>,
+    ) -> Result<(), CudaError>;
+
+    /// Work on tables.
+    fn work(&mut self, operation: Operation);
+
+    /// What of the work is still to be put on the stream, behind what is there.
+    fn rest(&mut self) -> Vec<Operation>;
+}
+
+/// Weights on the GPU.
+pub(super) struct Resident<'a> {
+    regions: &'a [DeviceRange],
+    work: Vec<Operation>,
+}
+
+impl<'a> Resident<'a> {
+    pub(super) fn new(regions: &'a [DeviceRange]) -> Self {
+        Self { regions, work: Vec::new() }
+    }
+}
+
+impl Sources for Resident<'_> {
+    fn rows(&mut self, op: &Op) -> Result<(Op, DeviceRange), CudaError> {
+        let region = op.source.region;
+        let memory = self.regions.get(region.index()).ok_or(CudaError::Region { region: region.0 })?;
+        Ok((*op, memory.part(op.source.offset..memory.len())?))
+    }
+
+    fn work_on(
+        &mut self,
+        elements: &Elements,
+        dtype: Dtype,
+        make: &mut dyn FnMut(&Elements, &DeviceMatrix) -> Result<Operation, CudaError>,
+    ) -> Result<(), CudaError> {
+        self.work.push(make(elements, &source_of(self.regions, elements, dtype)?)?);
+        Ok(())
+    }
+
+    fn work(&mut self, operation: Operation) {
+        self.work.push(operation);
+    }
+
+    fn rest(&mut self) -> Vec<Operation> {
+        std::mem::take(&mut self.work)
+    }
+}
 
 /// See the module.
 pub(super) struct DeviceScales {
@@ -70,12 +132,12 @@ impl DeviceScales {
         }
         let mut table = vec![0.0; quantization.blocks()];
         self.set(&table, stream)?;
-        let mut work = Vec::new();
+        let mut sources = Resident::new(regions);
         for blocks in quantization.reports() {
             let matrix = matrix_of(&quantization, blocks.matrix)?;
-            self.fold(matrix, blocks, regions, &mut work)?;
+            self.fold(matrix, blocks, &mut sources)?;
         }
-        let work = Operation::enqueue_all(work, stream).map_err(gpu_mem::Error::from)?;
+        let work = Operation::enqueue_all(sources.rest(), stream).map_err(gpu_mem::Error::from)?;
         let host = self.kernels.device().pinned(table.len() * ENTRY as usize)?;
         let all = [gpu_mem::Span::first(table.len() as u64 * ENTRY)];
         let read = stream.copy_to_host(self.magnitudes.clone(), host, &all).map_err(gpu_mem::Error::from)?;
@@ -108,29 +170,19 @@ impl DeviceScales {
         Ok(())
     }
 
-    /// Appends what raises the magnitudes of blocks of a matrix to those of what this rank has of them.
-    fn fold(
-        &self,
-        matrix: &Matrix,
-        blocks: &BlockRect,
-        regions: &[DeviceRange],
-        work: &mut Vec<Operation>,
-    ) -> Result<(), CudaError> {
+    /// Raises the magnitudes of blocks of a matrix to those of what this rank has of them.
+    fn fold(&self, matrix: &Matrix, blocks: &BlockRect, sources: &mut impl Sources) -> Result<(), CudaError> {
         let table = self.table(&self.magnitudes, matrix)?;
         for elements in matrix.held(blocks) {
-            let source = source_of(regions, &elements, matrix.dtype)?;
-            work.push(self.kernels.block_amax(&matrix.grid, &source, elements.origin, &table)?);
+            sources.work_on(&elements, matrix.dtype, &mut |part, source| {
+                Ok(self.kernels.block_amax(&matrix.grid, source, part.origin, &table)?)
+            })?;
         }
         Ok(())
     }
 
-    /// Appends what finds the scales of a matrix, unless that is on the stream already.
-    fn find(
-        &mut self,
-        number: usize,
-        regions: &[DeviceRange],
-        work: &mut Vec<Operation>,
-    ) -> Result<(), CudaError> {
+    /// Finds the scales of a matrix, unless that is on the stream already.
+    fn find(&mut self, number: usize, sources: &mut impl Sources) -> Result<(), CudaError> {
         let quantization = Arc::clone(&self.quantization);
         let matrix = matrix_of(&quantization, number)?;
         match self.is_found.get_mut(number) {
@@ -140,50 +192,51 @@ impl DeviceScales {
         let bands = 0..matrix.grid.blocks()[0];
         let told = quantization.bands_told().get(matrix.bands(bands.clone())).unwrap_or_default();
         if !told.iter().all(|is_told| *is_told) {
-            self.fold(matrix, &matrix.across(number, bands), regions, work)?;
+            self.fold(matrix, &matrix.across(number, bands), sources)?;
         }
         let scales = self.table(&self.scales, matrix)?;
-        work.push(self.kernels.scales(&self.table(&self.magnitudes, matrix)?, matrix.format, &scales)?);
+        let magnitudes = self.table(&self.magnitudes, matrix)?;
+        sources.work(self.kernels.scales(&magnitudes, matrix.format, &scales)?);
         if matrix.format == ScaleFormat::Ue8m0 {
             let entries = matrix.entries();
             let bytes = self.bytes.part(entries.start as u64..entries.end as u64)?;
-            work.push(self.kernels.scale_bytes(&scales, &bytes)?);
+            sources.work(self.kernels.scale_bytes(&scales, &bytes)?);
         }
         Ok(())
     }
 
-    /// What quantises the elements that `op` wants, one row after another.
+    /// Quantises the elements that `op` wants, one row after another.
     pub(super) fn quantize(
         &mut self,
         op: &Op,
-        regions: &[DeviceRange],
+        sources: &mut impl Sources,
         into: &DeviceRange,
-    ) -> Result<Vec<Operation>, CudaError> {
+    ) -> Result<(), CudaError> {
         let quantization = Arc::clone(&self.quantization);
-        let mut work = Vec::new();
         for rect in quantization.rects(op).ok_or(CudaError::Transform { transform: op.transform })? {
-            self.find(rect.matrix, regions, &mut work)?;
+            self.find(rect.matrix, sources)?;
             let matrix = matrix_of(&quantization, rect.matrix)?;
-            let source = source_of(regions, &rect.elements, matrix.dtype)?;
-            let [rows, columns] = rect.elements.shape;
-            let len = ((rows - 1) * rect.into_stride + columns) as u64;
-            let codes = into.part(rect.into as u64..rect.into as u64 + len)?;
-            let codes = DeviceMatrix::new(&codes, Dtype::F8E4M3, rect.elements.shape, rect.into_stride)?;
             let scales = self.table(&self.scales, matrix)?;
-            let origin = rect.elements.origin;
-            work.push(self.kernels.quantize_rect(&matrix.grid, &source, origin, &scales, &codes)?);
+            let first = rect.elements.origin;
+            sources.work_on(&rect.elements, matrix.dtype, &mut |part, source| {
+                let [down, along] = [0, 1].map(|dim| part.origin[dim] - first[dim]);
+                let start = (rect.into + down * rect.into_stride + along) as u64;
+                let [rows, columns] = part.shape;
+                let len = ((rows - 1) * rect.into_stride + columns) as u64;
+                let codes = into.part(start..start + len)?;
+                let codes = DeviceMatrix::new(&codes, Dtype::F8E4M3, part.shape, rect.into_stride)?;
+                Ok(self.kernels.quantize_rect(&matrix.grid, source, part.origin, &scales, &codes)?)
+            })?;
         }
-        Ok(work)
+        Ok(())
     }
 
-    /// What has to be on the stream before the scales that `op` sends can be copied, the table that has them, and from where
-    /// to where.
-    #[allow(clippy::type_complexity)] // told once
+    /// Finds the scales that `op` sends: the table that will have them, and from where to where they are to be copied.
     pub(super) fn store(
         &mut self,
         op: &Op,
-        regions: &[DeviceRange],
-    ) -> Result<(Vec<Operation>, DeviceRange, Vec<Span>), CudaError> {
+        sources: &mut impl Sources,
+    ) -> Result<(DeviceRange, Vec<Span>), CudaError> {
         let quantization = Arc::clone(&self.quantization);
         let (table, width) = match op.transform {
             Transform::Scales { quant, .. } if quant.scales == xfer_plan::ScaleFormat::Ue8m0 => {
@@ -192,16 +245,16 @@ impl DeviceScales {
             _ => (&self.scales, ENTRY),
         };
         let table = table.clone();
-        let (mut work, mut spans, mut end) = (Vec::new(), Vec::new(), 0);
+        let (mut spans, mut end) = (Vec::new(), 0);
         for run in quantization.runs(op).ok_or(CudaError::Transform { transform: op.transform })? {
-            self.find(run.matrix, regions, &mut work)?;
+            self.find(run.matrix, sources)?;
             let bytes = run.count as u64 * width;
             let [source, destination] =
                 [(0, run.entry as u64 * width), (1, end)].map(|(region, offset)| Place { region, offset });
             spans.push(Span { source, destination, bytes });
             end += bytes;
         }
-        Ok((work, table, spans))
+        Ok((table, spans))
     }
 
     /// A matrix's share of a flat table.

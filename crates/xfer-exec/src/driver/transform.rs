@@ -124,7 +124,7 @@ fn put<'a>(into: &'a mut [u8], bytes: &[u8]) -> Option<&'a mut [u8]> {
 }
 
 /// The magnitudes that a rank reports.
-pub(super) fn magnitudes(quantization: &Quantization, regions: &[Lease]) -> Option<Vec<f32>> {
+pub(crate) fn magnitudes(quantization: &Quantization, regions: &[Lease]) -> Option<Vec<f32>> {
     let mut table = vec![0.0; quantization.blocks()];
     for blocks in quantization.reports() {
         let matrix = quantization.matrix(blocks.matrix)?;

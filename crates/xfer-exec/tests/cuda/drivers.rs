@@ -25,13 +25,13 @@ pub(crate) const BYTES: u64 = 4 << 20;
 const SLOT_BYTES: u64 = 256 << 10;
 
 /// A receiver of this process, with one region.
-struct Receiver {
-    memory: DeviceRange,
+pub(crate) struct Receiver {
+    pub(crate) memory: DeviceRange,
     doorman: Doorman,
     arrivals: Arrivals,
 }
 
-fn receiver(gpu: &Gpu) -> Receiver {
+pub(crate) fn receiver(gpu: &Gpu) -> Receiver {
     let buffer = Arc::new(gpu.device.alloc_vmm(BYTES, BYTES).unwrap());
     let memory = DeviceRange::whole(&buffer).part(0..BYTES).unwrap();
     gpu.write(&memory, &vec![0; BYTES as usize]);
@@ -66,7 +66,7 @@ impl Rail for Contiguous {
     }
 }
 
-fn rail_to(gpu: &Gpu, to: &Receiver) -> CudaRail {
+pub(crate) fn rail_to(gpu: &Gpu, to: &Receiver) -> CudaRail {
     let peer = CudaPeer::open(&gpu.device, to.doorman.address(), &[BYTES], SOON).unwrap();
     CudaRail::new(&gpu.kernels, BTreeMap::from([(TO, peer)]), CudaRailConfig::default()).unwrap()
 }

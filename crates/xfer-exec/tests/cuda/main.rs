@@ -6,6 +6,7 @@ mod drivers;
 mod faults;
 mod gpu;
 mod mirror;
+mod offloaded;
 mod peer;
 mod staged;
 mod transforms;

@@ -11,13 +11,14 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
+use efa_core::Lease;
 use proptest::strategy::{Strategy as _, ValueTree as _};
 use proptest::test_runner::TestRunner;
 use scenario::Choices;
 use weight_ops::cuda::DeviceRange;
 use xfer_exec::cuda::{
     Arrivals, CudaPeer, CudaRail, CudaRailConfig, DeviceRail, DeviceRegion, GpuMemory, GpuMemoryConfig,
-    Mirror, StagedMemory, expose,
+    Mirror, OffloadedMemory, StagedMemory, expose,
 };
 use xfer_exec::driver::{Driver, Outcome, Step, Store};
 use xfer_exec::local::{Attached, Doorman, LocalRail, fetch};
@@ -27,7 +28,7 @@ use xfer_plan::{Manifest, Op, Plan, ReceiverManifest, ReceiverRank, Relay, Train
 
 use crate::drivers::Contiguous;
 use crate::gpu::{Gpu, gpus};
-use crate::{SOON, staged};
+use crate::{SOON, offloaded, staged};
 
 const UNTOUCHED: u8 = 0xee;
 
@@ -106,16 +107,21 @@ fn bound((plan, manifest, rank): Part<'_>, stages_all: bool) -> (Program, u64) {
     (program.with_quantization(&quantised, &limits).unwrap(), slot_bytes)
 }
 
-/// A driver that writes to GPUs.
-fn direct(gpu: &Gpu, part: Part<'_>, receivers: &[Receiver], takes_rows: bool) -> Driver<GpuMemory> {
-    let (program, slot_bytes) = bound(part, false);
+/// To these receivers' GPUs.
+fn rail(gpu: &Gpu, receivers: &[Receiver]) -> Box<CudaRail> {
     let opened = |receiver: &Receiver| {
         let region_bytes = vec![REGION_BYTES; receiver.regions.len()];
         CudaPeer::open(&gpu.device, receiver.doorman.address(), &region_bytes, SOON).unwrap()
     };
     let peers = (0..).map(ReceiverRank).zip(receivers.iter().map(opened)).collect();
-    let rail = CudaRail::new(&gpu.kernels, peers, CudaRailConfig::default()).unwrap();
-    let rail: Box<DeviceRail> = if takes_rows { Box::new(rail) } else { Box::new(Contiguous(rail)) };
+    Box::new(CudaRail::new(&gpu.kernels, peers, CudaRailConfig::default()).unwrap())
+}
+
+/// A driver that writes to GPUs.
+fn direct(gpu: &Gpu, part: Part<'_>, receivers: &[Receiver], takes_rows: bool) -> Driver<GpuMemory> {
+    let (program, slot_bytes) = bound(part, false);
+    let rail = rail(gpu, receivers);
+    let rail: Box<DeviceRail> = if takes_rows { rail } else { Box::new(Contiguous(*rail)) };
     let config = GpuMemoryConfig {
         staging_bytes: 2 * slot_bytes,
         slot_bytes,
@@ -134,11 +140,22 @@ fn by_host(gpu: &Gpu, part: Part<'_>, receivers: &[Receiver]) -> Driver<StagedMe
     staged::driver(gpu, program, vec![Box::new(rail)], staged::staging(gpu, 3 * slot_bytes), slot_bytes)
 }
 
-/// Pushes what the trainers have, twice with the same drivers, from the first GPU to the last; gives what has arrived.
-fn push<M: Store<Region = DeviceRange>>(
+/// A driver of weights in page-locked memory that writes to GPUs.
+fn offloaded(gpu: &Gpu, part: Part<'_>, receivers: &[Receiver]) -> Driver<OffloadedMemory> {
+    let (program, slot_bytes) = bound(part, true);
+    offloaded::driver(gpu, program, rail(gpu, receivers), slot_bytes)
+}
+
+fn lent(gpu: &Gpu, bytes: &[u8]) -> Lease {
+    offloaded::pinned(gpu, bytes).freeze()
+}
+
+/// Pushes other weights and then, with the same drivers, what the trainers have, from the first GPU to the last; gives what has arrived.
+fn push<M: Store<Region: Clone>>(
     gpus: &[Gpu],
     manifest: &Manifest,
     sources: &[Vec<Vec<u8>>],
+    weights: fn(&Gpu, &[u8]) -> M::Region,
     receiver: fn(&Gpu, &[u64]) -> Receiver,
     driver: impl Fn(&Gpu, Part<'_>, &[Receiver]) -> Driver<M>,
 ) -> Vec<Vec<Vec<u8>>> {
@@ -150,10 +167,13 @@ fn push<M: Store<Region = DeviceRange>>(
     let ranks: Vec<TrainerRank> = (0..sources.len() as u32).map(TrainerRank).collect();
     let mut drivers: Vec<_> =
         ranks.iter().map(|rank| driver(from, (&plan, manifest, *rank), &receivers)).collect();
-    let weights: Vec<Vec<DeviceRange>> =
-        sources.iter().map(|regions| regions.iter().map(|bytes| from.upload(bytes)).collect()).collect();
+    let lend = |lend: &dyn Fn(&Vec<u8>) -> M::Region| -> Vec<Vec<M::Region>> {
+        sources.iter().map(|regions| regions.iter().map(lend).collect()).collect()
+    };
+    let others = lend(&|bytes| weights(from, &vec![0; bytes.len()]));
+    let weights = lend(&|bytes| weights(from, bytes));
     let mut magnitudes = plan.magnitudes();
-    for _ in 0..2 {
+    for weights in [others, weights] {
         receivers.iter().for_each(|receiver| receiver.clear(to));
         magnitudes.clear();
         for ((rank, driver), weights) in ranks.iter().zip(&mut drivers).zip(&weights) {
@@ -209,10 +229,12 @@ fn what_a_gpu_sends_is_what_the_whole_tensors_give() {
         let (sources, takes_rows) = (scenario::sources(&manifest), case % 2 == 0);
         let direct = |gpu: &Gpu, part: Part<'_>, to: &[Receiver]| direct(gpu, part, to, takes_rows);
         let expected = scenario::expected(&aligned(&manifest), UNTOUCHED);
-        let found = push(&gpus, &manifest, &sources, receiver, direct);
+        let found = push(&gpus, &manifest, &sources, Gpu::upload, receiver, direct);
         assert!(found == expected, "{case}: {manifest:#?}");
-        let found = push(&gpus, &manifest, &sources, mirrored, by_host);
+        let found = push(&gpus, &manifest, &sources, Gpu::upload, mirrored, by_host);
         assert!(found == expected, "{case}, by host memory: {manifest:#?}");
+        let found = push(&gpus, &manifest, &sources, lent, receiver, offloaded);
+        assert!(found == expected, "{case}, offloaded: {manifest:#?}");
     }
 }
 
@@ -220,6 +242,7 @@ fn what_a_gpu_sends_is_what_the_whole_tensors_give() {
 fn blocks_that_four_trainers_cut_arrive_from_a_gpu_as_the_cpu_quantises_the_whole() {
     let Some(gpus) = gpus() else { return };
     let direct = |gpu: &Gpu, part: Part<'_>, to: &[Receiver]| direct(gpu, part, to, true);
-    whole::check(&|manifest, sources| push(&gpus, manifest, sources, receiver, direct));
-    whole::check(&|manifest, sources| push(&gpus, manifest, sources, mirrored, by_host));
+    whole::check(&|manifest, sources| push(&gpus, manifest, sources, Gpu::upload, receiver, direct));
+    whole::check(&|manifest, sources| push(&gpus, manifest, sources, Gpu::upload, mirrored, by_host));
+    whole::check(&|manifest, sources| push(&gpus, manifest, sources, lent, receiver, offloaded));
 }

@@ -6,7 +6,9 @@ cd "$(dirname "$0")"
 target=${1:?"which target? one of: $(cd fuzz_targets && echo *.rs | sed 's/\.rs//g')"}
 shift
 host=$(rustc +nightly -vV | sed -n 's/^host: //p')
-# The seeds are small, valid inputs: without them a fuzzer would have to guess the encoding.
+# What earlier runs have found, and small valid inputs: without them a fuzzer would have to guess the encoding.
+mkdir -p corpus
+tar -xJf corpus.tar.xz -C corpus --skip-old-files
 cargo +nightly run --quiet --release --bin seeds -- corpus
 RUSTFLAGS="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \

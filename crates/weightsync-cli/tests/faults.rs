@@ -237,7 +237,13 @@ struct RailEndpoint {
 struct LocalEndpoint {
     name: String,
     key: [u8; KEY_BYTES],
+    memory: LocalMemory,
     region_bytes: Vec<u64>,
+}
+
+#[derive(Serialize)]
+enum LocalMemory {
+    Host,
 }
 
 /// What an inference rank's manifest says that it has: one parameter that fills its one region.
@@ -261,7 +267,7 @@ fn short_endpoint(fabric: &str, region_bytes: u64) -> (Endpoint, Box<dyn Any + S
         let doorman = Doorman::open(vec![file]).unwrap();
         let address = doorman.address();
         let (name, key, region_bytes) = (address.name.clone(), address.key, vec![region_bytes]);
-        endpoint.local = Some(LocalEndpoint { name, key, region_bytes });
+        endpoint.local = Some(LocalEndpoint { name, key, memory: LocalMemory::Host, region_bytes });
         return (endpoint, Box::new((memory, doorman)));
     }
     let library = Library::open().unwrap();

@@ -12,8 +12,9 @@ use gpu_mem::{PinnedBuffer, Span, Stream};
 use rayon::prelude::*;
 use weight_ops::cuda::DeviceRange;
 use weight_ops::{BlockGrid, Dtype, F8E4M3, MatrixMut, MatrixRef, ScaleFormat};
+use xfer_exec::arrivals::Arrivals;
 use xfer_exec::cuda::{
-    Arrivals, CudaPeer, CudaRail, CudaRailConfig, DeviceRegion, GpuMemory, GpuMemoryConfig, OffloadedMemory,
+    CudaPeer, CudaRail, CudaRailConfig, DeviceRegion, GpuMemory, GpuMemoryConfig, OffloadedMemory,
     expose,
 };
 use xfer_exec::driver::{Driver, Step, Store};

@@ -5,7 +5,7 @@ use std::fmt;
 use crate::device::DeviceSlice;
 use crate::error::{Errno, OpError};
 use crate::in_flight::OpId;
-use crate::memory::{Lease, LeaseMut};
+use crate::memory::{Lease, LeaseMut, Target};
 use crate::peer::PeerId;
 
 /// What kind of operation was posted.
@@ -41,6 +41,8 @@ pub enum Held {
     Unique(LeaseMut),
     /// The source of a write, in device memory.
     Device(DeviceSlice),
+    /// The source of a write, in memory that others write to.
+    Target(Target),
 }
 
 impl Held {
@@ -48,23 +50,31 @@ impl Held {
     pub fn shared(self) -> Option<Lease> {
         match self {
             Self::Shared(lease) => Some(lease),
-            Self::Unique(_) | Self::Device(_) => None,
+            _ => None,
         }
     }
 
     /// The buffer of a write from device memory.
     pub fn device(self) -> Option<DeviceSlice> {
         match self {
-            Self::Shared(_) | Self::Unique(_) => None,
             Self::Device(slice) => Some(slice),
+            _ => None,
+        }
+    }
+
+    /// The buffer of a write from memory that others write to.
+    pub fn target(self) -> Option<Target> {
+        match self {
+            Self::Target(slice) => Some(slice),
+            _ => None,
         }
     }
 
     /// The buffer of a read or a receive.
     pub fn unique(self) -> Option<LeaseMut> {
         match self {
-            Self::Shared(_) | Self::Device(_) => None,
             Self::Unique(lease) => Some(lease),
+            _ => None,
         }
     }
 }
@@ -78,6 +88,12 @@ impl From<Lease> for Held {
 impl From<DeviceSlice> for Held {
     fn from(slice: DeviceSlice) -> Self {
         Self::Device(slice)
+    }
+}
+
+impl From<Target> for Held {
+    fn from(slice: Target) -> Self {
+        Self::Target(slice)
     }
 }
 

@@ -6,7 +6,7 @@
 //! |---|---|---|---|
 //! | [`LeaseMut`] | one | read and write | read and write, while it is in flight (it is then owned by the rail) |
 //! | [`Lease`] | many | read | read |
-//! | [`Target`] | many | copy bytes out, no references | write at any time, once it is exposed |
+//! | [`Target`] | many | copy bytes out and send them, no references | write at any time, once it is exposed |
 //!
 //! Changing from one way to another costs no allocation. This module must never form a reference to bytes that the
 //! network may be writing, and never lets go of memory that any handle still names.
@@ -187,7 +187,7 @@ impl LeaseMut {
 
     /// Gives up references in exchange for a range that the network may write at any time.
     pub fn expose(self) -> Target {
-        Target { piece: self.piece }
+        Target { base: self.piece.base, len: self.piece.len, piece: self.piece }
     }
 
     pub(crate) fn base(&self) -> NonNull<u8> {
@@ -271,10 +271,11 @@ impl fmt::Debug for Lease {
     }
 }
 
-/// One of many handles on a piece that the network may write at any time.
+/// One of many handles on a piece that the network may write at any time, or on a slice of it.
 ///
 /// No reference to its bytes is ever formed: [`Target::read`] copies, and a copy taken while the network writes may
-/// hold a mix of old and new bytes. Whether a range is complete is told by the protocol, never by its bytes.
+/// hold a mix of old and new bytes. So does what a rail sends from it. Whether a range is complete is told by the protocol, never
+/// by its bytes.
 ///
 /// ```compile_fail,E0599
 /// let target = efa_core::LeaseMut::zeroed(8).unwrap().expose();
@@ -283,12 +284,20 @@ impl fmt::Debug for Lease {
 #[derive(Clone)]
 pub struct Target {
     piece: Arc<Piece>,
+    base: NonNull<u8>,
+    len: usize,
 }
+
+// SAFETY: an address, a length and a `Send + Sync` owner. The bytes are reached through the address alone, by a NIC or by a
+// copy that forms no references.
+unsafe impl Send for Target {}
+// SAFETY: as above; `&Target` reaches nothing but the address and the length.
+unsafe impl Sync for Target {}
 
 impl Target {
     /// The number of bytes.
     pub fn len(&self) -> usize {
-        self.piece.len
+        self.len
     }
 
     /// Whether there is no byte.
@@ -304,7 +313,18 @@ impl Target {
     /// The address of the first byte. It stays valid while any handle lives; who reads or writes through it must
     /// reckon with the network doing so at the same time.
     pub fn as_ptr(&self) -> *mut u8 {
-        self.piece.base.as_ptr()
+        self.base.as_ptr()
+    }
+
+    /// A handle on a part; `None` when the range does not lie inside.
+    pub fn slice(&self, range: Range<usize>) -> Option<Self> {
+        let len = range.end.checked_sub(range.start)?;
+        if range.end > self.len {
+            return None;
+        }
+        // SAFETY: the range lies inside this handle's, which lies inside one mapping.
+        let base = unsafe { self.base.add(range.start) };
+        Some(Self { piece: Arc::clone(&self.piece), base, len })
     }
 
     /// Copies bytes from `offset` on out into `into`.
@@ -319,7 +339,7 @@ impl Target {
             return Err(outside);
         }
         // SAFETY: the offset lies inside the piece, which lies inside one mapping.
-        let from = unsafe { self.piece.base.add(offset) };
+        let from = unsafe { self.base.add(offset) };
         // SAFETY: the piece keeps the source mapped and the range was checked; `into` is borrowed uniquely and, being
         // a reference, cannot overlap a target. The network may write the source meanwhile: nothing is concluded from
         // the values, so a torn copy is the worst outcome, as documented.
@@ -339,11 +359,12 @@ impl Target {
         }
         // SAFETY: each piece keeps its mapping, and both have `len` bytes. No reference to the bytes of a target exists, and
         // `copy` allows both to be the same. The network may write meanwhile: as for `read`, nothing is concluded from values.
-        unsafe { std::ptr::copy(self.piece.base.as_ptr(), other.piece.base.as_ptr(), len) };
+        unsafe { std::ptr::copy(self.base.as_ptr(), other.base.as_ptr(), len) };
         Ok(())
     }
 
-    /// Gives the lease back when this is the last handle: no region exposes it any more and no clone is left.
+    /// Gives back the lease that was exposed, whole, when this is the last handle on any part of it: no region exposes it any
+    /// more, and no clone is left.
     ///
     /// # Errors
     ///
@@ -356,13 +377,13 @@ impl Target {
     }
 
     pub(crate) fn base(&self) -> NonNull<u8> {
-        self.piece.base
+        self.base
     }
 }
 
 impl fmt::Debug for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Target({:p}, {} bytes)", self.piece.base, self.piece.len)
+        write!(f, "Target({:p}, {} bytes)", self.base, self.len)
     }
 }
 

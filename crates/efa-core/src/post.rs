@@ -14,7 +14,7 @@ use crate::completion::{Held, OpKind};
 use crate::device::DeviceSlice;
 use crate::error::PostError;
 use crate::in_flight::{Op, OpId};
-use crate::memory::{Lease, LeaseMut};
+use crate::memory::{Lease, LeaseMut, Target};
 use crate::object::call_error;
 use crate::peer::PeerId;
 use crate::rail::{Live, Rail};
@@ -27,7 +27,7 @@ pub const WRITES_PER_DOORBELL_MAX: u32 = 16;
 /// Writes our bytes to a peer's region.
 #[derive(Debug)]
 pub struct Write<S = Lease> {
-    /// The bytes: a [`Lease`], or a [`DeviceSlice`].
+    /// The bytes: a [`Lease`], a [`Target`], or a [`DeviceSlice`].
     pub from: S,
     /// The region of ours that they lie in.
     pub region: RegionId,
@@ -135,10 +135,11 @@ pub trait Buffer: Into<Held> {
     fn len(&self) -> usize;
 }
 
-/// What a write can come from: a [`Lease`] or a [`DeviceSlice`].
+/// What a write can come from: a [`Lease`], a [`Target`], or a [`DeviceSlice`].
 pub trait Source: Buffer {}
 
 impl Source for Lease {}
+impl Source for Target {}
 impl Source for DeviceSlice {}
 
 impl Buffer for DeviceSlice {
@@ -158,6 +159,16 @@ impl Buffer for Lease {
 
     fn len(&self) -> usize {
         Lease::len(self)
+    }
+}
+
+impl Buffer for Target {
+    fn base(&self) -> *mut u8 {
+        Target::base(self).as_ptr()
+    }
+
+    fn len(&self) -> usize {
+        Target::len(self)
     }
 }
 

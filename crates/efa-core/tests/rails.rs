@@ -83,6 +83,32 @@ fn a_write_lands_and_its_lease_comes_back() {
 }
 
 #[test]
+fn what_others_write_to_can_be_sent_on() {
+    each_provider(|pair| {
+        let bytes = pattern(8, 100_000);
+        let len = bytes.len();
+        let from = lease_of(&bytes).thaw().unwrap().expose();
+        let region = pair.sender.register(from.memory()).unwrap();
+        let (target, _, remote) = pair.target(len);
+        let write = Write {
+            from: from.slice(1..len).unwrap(),
+            region,
+            to: pair.to,
+            remote: remote.at(0, len as u64 - 1).unwrap(),
+            immediate: Some(7),
+            delivery_complete: true,
+            token: 1,
+        };
+        pair.write(write);
+        let (mut ours, theirs) = pair.collect(1, 1);
+        let Some(Completion::Op { lease, .. }) = ours.pop() else { panic!("{ours:?}") };
+        assert_eq!(lease.target().unwrap().len(), len - 1);
+        assert!(matches!(theirs[..], [Completion::Immediate { data: 7 }]), "{theirs:?}");
+        assert!(bytes_of(&target)[..len - 1] == bytes[1..]);
+    });
+}
+
+#[test]
 fn an_empty_write_carries_its_immediate() {
     // Not over shm: that of 1.17 loses it.
     for provider in [Provider::Tcp, Provider::TcpRxm] {

@@ -4,7 +4,7 @@
 //! and gets file descriptors of the memory, or a legacy IPC handle. It opens each region once ([`CudaPeer`]), and
 //! [`CudaRail`] then copies in batches: spans by one kernel, rows by another, long spans by the copy engine, and one event
 //! that says when all of it is over. No CPU touches a byte. Receivers that pass on what they get are told WRITE by WRITE
-//! ([`Arrivals`]).
+//! ([`Arrivals`](crate::arrivals::Arrivals)).
 //!
 //! # When a WRITE is delivered
 //!
@@ -43,7 +43,6 @@ mod region;
 mod scales;
 mod slots;
 mod staged;
-mod tags;
 mod uploads;
 
 pub use memory::{DeviceRail, GpuMemory, GpuMemoryConfig};
@@ -52,7 +51,6 @@ pub use offloaded::OffloadedMemory;
 pub use rail::{CudaRail, CudaRailConfig};
 pub use region::{CudaPeer, DeviceRegion, expose};
 pub use staged::{StagedMemory, StagedMemoryConfig};
-pub use tags::Arrivals;
 
 use std::time::Duration;
 
@@ -169,12 +167,6 @@ pub enum CudaError {
     Slot {
         /// Its number.
         slot: u32,
-    },
-    /// A sender told something else than tags.
-    #[error("a sender told {bytes} bytes that are no tags; is it a weightsync of this version?")]
-    Tags {
-        /// How many bytes.
-        bytes: usize,
     },
     /// The GPU does not open the peer's memory.
     #[error(

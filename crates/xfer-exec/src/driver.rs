@@ -20,6 +20,7 @@ use crate::runner::{Memory, Runner, TICK, Turn};
 mod closing;
 mod gather;
 mod host;
+mod relay;
 mod sender;
 mod slots;
 mod transform;
@@ -28,6 +29,7 @@ pub use closing::Closed;
 #[cfg(feature = "cuda")]
 pub(crate) use closing::Closings;
 pub use host::HostMemory;
+pub use relay::{RelayMemory, RelayRail};
 #[cfg(feature = "ofi")]
 pub(crate) use sender::pin;
 pub use sender::{Measured, Sender, ThreadConfig};

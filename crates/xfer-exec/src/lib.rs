@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 #![deny(unsafe_code)]
 
+#[cfg(feature = "driver")]
+pub mod arrivals;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 #[cfg(feature = "driver")]

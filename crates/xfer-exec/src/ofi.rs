@@ -1,12 +1,13 @@
 //! Rails over libfabric: WRITEs as one-sided RDMA writes, on the sender's side and the receiver's.
 //!
-//! Every WRITE asks for delivery-complete, so its completion means that the bytes are in the peer's memory.
+//! Every WRITE asks for delivery-complete, so its completion means that the bytes are in the peer's memory. A WRITE whose tag its
+//! receiver counts carries it as an immediate.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use efa_core::{Completion, Lease, PeerId, RailAddress, RegionId, RemoteRegion, Write};
-use xfer_plan::{ReceiverRank, RegionIndex};
+use xfer_plan::{NO_TAG, ReceiverRank, RegionIndex};
 
 use crate::program::WriteId;
 use crate::rail::{Armed, Done, Rail, RailError, RailLimits, RailWrite, Rows, SOFTWARE_IN_FLIGHT_BYTES_MAX};
@@ -143,7 +144,7 @@ impl<S: OfiSource> OfiRail<S> {
                 region,
                 to,
                 remote,
-                immediate: None,
+                immediate: (write.tag != NO_TAG).then_some(write.tag),
                 delivery_complete: true,
                 token: write.id.to_token(),
             }),

@@ -137,6 +137,23 @@ fn a_target_is_read_inside_its_range_only() {
 }
 
 #[test]
+fn slices_of_a_target_stay_inside_and_give_back_the_whole() {
+    let target = counting(10).expose();
+    let mut bytes = [0; 3];
+    let slice = target.slice(2..7).unwrap().slice(1..4).unwrap();
+    slice.read(0, &mut bytes).unwrap();
+    assert_eq!((slice.len(), bytes), (3, [3, 4, 5]));
+    assert!(slice.read(1, &mut bytes).is_err(), "a slice is bounded by itself, not by the whole");
+    assert!(slice.slice(0..4).is_none() && target.slice(10..11).is_none());
+    assert!(target.slice(10..10).unwrap().is_empty());
+    assert!(slice.copy_to(&target).is_err());
+    slice.copy_to(&target.slice(7..10).unwrap()).unwrap();
+    let target = target.reclaim().unwrap_err();
+    drop(target);
+    assert_eq!(slice.reclaim().unwrap().bytes(), [0, 1, 2, 3, 4, 5, 6, 3, 4, 5]);
+}
+
+#[test]
 fn memory_lives_as_long_as_any_handle() {
     let (mut lease, dropped) = watched(8);
     let front = lease.split_to(4).unwrap();

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use efa_core::{
     Completion, Held, Hints, Info, Lease, LeaseMut, Library, PeerId, Provider, Rail, RailConfig, RegionId,
-    RejectReason, Rejected, RemoteRegion, Target, Write,
+    RejectReason, Rejected, RemoteRegion, Source, Target, Write,
 };
 
 /// No test waits longer for anything; a machine under load needs a few hundred milliseconds.
@@ -78,7 +78,7 @@ impl Pair {
     }
 
     /// Posts a write, polling both ends while the provider asks for patience. Nothing else may end meanwhile.
-    pub(crate) fn write(&mut self, write: Write) {
+    pub(crate) fn write<S: Source>(&mut self, write: Write<S>) {
         let mut write = Some(write);
         until("the post", || match self.sender.write(write.take()?) {
             Ok(_) => Some(()),

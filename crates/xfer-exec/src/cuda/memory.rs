@@ -6,12 +6,14 @@ use std::collections::VecDeque;
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
+use gpu_mem::{Device, Observer};
 use weight_ops::cuda::{DeviceRange, Kernels};
 use xfer_plan::Op;
 
 use super::fill::{Fill, Filler};
 use super::slots::DeviceSlots;
-use super::{Arrivals, CudaError};
+use super::CudaError;
+use crate::arrivals::Arrivals;
 use crate::driver::{Closed, Closings, Staged, Store};
 use crate::engine::{Post, Slot, Source};
 use crate::program::Program;
@@ -37,6 +39,7 @@ pub struct GpuMemoryConfig {
 
 /// See the module.
 pub struct GpuMemory {
+    device: Device,
     filler: Filler,
     slots: DeviceSlots,
     /// In the order in which they were begun.
@@ -67,6 +70,7 @@ impl GpuMemory {
     ) -> Result<Self, CudaError> {
         let filler = Filler::new(kernels, program, config.multiprocessors)?;
         Ok(Self {
+            device: kernels.device().clone(),
             filler,
             slots: DeviceSlots::new(kernels.device(), config.staging_bytes, config.slot_bytes)?,
             filling: VecDeque::new(),
@@ -124,10 +128,8 @@ impl Store for GpuMemory {
     }
 
     fn begin(&mut self, regions: Vec<DeviceRange>, told: &[f32]) -> Result<(), String> {
-        // Nobody writes to a rank that passes on before it has begun: what was told by now is of a push that was given up.
-        let mut stale = Vec::new();
-        if let Err(error) = self.arrived(&mut stale) {
-            tracing::warn!(error, "what has arrived before the push");
+        if let Some(arrivals) = &mut self.arrivals {
+            arrivals.forget();
         }
         self.filler.begin(regions, told).map_err(|error| error.to_string())
     }
@@ -153,6 +155,11 @@ impl Store for GpuMemory {
 
     fn arrived(&mut self, tags: &mut Vec<u32>) -> Result<(), String> {
         let Some(arrivals) = &mut self.arrivals else { return Ok(()) };
-        arrivals.poll(tags).map_err(|error| error.to_string())
+        let over_nics = arrivals.poll(tags).map_err(|error| error.to_string())?;
+        if over_nics {
+            let flushed = self.device.flush_rdma_writes(Observer::Owner);
+            flushed.map_err(|error| error.to_string())?;
+        }
+        Ok(())
     }
 }

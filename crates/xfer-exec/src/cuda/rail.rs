@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use gpu_mem::{DeviceMemory, Pending, Span, Stream};
 use weight_ops::cuda::{BoxCopy, CopyBatch, DeviceRange, Kernels, PendingBatch, Place};
-use xfer_plan::{NO_TAG, ReceiverRank};
+use xfer_plan::ReceiverRank;
 
 use super::CudaError;
 use super::region::CudaPeer;
-use super::tags::TAGS_MAX;
+use crate::local::{Arrived, Untold};
 use crate::program::WriteId;
 use crate::rail::{Armed, Done, Rail, RailError, RailLimits, RailWrite, Rows};
 
@@ -64,8 +64,7 @@ pub struct CudaRail {
     batches: VecDeque<Batch>,
     /// To be filled again.
     idle: Vec<CopyBatch>,
-    /// WRITEs whose bytes are there, but whose receivers have not been told.
-    untold: VecDeque<Write>,
+    untold: Untold<DeviceRange>,
     done: Vec<Done<DeviceRange>>,
     /// WRITEs whose buffers are in use for ever.
     lost: Vec<WriteId>,
@@ -81,22 +80,15 @@ struct Batch {
     ids: Vec<WriteId>,
     kernels: PendingBatch,
     _engine: Vec<Pending<(DeviceRange, DeviceRange)>>,
-    writes: Pending<Vec<Write>>,
-}
-
-/// A WRITE that was posted.
-struct Write {
-    id: WriteId,
-    from: DeviceRange,
-    to: ReceiverRank,
-    tag: u32,
+    writes: Pending<Vec<Arrived<DeviceRange>>>,
 }
 
 /// A batch that is being put together.
 struct Draft {
     list: CopyBatch,
     engine: Vec<(DeviceRange, DeviceRange, Vec<Span>)>,
-    writes: Vec<Write>,
+    /// Which will have arrived when the batch is over.
+    writes: Vec<Arrived<DeviceRange>>,
     bytes: u64,
 }
 
@@ -119,7 +111,7 @@ impl CudaRail {
             idle: (0..BATCHES_MAX)
                 .map(|_| kernels.batch().with_room(LIST_BYTES))
                 .collect::<Result<_, _>>()?,
-            untold: VecDeque::new(),
+            untold: Untold::with_capacity(BATCH_WRITES_MAX),
             done: Vec::new(),
             lost: Vec::new(),
             failed: None,
@@ -142,7 +134,7 @@ impl CudaRail {
             match memory.and_then(|memory| draft.add(&from, rows, memory, offset)) {
                 Some(()) => {
                     draft.bytes = draft.bytes.saturating_add(rows.total_bytes());
-                    draft.writes.push(Write { id, from, to, tag });
+                    draft.writes.push(Arrived { id, from, to, tag });
                 }
                 None => {
                     let reason =
@@ -187,8 +179,8 @@ impl CudaRail {
         }
     }
 
-    fn give_back(&mut self, writes: Vec<Write>, reason: &str) {
-        let failed = |Write { id, from, .. }| Done { id, from, result: Err(reason.to_owned()) };
+    fn give_back(&mut self, writes: Vec<Arrived<DeviceRange>>, reason: &str) {
+        let failed = |Arrived { id, from, .. }| Done { id, from, result: Err(reason.to_owned()) };
         self.done.extend(writes.into_iter().map(failed));
     }
 
@@ -203,36 +195,13 @@ impl CudaRail {
     fn finish(&mut self) {
         let Some(Batch { ids, kernels, writes, _engine }) = self.batches.pop_front() else { return };
         match writes.wait() {
-            Ok(writes) => self.untold.extend(writes),
+            Ok(writes) => writes.into_iter().for_each(|write| self.untold.push(write)),
             Err(failed) => return self.lose(ids, failed.error.to_string()),
         }
         match kernels.wait() {
             Ok(list) => self.idle.push(list),
             // The next batch will say the same, and this one is over.
             Err(error) => tracing::error!(%error, "the lists of a batch are leaked"),
-        }
-    }
-
-    /// Tells receivers what has arrived, as far as they listen. A WRITE is done when its receiver has been told of it.
-    fn tell(&mut self) {
-        while let Some(Write { to, tag, .. }) = self.untold.front() {
-            let (to, silent) = (*to, *tag == NO_TAG);
-            let alike = |write: &&Write| {
-                if silent { write.tag == NO_TAG } else { write.to == to && write.tag != NO_TAG }
-            };
-            let count = self.untold.iter().take(TAGS_MAX).take_while(alike).count();
-            let tags = self.untold.iter().take(count).map(|write| write.tag);
-            let told = match self.peers.get_mut(&to) {
-                Some(peer) if !silent => peer.teller.tell(tags),
-                _ => Ok(true),
-            };
-            let result = match told {
-                Ok(true) => Ok(()),
-                Ok(false) => return,
-                Err(error) => Err(format!("{to} cannot be told what has arrived: {error}; is it alive?")),
-            };
-            let done = |Write { id, from, .. }| Done { id, from, result: result.clone() };
-            self.done.extend(self.untold.drain(..count).map(done));
         }
     }
 }
@@ -335,7 +304,7 @@ impl Rail for CudaRail {
                 Err(error) => self.failed = Some(error.to_string()),
             }
         }
-        self.tell();
+        self.untold.tell(&mut self.peers, &mut self.done);
         done.append(&mut self.done);
         match &self.failed {
             None => Ok(()),
@@ -354,7 +323,7 @@ impl Rail for CudaRail {
     fn close(self: Box<Self>, unfinished: &mut Vec<WriteId>) -> Result<(), RailError> {
         let name = self.name();
         unfinished.extend(self.batches.iter().flat_map(|batch| &batch.ids));
-        unfinished.extend(self.untold.iter().map(|write| write.id));
+        unfinished.extend(self.untold.ids());
         unfinished.extend(self.done.iter().map(|done| done.id));
         unfinished.extend(&self.lost);
         let until = Instant::now() + CLOSE_MAX;

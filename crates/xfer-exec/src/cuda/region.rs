@@ -2,7 +2,7 @@
 //! manifest, and what is opened with what it says.
 
 use std::any::Any;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use weight_ops::cuda::DeviceRange;
 
 use super::CudaError;
-use super::tags::{Arrivals, Teller};
-use crate::local::{Doorman, DoormanAddress, FILES_MAX, MESSAGE_BYTES_MAX, Offer, Offers, fetch_all};
+use crate::arrivals::Arrivals;
+use crate::local::{
+    Doorman, DoormanAddress, FILES_MAX, MESSAGE_BYTES_MAX, Offer, Offers, Teller, fetch_all, fetch_teller,
+};
 
 /// What a peer is told of a region.
 #[derive(Debug, Serialize, Deserialize)]
@@ -21,12 +23,7 @@ enum Told {
     Chunks { bytes: u64, lens: Vec<u64> },
     /// A legacy handle.
     Handle(IpcHandle),
-    /// A descriptor comes along, on which to say what has arrived.
-    Tags,
 }
-
-/// What is asked for in place of a region, to have [`Told::Tags`].
-const TAGS: u32 = u32::MAX;
 
 /// Device memory that senders of this host may write, from when it is exposed until the last of them has closed it.
 pub struct DeviceRegion {
@@ -75,25 +72,12 @@ impl DeviceRegion {
 ///
 /// Those of [`Doorman::open`].
 pub fn expose(regions: Vec<DeviceRegion>) -> Result<(Doorman, Arrivals), CudaError> {
-    let (arrivals, tags) = Arrivals::new()?;
-    let message = encode(&Told::Tags);
-    Ok((Doorman::serving(Exposed { regions, tags, message })?, arrivals))
+    Ok(Doorman::serving(regions)?)
 }
 
-struct Exposed {
-    regions: Vec<DeviceRegion>,
-    /// The senders' end.
-    tags: OwnedFd,
-    /// [`Told::Tags`], as it is sent.
-    message: Vec<u8>,
-}
-
-impl Offers for Exposed {
+impl Offers for Vec<DeviceRegion> {
     fn offer(&self, region: u32) -> Option<Offer<'_>> {
-        if region == TAGS {
-            return Some(Offer { message: &self.message, files: vec![self.tags.as_fd()] });
-        }
-        let region = self.regions.get(region as usize)?;
+        let region = self.get(region as usize)?;
         let files = region.chunks.iter().map(|chunk| chunk.fd.as_fd()).collect();
         Some(Offer { message: &region.message, files })
     }
@@ -102,7 +86,13 @@ impl Offers for Exposed {
 /// A receiver's device memory, opened for work of one GPU of this process. Dropping it closes it.
 pub struct CudaPeer {
     pub(super) regions: Vec<DeviceRange>,
-    pub(super) teller: Teller,
+    teller: Teller,
+}
+
+impl AsMut<Teller> for CudaPeer {
+    fn as_mut(&mut self) -> &mut Teller {
+        &mut self.teller
+    }
 }
 
 impl CudaPeer {
@@ -121,11 +111,7 @@ impl CudaPeer {
     ) -> Result<Self, CudaError> {
         let open = |(region, &bytes)| open_region(device, address, region, bytes, deadline);
         let regions = (0..).zip(region_bytes).map(open).collect::<Result<_, _>>()?;
-        let (message, mut files) = fetch_all(address, TAGS, deadline)?;
-        let told = decode(&message, files.len());
-        let socket = files.pop().filter(|_| matches!(told, Ok(Told::Tags)));
-        let nothing = || CudaError::NotDeviceMemory { region: TAGS, reason: "it hears no tags".into() };
-        Ok(Self { regions, teller: Teller::new(socket.ok_or_else(nothing)?) })
+        Ok(Self { regions, teller: fetch_teller(address, deadline)? })
     }
 
     /// Its regions, by index.
@@ -162,9 +148,6 @@ fn open_region(
             let memory = device.open_ipc(&handle).map_err(unreachable)?;
             Ok(DeviceRange::whole(&Arc::new(memory)))
         }
-        Ok(Told::Tags) => {
-            Err(CudaError::NotDeviceMemory { region, reason: "it is where tags are heard".into() })
-        }
         Err(reason) => Err(CudaError::NotDeviceMemory { region, reason }),
     }
 }
@@ -181,7 +164,6 @@ fn decode(message: &[u8], files: usize) -> Result<Told, String> {
     let expected = match &told {
         Told::Chunks { lens, .. } => lens.len(),
         Told::Handle(_) => 0,
-        Told::Tags => 1,
     };
     if files != expected || !rest.is_empty() {
         return Err(format!(

@@ -54,6 +54,8 @@ enum Command<B> {
     Magnitudes(Vec<B>, ReplyMeasured<B>),
     Bank(bool),
     Push(Vec<B>, Vec<f32>, Reply<B>),
+    /// And say when it has begun.
+    PassOn(Vec<B>, ChannelSender<()>, Reply<B>),
     Abort(String),
 }
 
@@ -108,6 +110,15 @@ impl<B: Send + 'static> Sender<B> {
         let _ = self.commands.try_send(Command::Push(regions, told, Box::new(reply)));
     }
 
+    /// Begins to pass on what arrives in `regions`, for a program of [`Program::relay`](crate::Program::relay), and returns
+    /// once all counts that arrives from then on: nobody may write before. `false` where the thread is gone. `reply` as for
+    /// [`Sender::push`].
+    pub fn pass_on(&self, regions: Vec<B>, reply: impl FnOnce(Outcome<B>) + Send + 'static) -> bool {
+        let (say, begun) = bounded(1);
+        let _ = self.commands.try_send(Command::PassOn(regions, say, Box::new(reply)));
+        begun.recv().is_ok()
+    }
+
     /// Finds the magnitudes that this rank reports before it pushes these weights, where the plan cuts quantised blocks. Not
     /// while a push runs.
     pub fn magnitudes(&self, regions: Vec<B>, reply: impl FnOnce(Measured<B>) + Send + 'static) {
@@ -149,9 +160,13 @@ fn serve<M: Store>(driver: &mut Driver<M>, thread: &ThreadConfig, inbox: &Receiv
             Command::Push(regions, told, reply) => {
                 thread.progress.store(0, Ordering::Relaxed);
                 driver.begin_told(regions, &told);
-                let outcome = push(driver, thread, inbox);
-                thread.progress.store(driver.delivered_bytes(), Ordering::Relaxed);
-                reply(outcome);
+                reply(push(driver, thread, inbox));
+            }
+            Command::PassOn(regions, begun, reply) => {
+                thread.progress.store(0, Ordering::Relaxed);
+                driver.begin(regions);
+                let _ = begun.send(());
+                reply(push(driver, thread, inbox));
             }
             Command::Magnitudes(regions, reply) => {
                 let result = driver.magnitudes(&regions);
@@ -179,12 +194,18 @@ fn push<M: Store>(
                 match command {
                     Command::Abort(reason) => driver.abort(reason),
                     // A session pushes one version at a time; dropping the reply tells a second caller.
-                    Command::Push(..) | Command::Magnitudes(..) | Command::Bank(_) => {}
+                    Command::Push(..)
+                    | Command::PassOn(..)
+                    | Command::Magnitudes(..)
+                    | Command::Bank(_) => {}
                 }
             }
         }
         match step {
-            Step::Over(outcome) => return outcome,
+            Step::Over(outcome) => {
+                thread.progress.store(driver.delivered_bytes(), Ordering::Relaxed);
+                return outcome;
+            }
             Step::Moved => moved_at = now,
             Step::Still if !thread.busy_poll && now > moved_at + SPIN_MAX => driver.wait(),
             Step::Still => {}

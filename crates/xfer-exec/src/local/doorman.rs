@@ -17,7 +17,9 @@ use rustix::net::{
 };
 
 use super::shared::SharedFile;
+use super::telling::Teller;
 use super::{LocalError, call};
+use crate::arrivals::Arrivals;
 
 /// Bytes of the key: not to be guessed.
 pub const KEY_BYTES: usize = 16;
@@ -25,6 +27,9 @@ pub const KEY_BYTES: usize = 16;
 /// A client says what it wants within this time, or goes. It blocks the others meanwhile, but only processes of the
 /// same user get that far.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What is asked for in place of a region: a descriptor on which to say what has arrived.
+const TAGS: u32 = u32::MAX;
 
 /// The key, then the region's index.
 const REQUEST_BYTES: usize = KEY_BYTES + 4;
@@ -83,13 +88,15 @@ pub struct Doorman {
 }
 
 impl Doorman {
-    /// Serves `files`, by region index. Name and key are random.
-    pub fn open(files: Vec<SharedFile>) -> Result<Self, LocalError> {
+    /// Serves `files`, by region index. Name and key are random. What senders have written comes out of the [`Arrivals`], where
+    /// it has a tag.
+    pub fn open(files: Vec<SharedFile>) -> Result<(Self, Arrivals), LocalError> {
         Self::serving(files)
     }
 
     /// Serves whatever can be offered.
-    pub(crate) fn serving(regions: impl Offers) -> Result<Self, LocalError> {
+    pub(crate) fn serving(regions: impl Offers) -> Result<(Self, Arrivals), LocalError> {
+        let (arrivals, senders) = Arrivals::over_socket().map_err(call("socketpair"))?;
         let mut random = [0; 2 * KEY_BYTES];
         getrandom::fill(&mut random)
             .map_err(|_| LocalError::Call { call: "getrandom", source: rustix::io::Errno::IO })?;
@@ -108,7 +115,7 @@ impl Doorman {
             loop {
                 match serving.accept() {
                     Ok((stream, _)) => {
-                        if let Err(error) = serve(stream, &key, &regions) {
+                        if let Err(error) = serve(stream, &key, &regions, &senders) {
                             tracing::warn!(%error, "refused a request for shared memory");
                         }
                     }
@@ -122,7 +129,7 @@ impl Doorman {
                 }
             }
         });
-        Ok(Self { address, listener, thread: Some(thread.map_err(failed)?) })
+        Ok((Self { address, listener, thread: Some(thread.map_err(failed)?) }, arrivals))
     }
 
     /// What to tell peers.
@@ -142,7 +149,12 @@ impl Drop for Doorman {
     }
 }
 
-fn serve(mut stream: UnixStream, key: &[u8; KEY_BYTES], regions: &impl Offers) -> Result<(), LocalError> {
+fn serve(
+    mut stream: UnixStream,
+    key: &[u8; KEY_BYTES],
+    regions: &impl Offers,
+    senders: &OwnedFd,
+) -> Result<(), LocalError> {
     let refused = |reason: String| LocalError::Doorman { address: "this process".into(), reason };
     check_user(&stream).map_err(refused)?;
     let io = |error: std::io::Error| refused(error.to_string());
@@ -154,7 +166,11 @@ fn serve(mut stream: UnixStream, key: &[u8; KEY_BYTES], regions: &impl Offers) -
     // All bytes are compared, so the time tells nothing of where they differ.
     let differs = presented.iter().zip(key).fold(0, |differs, (a, b)| differs | (a ^ b));
     let region = region.try_into().map_or(u32::MAX, u32::from_le_bytes);
-    let Some(Offer { message, files }) = (differs == 0).then(|| regions.offer(region)).flatten() else {
+    let offer = || match region {
+        TAGS => Some(Offer { message: &[], files: vec![senders.as_fd()] }),
+        _ => regions.offer(region),
+    };
+    let Some(Offer { message, files }) = (differs == 0).then(offer).flatten() else {
         return Err(refused(format!("wrong key or no region {region}")));
     };
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FILES_MAX))];
@@ -179,13 +195,24 @@ fn check_user(stream: &UnixStream) -> Result<(), String> {
 
 /// Fetches the file of a peer's region. Each of its few steps takes `deadline` at most.
 pub fn fetch(address: &DoormanAddress, region: u32, deadline: Duration) -> Result<OwnedFd, LocalError> {
+    fetch_file(address, region, deadline, || format!("region {region} is no shared host memory"))
+}
+
+/// Fetches where to tell a peer what has arrived there, as [`fetch`].
+pub(crate) fn fetch_teller(address: &DoormanAddress, deadline: Duration) -> Result<Teller, LocalError> {
+    fetch_file(address, TAGS, deadline, || "it does not hear what has arrived".into()).map(Teller::new)
+}
+
+fn fetch_file(
+    address: &DoormanAddress,
+    region: u32,
+    deadline: Duration,
+    reason: impl FnOnce() -> String,
+) -> Result<OwnedFd, LocalError> {
     let (message, mut files) = fetch_all(address, region, deadline)?;
     match files.pop() {
         Some(file) if message.is_empty() && files.is_empty() => Ok(file),
-        _ => Err(LocalError::Doorman {
-            address: address.name.clone(),
-            reason: format!("region {region} is no shared host memory"),
-        }),
+        _ => Err(LocalError::Doorman { address: address.name.clone(), reason: reason() }),
     }
 }
 
@@ -240,7 +267,7 @@ mod tests {
     #[test]
     fn a_peer_with_the_key_gets_the_memory() {
         let (target, file) = SharedFile::create(64).unwrap();
-        let doorman = Doorman::open(vec![file]).unwrap();
+        let (doorman, _) = Doorman::open(vec![file]).unwrap();
         let file = fetch(doorman.address(), 0, SOON).unwrap();
         Attached::new(&file, 0, 64).unwrap().copy_in(0, b"hello").unwrap();
         let mut read = [0; 5];
@@ -251,7 +278,7 @@ mod tests {
     #[test]
     fn a_wrong_key_or_region_is_refused_and_the_next_is_served() {
         let (_target, file) = SharedFile::create(64).unwrap();
-        let doorman = Doorman::open(vec![file]).unwrap();
+        let (doorman, _) = Doorman::open(vec![file]).unwrap();
         let wrong = DoormanAddress { key: [0; KEY_BYTES], ..doorman.address().clone() };
         assert!(matches!(fetch(&wrong, 0, SOON), Err(LocalError::Doorman { .. })));
         assert!(matches!(fetch(doorman.address(), 1, SOON), Err(LocalError::Doorman { .. })));
@@ -260,7 +287,7 @@ mod tests {
 
     #[test]
     fn a_doorman_that_is_gone_is_an_error() {
-        let doorman = Doorman::open(vec![]).unwrap();
+        let (doorman, _) = Doorman::open(vec![]).unwrap();
         let address = doorman.address().clone();
         drop(doorman);
         assert!(matches!(fetch(&address, 0, SOON), Err(LocalError::Doorman { .. })));

@@ -1,8 +1,9 @@
 //! The rail to the same host: the receiver's memory is a memfd that the sender maps and copies into.
 //!
 //! A receiver makes its arena with [`SharedFile::create`] and tells it to peers through a [`Doorman`], a socket that
-//! hands the file descriptor to whoever knows the key and runs as the same user. A sender attaches the regions and
-//! copies; a WRITE is delivered when the copy returns. Nothing is left in /dev/shm, whoever dies.
+//! hands the file descriptor to whoever knows the key and runs as the same user. A sender attaches the regions
+//! ([`LocalPeer`]) and copies; a WRITE is delivered when the copy has returned, and its receiver, if it counts it, has been told.
+//! Nothing is left in /dev/shm, whoever dies.
 //!
 //! This module must never form a reference to bytes that another process may write, and never maps a file that its
 //! owner could still shrink.
@@ -11,12 +12,17 @@ mod doorman;
 mod rail;
 #[allow(unsafe_code)]
 mod shared;
+mod telling;
 
 pub use doorman::{Doorman, DoormanAddress, KEY_BYTES, fetch};
 #[cfg(feature = "cuda")]
-pub(crate) use doorman::{FILES_MAX, MESSAGE_BYTES_MAX, Offer, Offers, fetch_all};
-pub use rail::LocalRail;
+pub(crate) use doorman::{FILES_MAX, MESSAGE_BYTES_MAX, Offer, Offers, fetch_all, fetch_teller};
+pub use rail::{LocalPeer, LocalRail, LocalSource};
 pub use shared::{Attached, SharedFile};
+#[cfg(feature = "cuda")]
+pub(crate) use telling::{Arrived, Untold};
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) use telling::Teller;
 
 /// What can go wrong with shared memory.
 #[derive(Debug, thiserror::Error)]

@@ -168,19 +168,31 @@ impl Attached {
         }
     }
 
+    /// Where so many bytes from `offset` on are; `None` if they are not all in it.
+    fn place(&self, offset: u64, len: usize) -> Option<*mut u8> {
+        let offset = usize::try_from(offset).ok()?;
+        let end = offset.checked_add(len)?;
+        // SAFETY: `offset <= len`, so the result is within the mapping (or one past its end, for no bytes).
+        (end <= self.0.len).then(|| unsafe { self.0.base.as_ptr().add(offset) })
+    }
+
     /// Copies `from` to `offset`. `None`, and nothing copied, if it does not fit.
     pub fn copy_in(&mut self, offset: u64, from: &[u8]) -> Option<()> {
-        let offset = usize::try_from(offset).ok()?;
-        let end = offset.checked_add(from.len())?;
-        if end > self.0.len {
-            return None;
-        }
-        // SAFETY: `offset <= len`, so the result is within the mapping (or one past its end, for no bytes).
-        let to = unsafe { self.0.base.as_ptr().add(offset) };
+        let to = self.place(offset, from.len())?;
         // SAFETY: `from` is borrowed from this process's own memory and cannot overlap another process's arena as
         // mapped here; `offset + from.len()` is within the mapping, which `self` keeps, and whose file is sealed
         // against shrinking. The owner forms no references to these bytes while they are exposed.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
+        Some(())
+    }
+
+    /// As [`Attached::copy_in`], of memory that others may write meanwhile: then the copy is a mix.
+    pub fn copy_from(&mut self, offset: u64, from: &Target) -> Option<()> {
+        let to = self.place(offset, from.len())?;
+        // SAFETY: `from` keeps its mapping and has `len` bytes there; `to` has as many within this mapping, which `self` keeps, and
+        // whose file is sealed against shrinking. Nobody forms references to either, and `copy` allows both to be the same, as
+        // they are if a peer passes off a file of this process as its own. Nothing is concluded from the values.
+        unsafe { std::ptr::copy(from.as_ptr().cast_const(), to, from.len()) };
         Some(())
     }
 }
@@ -199,6 +211,20 @@ mod tests {
         let mut read = [0; 11];
         target.read(9_989, &mut read).unwrap();
         assert_eq!(read, [0, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7]);
+    }
+
+    #[test]
+    fn what_others_wrote_is_passed_on() {
+        let [(first, file), (second, other)] = [64, 32].map(|bytes| SharedFile::create(bytes).unwrap());
+        Attached::new(&file.file, 0, 64).unwrap().copy_in(10, &[5; 20]).unwrap();
+        let mut next = Attached::new(&other.file, 0, 32).unwrap();
+        next.copy_from(2, &first.slice(8..32).unwrap()).unwrap();
+        assert_eq!(next.copy_from(9, &first.slice(8..32).unwrap()), None);
+        let mut read = [0; 24];
+        second.read(2, &mut read).unwrap();
+        assert_eq!(read, [[0; 2].as_slice(), &[5; 20], &[0; 2]].concat()[..]);
+        // A file that is this process's own.
+        Attached::new(&file.file, 0, 64).unwrap().copy_from(0, &first.slice(10..30).unwrap()).unwrap();
     }
 
     #[test]

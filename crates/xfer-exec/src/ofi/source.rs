@@ -1,6 +1,6 @@
-//! What rails of libfabric read from: host memory, or a GPU's.
+//! What rails of libfabric read from: host memory, also such that others write to, or a GPU's.
 
-use efa_core::{DeviceRef, DeviceSlice, Held, Lease, MemoryRef, Rail, RegionError, RegionId, Source};
+use efa_core::{DeviceRef, DeviceSlice, Held, Lease, MemoryRef, Rail, RegionError, RegionId, Source, Target};
 
 /// See the module.
 pub trait OfiSource: Source + Send + 'static {
@@ -50,6 +50,29 @@ impl OfiSource for Lease {
     }
     fn returned(held: Held) -> Option<Self> {
         held.shared()
+    }
+}
+
+impl OfiSource for Target {
+    type Memory = MemoryRef;
+
+    fn memory(&self) -> &MemoryRef {
+        self.memory()
+    }
+    fn bytes(&self) -> u64 {
+        self.len() as u64
+    }
+    fn base_address(memory: &MemoryRef) -> usize {
+        memory.base_address()
+    }
+    fn same(one: &MemoryRef, other: &MemoryRef) -> bool {
+        one.ptr_eq(other)
+    }
+    fn register(rail: &mut Rail, memory: &MemoryRef) -> Result<RegionId, RegionError> {
+        rail.register(memory)
+    }
+    fn returned(held: Held) -> Option<Self> {
+        held.target()
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use efa_core::{Armed, Completion, Waker, wait_any};
 
+use crate::arrivals::NicArrivals;
 use crate::driver::pin;
 
 /// How long the thread sleeps when nothing arrives: short enough to end promptly even where a provider has no
@@ -29,6 +30,7 @@ pub struct OfiTarget {
     busy: Arc<AtomicBool>,
     waker: Waker,
     closes: Sender<Close>,
+    arrivals: NicArrivals,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -39,19 +41,26 @@ impl OfiTarget {
         let busy = Arc::new(AtomicBool::new(false));
         let waker = Waker::new()?;
         let (closes, to_close) = unbounded();
+        let arrivals = NicArrivals::default();
         let mut rails = Rails {
             rails: rails.into_iter().map(Place::Open).collect(),
             stop: stop.clone(),
             busy: busy.clone(),
             waker: waker.clone(),
             to_close,
+            arrivals: arrivals.clone(),
             completions: Vec::new(),
         };
         let thread = std::thread::Builder::new().name("target".into()).spawn(move || {
             pin("target", &cpus);
             rails.serve();
         })?;
-        Ok(Self { stop, busy, waker, closes, thread: Some(thread) })
+        Ok(Self { stop, busy, waker, closes, arrivals, thread: Some(thread) })
+    }
+
+    /// Where the tags of WRITEs come out that have arrived over these rails.
+    pub fn arrivals(&self) -> NicArrivals {
+        self.arrivals.clone()
     }
 
     /// Polls without ever sleeping, while a version is in flight and there is a core for it: over loopback TCP on two free
@@ -120,6 +129,7 @@ struct Rails {
     busy: Arc<AtomicBool>,
     waker: Waker,
     to_close: Receiver<Close>,
+    arrivals: NicArrivals,
     completions: Vec<Completion>,
 }
 
@@ -161,7 +171,10 @@ impl Rails {
                 }
             }
             for completion in self.completions.drain(..) {
-                tracing::debug!(rail = rail.name(), ?completion);
+                match completion {
+                    Completion::Immediate { data } => self.arrivals.add(data),
+                    other => tracing::debug!(rail = rail.name(), completion = ?other),
+                }
             }
         }
         moved

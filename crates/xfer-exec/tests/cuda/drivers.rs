@@ -6,8 +6,9 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use weight_ops::cuda::DeviceRange;
+use xfer_exec::arrivals::Arrivals;
 use xfer_exec::cuda::{
-    Arrivals, CudaPeer, CudaRail, CudaRailConfig, DeviceRail, DeviceRegion, GpuMemory, GpuMemoryConfig,
+    CudaPeer, CudaRail, CudaRailConfig, DeviceRail, DeviceRegion, GpuMemory, GpuMemoryConfig,
     expose,
 };
 use xfer_exec::driver::{Driver, Outcome, Sender, Step, ThreadConfig};

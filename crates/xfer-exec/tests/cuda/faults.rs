@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use gpu_mem::{Cuda, DeviceBuffer, inject};
 use weight_ops::cuda::DeviceRange;
-use xfer_exec::cuda::{Arrivals, CudaPeer, CudaRail, DeviceRegion, expose};
+use xfer_exec::arrivals::Arrivals;
+use xfer_exec::cuda::{CudaPeer, CudaRail, DeviceRegion, expose};
 use xfer_exec::program::WriteId;
 use xfer_exec::{Done, Rail, Rows};
 

@@ -210,7 +210,7 @@ fn who_lies_or_has_no_key_opens_nothing() {
 
     // Host memory is not taken for device memory, nor the other way round.
     let (_target, file) = xfer_exec::local::SharedFile::create(64).unwrap();
-    let doorman = xfer_exec::local::Doorman::open(vec![file]).unwrap();
+    let (doorman, _) = xfer_exec::local::Doorman::open(vec![file]).unwrap();
     let host = open(doorman.address(), &[64]).err().unwrap();
     assert!(matches!(*host, CudaError::NotDeviceMemory { region: 0, .. }), "{host}");
     let buffer = Arc::new(device.alloc_vmm(1 << 20, 1 << 20).unwrap());

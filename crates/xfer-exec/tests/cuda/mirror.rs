@@ -39,7 +39,7 @@ fn a_mirror_that_is_renewed_is_reached_by_nobody_of_before_and_by_the_gpu() {
     assert!(matches!(way.mirror.renew(), Err(CudaError::Uploading)), "the GPU may read the pages of before");
     upload.wait(SOON).unwrap();
     way.mirror.renew().unwrap();
-    way.doorman = Some(Doorman::open(vec![way.mirror.file().unwrap().clone()]).unwrap());
+    way.doorman = Some(Doorman::open(vec![way.mirror.file().unwrap().clone()]).unwrap().0);
     before.copy_in(50, &[8; 100]).unwrap();
     attached(way.doorman()).copy_in(10, &[9; 10]).unwrap();
     way.mirror.upload_all(&way.served).unwrap().wait(SOON).unwrap();

@@ -11,7 +11,7 @@ use gpu_mem::{Cuda, inject};
 use weight_ops::cuda::DeviceRange;
 use xfer_exec::cuda::{CudaError, Mirror, StagedMemory, StagedMemoryConfig};
 use xfer_exec::driver::{Driver, HostRail, Outcome, Step};
-use xfer_exec::local::{Attached, Doorman, LocalRail, fetch};
+use xfer_exec::local::{Attached, Doorman, LocalPeer, LocalRail, fetch};
 use xfer_exec::program::Route;
 use xfer_exec::{
     Armed, Done, Failure, Program, Rail, RailError, RailIndex, RailLimits, RailWrite, RankLimits, WriteId,
@@ -49,13 +49,13 @@ pub(crate) fn attached(doorman: &Doorman) -> Attached {
 }
 
 fn local(doorman: &Doorman) -> LocalRail {
-    LocalRail::new(BTreeMap::from([(TO, vec![attached(doorman)])]))
+    LocalRail::new(BTreeMap::from([(TO, LocalPeer::open(doorman.address(), &[BYTES], SOON).unwrap())]))
 }
 
 /// So many rails of shared memory.
 pub(crate) fn shared(to: &Gpu, rails: usize) -> Way {
     let mirror = Mirror::shared(&to.device, BYTES).unwrap();
-    let doorman = Doorman::open(vec![mirror.file().unwrap().clone()]).unwrap();
+    let (doorman, _) = Doorman::open(vec![mirror.file().unwrap().clone()]).unwrap();
     let rail = |_| -> HostRail { Box::new(local(&doorman)) };
     Way {
         rails: (0..rails).map(rail).collect(),

@@ -16,12 +16,13 @@ use proptest::strategy::{Strategy as _, ValueTree as _};
 use proptest::test_runner::TestRunner;
 use scenario::Choices;
 use weight_ops::cuda::DeviceRange;
+use xfer_exec::arrivals::Arrivals;
 use xfer_exec::cuda::{
-    Arrivals, CudaPeer, CudaRail, CudaRailConfig, DeviceRail, DeviceRegion, GpuMemory, GpuMemoryConfig,
+    CudaPeer, CudaRail, CudaRailConfig, DeviceRail, DeviceRegion, GpuMemory, GpuMemoryConfig,
     Mirror, OffloadedMemory, StagedMemory, expose,
 };
 use xfer_exec::driver::{Driver, Outcome, Step, Store};
-use xfer_exec::local::{Attached, Doorman, LocalRail, fetch};
+use xfer_exec::local::{Attached, Doorman, LocalPeer, LocalRail, fetch};
 use xfer_exec::program::Route;
 use xfer_exec::{Program, RailIndex, RankLimits};
 use xfer_plan::{Manifest, Op, Plan, ReceiverManifest, ReceiverRank, Relay, TrainerRank, plan};
@@ -40,7 +41,7 @@ struct Receiver {
     /// Of the regions, where that is how they are reached.
     mirrors: Vec<Mirror>,
     doorman: Doorman,
-    _arrivals: Option<Arrivals>,
+    _arrivals: Arrivals,
 }
 
 /// One whose memory is written where it is.
@@ -50,7 +51,7 @@ fn receiver(gpu: &Gpu, regions: &[u64]) -> Receiver {
     let told = buffers.iter().map(|buffer| DeviceRegion::mapped(buffer).unwrap()).collect();
     let (doorman, arrivals) = expose(told).unwrap();
     let regions = buffers.iter().map(DeviceRange::whole).collect();
-    Receiver { regions, mirrors: Vec::new(), doorman, _arrivals: Some(arrivals) }
+    Receiver { regions, mirrors: Vec::new(), doorman, _arrivals: arrivals }
 }
 
 /// One whose memory is behind mirrors.
@@ -60,7 +61,8 @@ fn mirrored(gpu: &Gpu, regions: &[u64]) -> Receiver {
     let mirror = |_| Mirror::shared(&gpu.device, REGION_BYTES).unwrap();
     let mirrors: Vec<Mirror> = regions.iter().map(mirror).collect();
     let files = mirrors.iter().map(|mirror| mirror.file().unwrap().clone()).collect();
-    Receiver { regions, mirrors, doorman: Doorman::open(files).unwrap(), _arrivals: None }
+    let (doorman, arrivals) = Doorman::open(files).unwrap();
+    Receiver { regions, mirrors, doorman, _arrivals: arrivals }
 }
 
 impl Receiver {
@@ -135,8 +137,11 @@ fn direct(gpu: &Gpu, part: Part<'_>, receivers: &[Receiver], takes_rows: bool) -
 /// A driver that writes to mirrors.
 fn by_host(gpu: &Gpu, part: Part<'_>, receivers: &[Receiver]) -> Driver<StagedMemory> {
     let (program, slot_bytes) = bound(part, true);
-    let attached = receivers.iter().map(Receiver::attached);
-    let rail = LocalRail::new((0..).map(ReceiverRank).zip(attached).collect());
+    let peer = |receiver: &Receiver| {
+        let region_bytes = vec![REGION_BYTES; receiver.mirrors.len()];
+        LocalPeer::open(receiver.doorman.address(), &region_bytes, SOON).unwrap()
+    };
+    let rail = LocalRail::new((0..).map(ReceiverRank).zip(receivers.iter().map(peer)).collect());
     staged::driver(gpu, program, vec![Box::new(rail)], staged::staging(gpu, 3 * slot_bytes), slot_bytes)
 }
 

@@ -5,14 +5,18 @@ use std::collections::BTreeMap;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use efa_core::{Hints, Lease, LeaseMut, Library, Rail as OfiEndpoint, RailConfig, Target};
+use efa_core::{Lease, LeaseMut};
 use proptest::prelude::*;
 use xfer_exec::driver::{DriverConfig, HostRail, Outcome, Sender, ThreadConfig};
-use xfer_exec::local::{Attached, Doorman, LocalRail, SharedFile, fetch};
-use xfer_exec::ofi::{OfiPeer, OfiRail, OfiTarget};
-use xfer_exec::program::Route;
-use xfer_exec::{Failure, Program, RailIndex, RankLimits};
+use xfer_exec::{Failure, Program, RankLimits};
 use xfer_plan::{Op, ParamId, RankPlan, ReceiverRank, RegionIndex, Strided, Transform};
+
+mod ends;
+mod relay;
+
+use ends::{Receivers, libfabric, local, ofi, routes};
+
+type Ends = ends::Ends<Lease>;
 
 const RECEIVERS: u32 = 2;
 const SOURCE_BYTES: usize = 1 << 16;
@@ -93,76 +97,15 @@ fn oracle(plan: &RankPlan, source: &[u8], bytes: &[u64]) -> Vec<Vec<u8>> {
     arenas
 }
 
-/// The rails of the sender, and what they lead to.
-type Ends = (Vec<HostRail>, Receivers);
-
-/// The receivers' side: their memory, and what keeps it reachable.
-struct Receivers {
-    arenas: Vec<Target>,
-    _doormen: Vec<Doorman>,
-    targets: Vec<OfiTarget>,
-}
-
-impl Receivers {
-    /// Whether every arena is what the plan makes of `source`.
-    fn check(&self, plan: &RankPlan, source: &[u8], bytes: &[u64]) {
-        for (arena, expected) in self.arenas.iter().zip(oracle(plan, source, bytes)) {
-            let mut found = vec![0; expected.len()];
-            arena.read(0, &mut found).unwrap();
-            assert!(found == expected, "bytes differ");
-        }
+/// Whether every arena is what the plan makes of `source`.
+fn check_arenas(receivers: &Receivers, plan: &RankPlan, source: &[u8], bytes: &[u64]) {
+    for (arena, expected) in receivers.arenas.iter().zip(oracle(plan, source, bytes)) {
+        assert!(ends::read(arena) == expected, "bytes differ");
     }
-}
-
-fn local(bytes: &[u64]) -> Ends {
-    let (mut peers, mut arenas, mut doormen) = (BTreeMap::new(), Vec::new(), Vec::new());
-    for (rank, bytes) in (0..).map(ReceiverRank).zip(bytes) {
-        let (arena, file) = SharedFile::create(*bytes).unwrap();
-        let doorman = Doorman::open(vec![file]).unwrap();
-        let file = fetch(doorman.address(), 0, DEADLINE).unwrap();
-        peers.insert(rank, vec![Attached::new(&file, 0, *bytes).unwrap()]);
-        arenas.push(arena);
-        doormen.push(doorman);
-    }
-    (vec![Box::new(LocalRail::new(peers))], Receivers { arenas, _doormen: doormen, targets: Vec::new() })
-}
-
-fn open(library: &Library) -> OfiEndpoint {
-    let hints = Hints::new(library.tcp_provider()).source([127, 0, 0, 1].into());
-    let info = library.infos(&hints).unwrap().remove(0);
-    OfiEndpoint::open(&info, &RailConfig::for_info(&info)).unwrap()
-}
-
-/// So many rails, each to a rail of its own at every receiver.
-fn ofi(library: &Library, bytes: &[u64], memories: &[efa_core::MemoryRef], rails: usize) -> Ends {
-    let mut peers = vec![BTreeMap::new(); rails];
-    let (mut arenas, mut targets) = (Vec::new(), Vec::new());
-    for (rank, bytes) in (0..).map(ReceiverRank).zip(bytes) {
-        let arena = LeaseMut::zeroed(*bytes as usize).unwrap().expose();
-        let scratch = LeaseMut::zeroed(64).unwrap().expose();
-        let mut opened = Vec::new();
-        for peers in &mut peers {
-            let mut rail = open(library);
-            let (_, region) = rail.expose(&arena).unwrap();
-            let (_, scratch) = rail.expose(&scratch).unwrap();
-            peers.insert(rank, OfiPeer { address: rail.address().clone(), regions: vec![region], scratch });
-            opened.push(rail);
-        }
-        arenas.push(arena);
-        targets.push(OfiTarget::start(opened, Vec::new()).unwrap());
-    }
-    let connect =
-        |peers| -> HostRail { Box::new(OfiRail::connect(open(library), memories, peers, DEADLINE).unwrap()) };
-    let rails = peers.into_iter().map(connect).collect();
-    (rails, Receivers { arenas, _doormen: Vec::new(), targets })
 }
 
 fn sender(plan: RankPlan, rails: Vec<HostRail>, bytes: &[u64], staging: LeaseMut) -> Sender {
-    let all: Vec<RailIndex> = (0..rails.len() as u16).map(RailIndex).collect();
-    let route = |(rank, bytes): (ReceiverRank, &u64)| {
-        (rank, Route { rails: all.clone(), region_bytes: vec![*bytes] })
-    };
-    let routes = (0..).map(ReceiverRank).zip(bytes).map(route).collect();
+    let routes = routes(rails.len(), bytes);
     let limits =
         RankLimits { region_bytes: vec![SOURCE_BYTES as u64], slot_bytes: SLOT_BYTES, transforms: false };
     let program = Program::new(plan, BTreeMap::new(), &limits, routes).unwrap();
@@ -204,23 +147,10 @@ fn check_pushes(
         weights = back;
         let delivered = outcome.result.unwrap();
         assert_eq!((delivered.bytes, delivered.writes), (plan.bytes, plan.writes));
-        receivers.check(&plan, weights.bytes(), &bytes);
+        check_arenas(&receivers, &plan, weights.bytes(), &bytes);
         after(step, &receivers);
     }
     sender.close();
-}
-
-/// The library, or the reason to skip. Where it was asked for, a missing one fails.
-fn libfabric() -> Option<Library> {
-    match Library::open() {
-        Ok(library) => Some(library),
-        Err(error) => {
-            let required = std::env::var("WEIGHTSYNC_REQUIRE").is_ok_and(|names| names.contains("libfabric"));
-            assert!(!required, "{error}");
-            eprintln!("skipped: no libfabric: {error}");
-            None
-        }
-    }
 }
 
 proptest! {
@@ -315,7 +245,7 @@ fn a_rail_that_a_receiver_closes_is_replaced_by_the_others() {
         let delivered = outcome.result.unwrap();
         assert_eq!((delivered.bytes, delivered.writes), (plan.bytes, plan.writes));
         assert_eq!(outcome.rails.iter().map(|rail| rail.bytes).sum::<u64>(), plan.bytes);
-        receivers.check(&plan, weights.bytes(), &bytes);
+        check_arenas(&receivers, &plan, weights.bytes(), &bytes);
     }
     receivers.targets[0].close_rail(1).unwrap();
     assert!(receivers.targets[0].close_rail(3).is_err());

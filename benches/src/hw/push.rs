@@ -14,8 +14,7 @@ use weight_ops::cuda::DeviceRange;
 use weight_ops::{BlockGrid, Dtype, F8E4M3, MatrixMut, MatrixRef, ScaleFormat};
 use xfer_exec::arrivals::Arrivals;
 use xfer_exec::cuda::{
-    CudaPeer, CudaRail, CudaRailConfig, DeviceRegion, GpuMemory, GpuMemoryConfig, OffloadedMemory,
-    expose,
+    CudaPeer, CudaRail, CudaRailConfig, DeviceRegion, GpuMemory, GpuMemoryConfig, OffloadedMemory, expose,
 };
 use xfer_exec::driver::{Driver, Step, Store};
 use xfer_exec::local::Doorman;

@@ -73,8 +73,6 @@ pub struct ControllerConfig {
     pub deadline: Duration,
     /// How the plan cuts and gathers.
     pub options: PlanOptions,
-    /// Whether inference ranks of this job can pass bytes on. Where they cannot, a plan that has them do so ends the job.
-    pub relays: bool,
     /// Which parameters are compared, as they were sent and as they arrived, before a version is committed.
     pub verify: Verify,
     /// What a loss does.

@@ -23,7 +23,7 @@ use crate::status::{RailStatus, Status};
 use crate::verify::{Checksum, ParamSum, Verify};
 
 /// Raised whenever a message changes its meaning or its bytes. Both sides say theirs before anything else.
-pub const PROTOCOL_VERSION: u32 = 8;
+pub const PROTOCOL_VERSION: u32 = 9;
 
 /// Bytes of a frame before the peer is authenticated: the handshake's messages are under 100 bytes.
 #[cfg(feature = "net")]

@@ -70,7 +70,6 @@ impl ServerConfig {
             world,
             deadline: DEADLINE_DEFAULT,
             options: PlanOptions::default(),
-            relays: false,
             verify: Verify::Off,
             on_loss: OnLoss::default(),
             resume: None,

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::bail;
 use clap::{Args, Parser, Subcommand};
-use weightsync::{CommitMode, Fabric, OnLoss, PlanOptions, SessionConfig, Verify, World};
+use weightsync::{CommitMode, Fabric, OnLoss, PlanOptions, Relay, SessionConfig, Verify, World};
 
 use crate::commands::plan::args::PlanCommand;
 use crate::commands::simulate::args::SimulateArgs;
@@ -113,12 +114,8 @@ pub(crate) struct DemoArgs {
     pub(crate) plan: PlanArgs,
     #[command(flatten)]
     pub(crate) checksums: ChecksumArgs,
-    /// Serve linear layers in FP8, quantised in blocks of 128 x 128 on the way (see `serve`)
-    #[arg(long)]
-    pub(crate) fp8: bool,
-    /// What a version does to the weights that are served meanwhile: in-place, staged or staged-copy (see `serve`)
-    #[arg(long, default_value_t = CommitMode::InPlace, value_name = "MODE")]
-    pub(crate) commit: CommitMode,
+    #[command(flatten)]
+    pub(crate) held: HeldArgs,
     #[command(flatten)]
     pub(crate) launch: LaunchArgs,
     #[command(flatten)]
@@ -177,6 +174,11 @@ pub(crate) struct PlanArgs {
     /// where it is, with no copy
     #[arg(long, default_value_t = PlanOptions::default().gather_row_bytes_max, value_name = "BYTES")]
     pub(crate) gather_below: u64,
+    /// How inference ranks that want the same bytes get them: never (trainers write each copy), per-host (trainers write one copy
+    /// to each host, whose ranks pass it on), chain (trainers write one copy, and each host passes it on to the next), or auto
+    /// (whichever the plan says ends first)
+    #[arg(long, default_value_t = Relay::Never, value_name = "HOW")]
+    pub(crate) relay: Relay,
 }
 
 impl PlanArgs {
@@ -186,6 +188,7 @@ impl PlanArgs {
             chunk_bytes_max,
             gather_row_bytes_max: self.gather_below,
             gather_chunk_bytes_max: chunk_bytes_max,
+            relay: self.relay,
             // The plan's own waves; each trainer's watermark bounds what it stages at all.
             watermark_bytes: chunk_bytes_max.max(PlanOptions::default().watermark_bytes),
             ..PlanOptions::default()
@@ -287,18 +290,41 @@ pub(crate) struct PushArgs {
     pub(crate) retries: u32,
 }
 
-#[derive(Args)]
-pub(crate) struct ServeArgs {
-    #[command(flatten)]
-    pub(crate) rank: RankArgs,
+/// What inference ranks hold; the same on all of them.
+#[derive(Args, Clone)]
+pub(crate) struct HeldArgs {
+    /// How many times the inference ranks hold the model: those of each replica, one after another, split it tensor-parallel
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) replicas: u32,
     /// Hold the weights of linear layers in FP8, quantised by the trainers in blocks of 128 x 128 on the way, with their scales
-    /// beside them as `..._scale_inv`; layers whose parts would cut blocks stay as they are. The same on all inference ranks
+    /// beside them as `..._scale_inv`; layers whose parts would cut blocks stay as they are
     #[arg(long)]
     pub(crate) fp8: bool,
     /// What a version does to the weights that are served meanwhile: in-place (written over them), staged (written beside them, and
     /// takes their place) or staged-copy (written beside them, and copied over them)
     #[arg(long, default_value_t = CommitMode::InPlace, value_name = "MODE")]
     pub(crate) commit: CommitMode,
+}
+
+impl HeldArgs {
+    /// How many ranks split the model.
+    pub(crate) fn tensor_parallel(&self, inference: u32) -> anyhow::Result<u32> {
+        match inference.is_multiple_of(self.replicas) {
+            true => Ok(inference / self.replicas),
+            false => bail!(
+                "--replicas {}: {inference} inference ranks cannot be split into as many; give a number that divides them",
+                self.replicas
+            ),
+        }
+    }
+}
+
+#[derive(Args)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub(crate) rank: RankArgs,
+    #[command(flatten)]
+    pub(crate) held: HeldArgs,
     /// Compare every byte of every version with a reference computed from the checkpoint, once it is committed
     #[arg(long)]
     pub(crate) verify: bool,

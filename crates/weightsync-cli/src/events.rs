@@ -59,13 +59,18 @@ impl Event {
                 report.gb_per_second,
                 seconds_text(report.seconds),
             ),
-            Self::Served(report) => say!(
-                "serving version {}: {} arrived in {} ({:.2} GB/s)",
-                report.version,
-                bytes_text(report.bytes),
-                seconds_text(report.seconds),
-                report.gb_per_second,
-            ),
+            Self::Served(report) => {
+                let onward = report.passed_on.as_ref();
+                let onward = onward
+                    .map_or_else(String::new, |onward| format!(", {} passed on", bytes_text(onward.bytes)));
+                say!(
+                    "serving version {}: {} arrived in {} ({:.2} GB/s){onward}",
+                    report.version,
+                    bytes_text(report.bytes),
+                    seconds_text(report.seconds),
+                    report.gb_per_second,
+                );
+            }
             Self::Verified { version, params, bytes, seconds } => say!(
                 "verified version {version}: {params} parameters, all {} equal the reference ({})",
                 bytes_text(*bytes),

@@ -264,7 +264,7 @@ fn short_endpoint(fabric: &str, region_bytes: u64) -> (Endpoint, Box<dyn Any + S
     let mut endpoint = Endpoint { host: host(), rails: Vec::new(), local: None, stages: false };
     if fabric == "local" {
         let (memory, file) = SharedFile::create(EXPOSED_BYTES).unwrap();
-        let doorman = Doorman::open(vec![file]).unwrap();
+        let (doorman, _) = Doorman::open(vec![file]).unwrap();
         let address = doorman.address();
         let (name, key, region_bytes) = (address.name.clone(), address.key, vec![region_bytes]);
         endpoint.local = Some(LocalEndpoint { name, key, memory: LocalMemory::Host, region_bytes });

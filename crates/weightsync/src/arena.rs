@@ -252,6 +252,14 @@ impl Arenas {
         Ok((exposed().map(Arena::bytes).collect(), Ways { files, device }))
     }
 
+    /// Which trainers were told of.
+    pub(crate) fn exposed(&self) -> Vec<Exposed> {
+        match &self.mirror {
+            Some(mirror) => vec![Exposed::Host(mirror.target().clone())],
+            None => self.exposed.iter().map(|at| self.all[*at].bytes()).collect(),
+        }
+    }
+
     /// A push to this bank begins. Ranks that expose one arena take no notice of banks.
     pub(crate) fn begin(&mut self, bank: usize) {
         // A mirror's bytes go to whichever is not served, or to the only one.

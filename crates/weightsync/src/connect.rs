@@ -1,34 +1,38 @@
 //! From a plan to rails: which way leads to each inference rank, opened, connected and warm.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use efa_core::{LeaseMut, MemoryRef};
-use rendezvous::{Peer, Planned, PlannedPart, RendezvousError};
+use rendezvous::{Fence, Peer, Planned, PlannedPart, RendezvousError, Verify};
 use weight_ops::cuda::DeviceRange;
-use xfer_exec::cuda::{CudaPeer, CudaRail, CudaRailConfig, DeviceRail};
-use xfer_exec::driver::{HostRail, ThreadConfig};
-use xfer_exec::local::{Attached, LocalError, LocalRail, fetch};
-use xfer_exec::ofi::{DeviceOfiRail, OfiPeer, OfiRail, for_nics};
-use xfer_exec::program::Route;
-use xfer_exec::{Program, RailError, RailIndex, RankLimits};
-use xfer_plan::{Op, OpKind, Rank, ReceiverRank, TrainerRank, paired_rail};
+use xfer_exec::arrivals::Arrivals;
+use xfer_exec::cuda::{CudaRailConfig, GpuMemory, GpuMemoryConfig};
+use xfer_exec::driver::{Driver, HostRail, RelayMemory, Sender, ThreadConfig};
+use xfer_exec::ofi::{DeviceOfiRail, OfiRail, for_nics};
+use xfer_exec::{Program, RailUse, RankLimits};
+use xfer_plan::{Op, OpKind, ParamId, ReceiverRank, RelayPlan, TrainerRank};
 
 use crate::config::SessionConfig;
-use crate::endpoint::{Endpoint, LocalMemory, RailEndpoint};
+use crate::endpoint::Endpoint;
 use crate::error::Error;
-use crate::fabric::{self, Fabric, FabricError, OpenRail};
+use crate::fabric::{self, FabricError, OpenRail};
 use crate::gpu::Gpu;
+use crate::memory::Exposed;
 use crate::pusher::Pusher;
+use crate::relay::{Passer, Relay};
 use crate::verify::Outgoing;
 
 mod driving;
+mod ways;
 
-use driving::Rails;
+use driving::{Rails, STALL_DIVISOR};
+use ways::{Reach, Routes, Ways};
 
-/// Everything that is needed to get from a plan to rails.
+/// Everything that is needed to get from a plan to a trainer's rails.
 pub(crate) struct Connecting {
     pub(crate) config: SessionConfig,
     pub(crate) endpoint: Endpoint,
@@ -40,6 +44,22 @@ pub(crate) struct Connecting {
     /// Whether they are in host memory and go by the GPU.
     pub(crate) offloaded: bool,
     pub(crate) region_bytes: Vec<u64>,
+    pub(crate) progress: Arc<AtomicU64>,
+}
+
+/// Everything that is needed to get from a plan to the rails of an inference rank that passes on.
+pub(crate) struct PassingOn {
+    pub(crate) config: SessionConfig,
+    pub(crate) endpoint: Endpoint,
+    /// Where its rails bind to, if it needs any of its own.
+    pub(crate) bind: IpAddr,
+    /// What trainers write to, of equal length: a push is passed on from one of them.
+    pub(crate) arenas: Vec<Exposed>,
+    pub(crate) arrivals: Arrivals,
+    pub(crate) verify: Verify,
+    pub(crate) relay: RelayPlan,
+    pub(crate) names: BTreeMap<ParamId, String>,
+    pub(crate) peers: Vec<Peer>,
     pub(crate) progress: Arc<AtomicU64>,
 }
 
@@ -61,25 +81,39 @@ pub(crate) struct Connected {
     pub(crate) outgoing: Option<Outgoing>,
 }
 
-enum Way {
-    Local(Vec<Attached>, Vec<u64>),
-    Device(CudaPeer, Vec<u64>),
-    Fabric(Vec<RailEndpoint>),
-}
-
-/// The rails so far, in their order, and where they lead.
-#[derive(Default)]
-struct Routes {
-    connected: Vec<ConnectedRail>,
-    routes: BTreeMap<ReceiverRank, Route>,
-}
-
 /// What the plan's peers say of themselves.
 pub(crate) fn decode_peers(peers: &[Peer]) -> Result<Vec<Endpoint>, FabricError> {
     peers
         .iter()
         .map(|Peer { member, endpoint, .. }| Endpoint::decode(&member.to_string(), endpoint))
         .collect()
+}
+
+/// Which rails inference ranks have to close: those over which bytes may still come that were given up on. A kernel goes
+/// on sending what a TCP socket has taken, and a network may hold what a NIC has sent.
+pub(crate) fn fences(rails: &[ConnectedRail], used: &[RailUse]) -> Vec<Fence> {
+    let fences = rails.iter().zip(used).flat_map(|(rail, used)| {
+        used.unfinished.iter().filter_map(|at| Some(Fence { at: *at, rail: *rail.theirs.get(at)? }))
+    });
+    fences.collect()
+}
+
+/// Not all of the deadline: the rail and the peer are named before the controller gives up on this rank.
+fn connected_by(deadline: Duration) -> Instant {
+    Instant::now() + deadline * 3 / 4
+}
+
+/// The engine's deadline. Half: it fails, drains and says which peer is to blame before the controller gives up on this rank.
+fn writing_deadline(deadline: Duration) -> Duration {
+    deadline / 2
+}
+
+/// Binds a plan to rails, with the banks of those who have two.
+fn with_banks(mut program: Program, banks: Vec<(ReceiverRank, bool)>) -> Result<Program, Error> {
+    for (to, turned) in banks {
+        program = program.with_banks(to, turned)?;
+    }
+    Ok(program)
 }
 
 impl Connecting {
@@ -91,24 +125,11 @@ impl Connecting {
                 found: "an inference rank's".into(),
             }));
         };
-        // Not all of it: the rail and the peer are named before the controller gives up on this rank.
-        let until = Instant::now() + self.config.deadline * 3 / 4;
-        let peers = decode_peers(&planned.peers)?;
-        let busy_poll = fabric::a_core_each(&self.endpoint.host, &peers);
-        let (mut by_fabric, mut by_memory, mut by_device) =
-            (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let mut banks = Vec::new();
-        for (Peer { member, turned, .. }, peer) in planned.peers.iter().zip(peers) {
-            let Rank::Receiver(to) = *member else { continue };
-            if peer.stages {
-                banks.push((to, *turned));
-            }
-            match self.choose(to, peer, until)? {
-                Way::Local(attached, bytes) => drop(by_memory.insert(to, (attached, bytes))),
-                Way::Device(peer, bytes) => drop(by_device.insert(to, (peer, bytes))),
-                Way::Fabric(rails) => drop(by_fabric.insert(to, rails)),
-            }
-        }
+        let until = connected_by(self.config.deadline);
+        let endpoints = decode_peers(&planned.peers)?;
+        let busy_poll = fabric::cores_each(1, &self.endpoint.host, &endpoints);
+        let reach = Reach { config: &self.config, here: &self.endpoint, gpu: self.gpu.as_deref(), until };
+        let Ways { local, device, fabric, banks } = reach.ways(&plan.ops, &planned.peers, endpoints)?;
         let (config, region_bytes, progress) =
             (self.config.clone(), self.region_bytes.clone(), self.progress.clone());
         let mut routes = Routes::default();
@@ -118,30 +139,30 @@ impl Connecting {
         let staged = |op: &Op| if all { op.bytes() } else { op.staged_bytes() };
         let slot_bytes = plan.ops.iter().map(staged).max().unwrap_or(0);
         let transforms = plan.ops.iter().any(|op| op.kind() == OpKind::Transform);
-        let stages = all || transforms || !by_fabric.is_empty();
+        let stages = all || transforms || !fabric.is_empty();
         let staged_bytes = if stages { self.staged_bytes(slot_bytes)? } else { 0 };
         let rails = match self.gpu.clone() {
             Some(gpu) if self.offloaded => {
-                let local = routes.add_device(&gpu, by_device)?;
+                let local = routes.add_device(&gpu, device)?;
                 // They are told of staging memory alone, when it is there.
                 let connect = |rail, peers, left| DeviceOfiRail::connect(rail, &[], peers, left);
-                let over_nics = add_fabric(self.opened, rank, by_fabric, until, &mut routes, connect)?;
+                let over_nics = routes.add_fabric(self.opened, rank, fabric, until, connect)?;
                 Rails::Offloaded { local, over_nics, gpu }
             }
             Some(gpu) if all => {
                 let staging = LeaseMut::new(gpu.pinned(staged_bytes)?);
                 let memories = [staging.memory().clone()];
                 let connect = |rail, peers, left| OfiRail::connect(rail, &memories, peers, left);
-                let rails = add_fabric(self.opened, rank, by_fabric, until, &mut routes, connect)?;
+                let rails = routes.add_fabric(self.opened, rank, fabric, until, connect)?;
                 Rails::Staged { rails: boxed(rails), staging, gpu }
             }
             Some(gpu) => {
                 // NICs are told of it only where there are any.
-                let regions = self.device_memories.iter().filter(|_| !by_fabric.is_empty());
+                let regions = self.device_memories.iter().filter(|_| !fabric.is_empty());
                 let memories: Vec<_> = regions.map(for_nics).collect::<Result<_, _>>()?;
-                let local = routes.add_device(&gpu, by_device)?;
+                let local = routes.add_device(&gpu, device)?;
                 let connect = |rail, peers, left| DeviceOfiRail::connect(rail, &memories, peers, left);
-                let over_nics = add_fabric(self.opened, rank, by_fabric, until, &mut routes, connect)?;
+                let over_nics = routes.add_fabric(self.opened, rank, fabric, until, connect)?;
                 Rails::Device { local, over_nics, gpu }
             }
             None => {
@@ -149,25 +170,22 @@ impl Connecting {
                 let staging = staging.map_err(|error| no_staging(error.to_string()))?;
                 let mut memories = self.memories;
                 memories.push(staging.memory().clone());
-                let mut rails = routes.add_local(by_memory);
+                let mut rails = routes.add_local(local);
                 let connect = |rail, peers, left| OfiRail::connect(rail, &memories, peers, left);
-                rails.extend(boxed(add_fabric(self.opened, rank, by_fabric, until, &mut routes, connect)?));
+                rails.extend(boxed(routes.add_fabric(self.opened, rank, fabric, until, connect)?));
                 Rails::Host { rails, staging }
             }
         };
+        let described = routes.in_words();
         let Routes { connected, routes } = routes;
-        let described = routes.iter().map(|(to, route)| (*to, in_words(route, &connected))).collect();
-        // Half: it fails, drains and says which peer is to blame before the controller gives up on this trainer.
-        let deadline = config.deadline / 2;
         let limits = RankLimits { region_bytes, slot_bytes, transforms: true };
         // Where a job verifies nothing is transformed: what is sent is what stands at the source.
         let outgoing = Outgoing::new(planned.verify, &plan.ops, &names, progress.clone())?;
         let bind = if all { Program::staged } else { Program::new };
-        let mut program = bind(plan, names, &limits, routes)?.with_quantization(&quant, &limits)?;
-        for (to, turned) in banks {
-            program = program.with_banks(to, turned)?;
-        }
+        let program = bind(plan, names, &limits, routes)?.with_quantization(&quant, &limits)?;
+        let program = with_banks(program, banks)?;
         let thread = ThreadConfig { name: rank.to_string(), busy_poll, cpus: config.cpus, progress };
+        let deadline = writing_deadline(config.deadline);
         let pusher = rails.drive(program, (staged_bytes, slot_bytes), deadline, thread)?;
         Ok(Connected { pusher, rails: connected, routes: described, outgoing })
     }
@@ -188,45 +206,60 @@ impl Connecting {
         }
         Ok(if slot_bytes == 0 { 0 } else { watermark_bytes })
     }
+}
 
-    /// The way to one peer.
-    fn choose(&self, to: ReceiverRank, peer: Endpoint, until: Instant) -> Result<Way, FabricError> {
-        let name = || to.to_string();
-        let same_host = fabric::same_host(&peer.host, &self.endpoint.host);
-        let memory = if self.gpu.is_some() { LocalMemory::Device } else { LocalMemory::Host };
-        if self.config.fabric.allows_local()
-            && same_host
-            && let Some(local) = peer.local.as_ref().filter(|local| local.memory == memory)
-        {
-            let failed = |reason: String| FabricError::Local { peer: name(), reason };
-            let bytes = local.region_bytes.clone();
-            // A socket takes no timeout of 0.
-            let left = || until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-            if let Some(gpu) = &self.gpu {
-                let peer = CudaPeer::open(gpu.device(), &local.doorman(), &bytes, left());
-                return Ok(Way::Device(peer.map_err(|error| failed(error.to_string()))?, bytes));
-            }
-            let attach = |(region, bytes): (u32, &u64)| {
-                let file = fetch(&local.doorman(), region, left())?;
-                Attached::new(&file, region, *bytes)
+impl PassingOn {
+    /// As [`Connecting::connect`]. It sends from where it is written to, over rails of its own.
+    pub(crate) fn connect(self) -> Result<Relay, Error> {
+        let Self { config, endpoint, bind, arenas, arrivals, verify, relay, names, peers, progress } = self;
+        let (rank, until) = (TrainerRank(config.rank), connected_by(config.deadline));
+        let endpoints = decode_peers(&peers)?;
+        // Beside the thread that receives.
+        let busy_poll = fabric::cores_each(2, &endpoint.host, &endpoints);
+        let on_gpu = arenas.iter().find_map(Exposed::on_gpu);
+        let reach = Reach { config: &config, here: &endpoint, gpu: on_gpu.map(|(gpu, _)| &**gpu), until };
+        let Ways { local, device, fabric, banks } = reach.ways(&relay.plan.ops, &peers, endpoints)?;
+        let opened = if fabric.is_empty() { Vec::new() } else { fabric::open(&config, bind)? };
+        let region_bytes = vec![arenas.first().map_or(0, Exposed::len)];
+        let limits = RankLimits { region_bytes, slot_bytes: 0, transforms: false };
+        let outgoing = Outgoing::new(verify, &relay.plan.ops, &names, progress.clone())?.map(Arc::new);
+        let deadline = writing_deadline(config.deadline);
+        let stall = deadline / STALL_DIVISOR;
+        // It shares no core with the thread that receives, which has those that were chosen.
+        let thread =
+            ThreadConfig { name: format!("relay {}", config.rank), busy_poll, cpus: Vec::new(), progress };
+        let mut routes = Routes::default();
+        let (passer, connected) = if let Some((gpu, _)) = on_gpu {
+            let memories = arenas.iter().filter_map(Exposed::on_gpu).filter(|_| !fabric.is_empty());
+            let memories: Vec<_> = memories.map(|(_, range)| for_nics(range)).collect::<Result<_, _>>()?;
+            let mut rails = routes.add_device(gpu, device)?;
+            let connect = |rail, peers, left| DeviceOfiRail::connect(rail, &memories, peers, left);
+            let over_nics = routes.add_fabric(opened, rank, fabric, until, connect)?;
+            rails.extend(over_nics.into_iter().map(|rail| Box::new(rail) as Box<_>));
+            let Routes { connected, routes } = routes;
+            let program = with_banks(Program::relay(relay, names, &limits, routes)?, banks)?;
+            let nothing_staged = GpuMemoryConfig {
+                staging_bytes: 0,
+                slot_bytes: 0,
+                multiprocessors: CudaRailConfig::default().multiprocessors,
+                close_max: deadline,
             };
-            let attached = (0..).zip(&bytes).map(attach).collect::<Result<_, LocalError>>();
-            return Ok(Way::Local(attached.map_err(|error| failed(error.to_string()))?, bytes));
-        }
-        if self.config.fabric == Fabric::Local && !same_host {
-            return Err(FabricError::NotLocal { peer: name() });
-        }
-        let provider = self.opened.first().map(|here| here.provider.name());
-        let fits = |rail: &RailEndpoint| Some(rail.provider.as_str()) == provider && rail.scratch.is_some();
-        if !peer.rails.is_empty() && peer.rails.iter().all(fits) {
-            return Ok(Way::Fabric(peer.rails));
-        }
-        let mut here = self.endpoint.offers();
-        if self.gpu.is_some() {
-            here = format!("GPU memory, which reaches that of GPUs on the same host, and {here}");
-        }
-        let there = peer.offers();
-        Err(FabricError::NothingInCommon { peer: name(), here, there })
+            let memory = GpuMemory::new(gpu.kernels(), &program, nothing_staged, Some(arrivals))?;
+            let driver = Driver::over(memory, program, rails, deadline, stall);
+            (Passer::Device(Sender::drive(driver, thread)?), connected)
+        } else {
+            let memories: Vec<_> =
+                arenas.iter().filter_map(Exposed::in_host).map(|to| to.memory().clone()).collect();
+            let mut rails = routes.add_local(local);
+            let connect = |rail, peers, left| OfiRail::connect(rail, &memories, peers, left);
+            let over_nics = routes.add_fabric(opened, rank, fabric, until, connect)?;
+            rails.extend(over_nics.into_iter().map(|rail| Box::new(rail) as Box<_>));
+            let Routes { connected, routes } = routes;
+            let program = with_banks(Program::relay(relay, names, &limits, routes)?, banks)?;
+            let driver = Driver::over(RelayMemory::new(arrivals, deadline), program, rails, deadline, stall);
+            (Passer::Host(Sender::drive(driver, thread)?), connected)
+        };
+        Ok(Relay::new(passer, connected, outgoing))
     }
 }
 
@@ -236,102 +269,4 @@ fn boxed(rails: Vec<OfiRail>) -> Vec<HostRail> {
 
 fn no_staging(reason: String) -> Error {
     Error::Memory { what: "staging", reason }
-}
-
-/// Connects every rail of a rank, all at once, each to its pair at every peer.
-fn add_fabric<R: Send>(
-    opened: Vec<OpenRail>,
-    trainer: TrainerRank,
-    peers: BTreeMap<ReceiverRank, Vec<RailEndpoint>>,
-    until: Instant,
-    routes: &mut Routes,
-    connect: impl Fn(efa_core::Rail, BTreeMap<ReceiverRank, OfiPeer>, Duration) -> Result<R, RailError> + Sync,
-) -> Result<Vec<R>, FabricError> {
-    if peers.is_empty() {
-        return Ok(Vec::new());
-    }
-    let first = routes.connected.len();
-    let count = opened.len();
-    for (to, theirs) in &peers {
-        let region_bytes = theirs
-            .first()
-            .map_or_else(Vec::new, |rail| rail.regions.iter().map(|region| region.len).collect());
-        let all = (first..first + count).map(|rail| RailIndex(rail as u16)).collect();
-        routes.routes.insert(*to, Route { rails: all, region_bytes });
-    }
-    let left = until.saturating_duration_since(Instant::now());
-    let connect = |number: usize, opened: OpenRail| {
-        let name = opened.rail.name().to_owned();
-        let paired = || {
-            peers.iter().map(|(to, theirs)| (*to, paired_rail(trainer, count, number, theirs.len()), theirs))
-        };
-        let peer = |(to, at, theirs): (ReceiverRank, usize, &Vec<RailEndpoint>)| {
-            let RailEndpoint { address, regions, scratch, .. } = theirs.get(at)?.clone();
-            Some((to, OfiPeer { address, regions, scratch: scratch? }))
-        };
-        let theirs = paired().map(|(to, at, _)| (to, at as u16)).collect();
-        let connected = connect(opened.rail, paired().filter_map(peer).collect(), left);
-        connected.map(|rail| (rail, ConnectedRail { name, theirs }))
-    };
-    let connected = std::thread::scope(|scope| {
-        let connect = &connect;
-        let rails = opened.into_iter().enumerate();
-        let threads: Vec<_> = rails.map(|(at, rail)| scope.spawn(move || connect(at, rail))).collect();
-        threads.into_iter().map(|thread| thread.join()).collect::<Vec<_>>()
-    });
-    let mut rails = Vec::new();
-    for one in connected {
-        let one = one.map_err(|_| FabricError::Rail("defect: a thread that connects panicked".into()))?;
-        let (rail, described) = one.map_err(|error| FabricError::Rail(error.to_string()))?;
-        rails.push(rail);
-        routes.connected.push(described);
-    }
-    Ok(rails)
-}
-
-impl Routes {
-    fn add_local(&mut self, peers: BTreeMap<ReceiverRank, (Vec<Attached>, Vec<u64>)>) -> Vec<HostRail> {
-        if peers.is_empty() {
-            return Vec::new();
-        }
-        let local = LocalRail::new(self.add_each(peers));
-        let name = xfer_exec::Rail::name(&local);
-        self.connected.push(ConnectedRail { name, theirs: BTreeMap::new() });
-        vec![Box::new(local)]
-    }
-
-    fn add_device(
-        &mut self,
-        gpu: &Gpu,
-        peers: BTreeMap<ReceiverRank, (CudaPeer, Vec<u64>)>,
-    ) -> Result<Vec<Box<DeviceRail>>, Error> {
-        if peers.is_empty() {
-            return Ok(Vec::new());
-        }
-        let rail = CudaRail::new(gpu.kernels(), self.add_each(peers), CudaRailConfig::default())?;
-        let name = xfer_exec::Rail::name(&rail);
-        self.connected.push(ConnectedRail { name, theirs: BTreeMap::new() });
-        Ok(vec![Box::new(rail)])
-    }
-
-    /// Peers that the next rail leads to, with the lengths of their regions.
-    fn add_each<P>(&mut self, peers: BTreeMap<ReceiverRank, (P, Vec<u64>)>) -> BTreeMap<ReceiverRank, P> {
-        let rail = RailIndex(self.connected.len() as u16);
-        let add = |(to, (peer, region_bytes))| {
-            self.routes.insert(to, Route { rails: vec![rail], region_bytes });
-            (to, peer)
-        };
-        peers.into_iter().map(add).collect()
-    }
-}
-
-/// The first rail of a route, and how many more there are.
-fn in_words(route: &Route, rails: &[ConnectedRail]) -> String {
-    let mut names =
-        route.rails.iter().filter_map(|rail| rails.get(rail.index())).map(|rail| rail.name.clone());
-    let first = names.next().unwrap_or_default();
-    match names.count() {
-        0 => first,
-        more => format!("{first} and {more} more"),
-    }
 }

@@ -316,9 +316,16 @@ pub(crate) fn declare(config: &SessionConfig, opened: &[OpenRail], gpu: Option<&
     }
 }
 
+/// WRITEs that may be on their way at once to a rank that is told of each, because it passes them on: 128 of as many senders, each
+/// with a rail to this one. Where a NIC counts on that room it takes a completion queue of 1 MiB.
+const IMMEDIATES_MAX: u32 = 128 * 128;
+
 fn open_rail(info: &Info) -> Result<OpenRail, FabricError> {
-    let rail = Rail::open(info, &RailConfig::for_info(info))
-        .map_err(|error| FabricError::Rail(error.to_string()))?;
+    let mut config = RailConfig::for_info(info);
+    if is_rdma(info.provider()) {
+        config.immediates_max = IMMEDIATES_MAX;
+    }
+    let rail = Rail::open(info, &config).map_err(|error| FabricError::Rail(error.to_string()))?;
     tracing::info!(rail = rail.name(), "opened");
     Ok(OpenRail {
         rail,
@@ -365,11 +372,11 @@ pub(crate) fn same_host(here: &str, there: &str) -> bool {
     here == there && here != UNKNOWN_HOST
 }
 
-/// Whether this process may run on a core for itself and each of the `peers` that are on this host: then its rail thread
-/// polls without sleeping. Peers that it exchanges nothing with are not known to it and not counted.
-pub(crate) fn a_core_each(here: &str, peers: &[Endpoint]) -> bool {
+/// Whether this process may run on so many `cores` for itself and each of the `peers` that are on this host: then its rail
+/// threads poll without sleeping. Peers that it exchanges nothing with are not known to it and not counted.
+pub(crate) fn cores_each(cores: usize, here: &str, peers: &[Endpoint]) -> bool {
     let neighbours = peers.iter().filter(|peer| same_host(here, &peer.host)).count();
-    std::thread::available_parallelism().is_ok_and(|cores| cores.get() > neighbours)
+    std::thread::available_parallelism().is_ok_and(|all| all.get() >= cores * (neighbours + 1))
 }
 
 /// What one thread of this host copies per second: the bandwidth of a rail that is a memory copy. The median over spans

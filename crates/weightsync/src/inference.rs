@@ -14,6 +14,7 @@ use crate::gpu::Gpu;
 use crate::hooks::Hooks;
 
 mod joining;
+mod onward;
 mod session;
 
 pub use session::InferenceSession;

@@ -18,6 +18,7 @@ mod line;
 mod memory;
 pub mod metrics;
 mod pusher;
+mod relay;
 mod report;
 mod trainer;
 mod verify;
@@ -40,11 +41,11 @@ pub use rendezvous::{
 };
 #[cfg(feature = "tls")]
 pub use rendezvous::{Identity, IdentityError};
-pub use report::{PushReport, RailReport, Span, VerifyReport, VersionReport};
+pub use report::{PushReport, RailReport, RelayReport, Span, VerifyReport, VersionReport};
 pub use trainer::{TensorId, TensorSpec, Trainer, TrainerSession};
 pub use weight_ops::cuda::DeviceRange;
 pub use xfer_plan::{
-    BlockQuant, DType, DeviceMesh, ParamMap, Placement, PlanOptions, Rank, ScaleFormat, TensorBox,
+    BlockQuant, DType, DeviceMesh, ParamMap, Placement, PlanOptions, Rank, Relay, ScaleFormat, TensorBox,
     TensorPart, shard_box,
 };
 

@@ -144,10 +144,12 @@ impl Weights {
     }
 }
 
-/// Memory of a trainer that others read meanwhile.
+/// Memory of a rank that others read meanwhile.
 pub(crate) enum Lent {
     Host(Vec<Lease>),
     Device(Arc<Gpu>, Vec<DeviceRange>),
+    /// The one region of a rank that passes on.
+    Arena(Exposed),
 }
 
 impl Lent {
@@ -163,6 +165,7 @@ impl Lent {
                 Some(())
             }
             Self::Device(gpu, regions) => read_or_log(gpu, regions.get(region)?, rows, read),
+            Self::Arena(arena) => (region == 0).then(|| arena.rows(rows, read))?,
         }
     }
 }
@@ -183,6 +186,14 @@ impl Exposed {
             Self::Host(target) => target.len() as u64,
             Self::Device(_, range) => range.len(),
         }
+    }
+
+    pub(crate) fn in_host(&self) -> Option<&Target> {
+        if let Self::Host(target) = self { Some(target) } else { None }
+    }
+
+    pub(crate) fn on_gpu(&self) -> Option<(&Arc<Gpu>, &DeviceRange)> {
+        if let Self::Device(gpu, range) = self { Some((gpu, range)) } else { None }
     }
 
     /// Lets peers write to it over a rail.

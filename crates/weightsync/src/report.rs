@@ -125,6 +125,25 @@ pub struct VersionReport {
     /// What was hashed, where the job verifies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verified: Option<VerifyReport>,
+    /// What this rank passed on to others, where the plan has it do so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passed_on: Option<RelayReport>,
+}
+
+/// What an inference rank passed on, while it arrived.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RelayReport {
+    /// Bytes that it wrote to others.
+    pub bytes: u64,
+    /// WRITEs that carried them.
+    pub writes: u64,
+    /// Seconds from the moment that it listened until the last was delivered.
+    pub seconds: f64,
+    /// What each of the rails did that it passes on over, those that were given up included.
+    pub rails: Vec<RailReport>,
+    /// What was hashed of it, where the job verifies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verified: Option<VerifyReport>,
 }
 
 /// What one rank hashed so that a version was committed only where all bytes arrived as they were sent.

@@ -3,7 +3,9 @@
 //! A manifest is put together from what each rank says about itself. Nothing in it can be trusted:
 //! [`Manifest::validate`] bounds and checks every number before anything else looks at it.
 
+use std::fmt;
 use std::hash::{Hash, Hasher};
+use std::str::FromStr;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -149,6 +151,28 @@ pub enum Relay {
     Chain,
     /// Whichever of these the cost model says ends first, and of equals the first.
     Auto,
+}
+
+impl Relay {
+    /// Every way and its name.
+    pub const ALL: [(Self, &'static str); 4] =
+        [(Self::Never, "never"), (Self::PerHost, "per-host"), (Self::Chain, "chain"), (Self::Auto, "auto")];
+}
+
+impl fmt::Display for Relay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = Self::ALL.iter().find(|(relay, _)| relay == self).map_or("?", |(_, name)| name);
+        f.write_str(name)
+    }
+}
+
+impl FromStr for Relay {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.iter().find(|(_, known)| *known == name).map(|(relay, _)| *relay);
+        found.ok_or_else(|| "one of never, per-host, chain and auto is expected".into())
+    }
 }
 
 impl Default for PlanOptions {

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use xfer_plan::{
-    Digest, Manifest, Op, ParamId, Plan, RailDecl, Rank, ReceiverManifest, ReceiverPart, ReceiverRank,
-    TrainerManifest, TrainerRank,
+    Digest, Manifest, Op, ParamId, Plan, RailDecl, Rank, ReceiverManifest, ReceiverRank, TrainerManifest,
+    TrainerRank,
 };
 
 use super::{Action, Actions, ConnectionId, Controller, Phase, Quota, Report, Seat, refuse};
@@ -232,12 +232,6 @@ impl Controller {
             Ok(plan) => plan,
             Err(error) => return self.no_plan(manifest, error.to_string(), now, actions),
         };
-        let passed_on =
-            |part: &ReceiverPart| part.arrivals.iter().any(|a| matches!(a.from, Rank::Receiver(_)));
-        if !self.config.relays && plan.receivers.iter().any(passed_on) {
-            let reason = "the plan has inference ranks pass bytes on, which they cannot do yet: plan with relay `never`";
-            return self.end(Some(reason.into()), actions);
-        }
         let parts = match (self.parts)(&plan, &manifest) {
             Ok(parts) => parts,
             Err(error) => return self.end(Some(format!("no plan: {error}")), actions),

@@ -91,7 +91,6 @@ fn config(verify: Verify) -> ControllerConfig {
         world: world(),
         deadline: DEADLINE,
         options: PlanOptions::default(),
-        relays: false,
         verify,
         on_loss: OnLoss::Fail,
         resume: None,

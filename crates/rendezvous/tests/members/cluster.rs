@@ -87,7 +87,6 @@ impl Cluster {
             world: WORLD,
             deadline: DEADLINE,
             options: PlanOptions { relay: self.setup.relay, ..PlanOptions::default() },
-            relays: self.setup.relays,
             verify: self.setup.verify,
             on_loss: self.setup.on_loss,
             resume: self.record,

@@ -89,14 +89,3 @@ fn an_attempt_waits_until_the_one_before_is_passed_on_no_more() {
     to_the_end(&mut cluster);
     assert_eq!(cluster.served(), [Served::Version(TARGET); 4]);
 }
-
-#[test]
-fn where_ranks_cannot_pass_on_a_plan_with_relays_ends_the_job() {
-    let mut cluster = Cluster::new(Setup { relay: Relay::PerHost, relays: false, ..Setup::default() });
-    to_the_end(&mut cluster);
-    let reason = cluster.ended.flatten().unwrap();
-    assert!(reason.contains("pass bytes on, which they cannot do yet"), "{reason}");
-    let mut cluster = Cluster::new(Setup { relays: false, ..Setup::default() });
-    to_the_end(&mut cluster);
-    assert_eq!(cluster.served(), [Served::Version(TARGET); 4]);
-}

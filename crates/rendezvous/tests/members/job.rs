@@ -21,8 +21,6 @@ pub(crate) const ARENA_BYTES: usize = 32;
 #[derive(Debug, Clone)]
 pub(crate) struct Setup {
     pub(crate) relay: Relay,
-    /// Whether inference ranks can pass bytes on.
-    pub(crate) relays: bool,
     pub(crate) verify: Verify,
     pub(crate) on_loss: OnLoss,
     /// The inference ranks that stage versions, a bit each.
@@ -43,7 +41,6 @@ impl Default for Setup {
     fn default() -> Self {
         Self {
             relay: Relay::Never,
-            relays: true,
             verify: Verify::Off,
             on_loss: OnLoss::Fail,
             stages: 0,

@@ -108,7 +108,7 @@ prop_compose! {
         let forever = WORLD.members().nth(lost).filter(may_go);
         // What changes on its way cannot be verified.
         let verify = if quantised { Verify::Off } else { verify };
-        Setup { relay, relays: true, verify, on_loss, stages, replicated, quantised, records: records || forever.is_some(), repeats, forever }
+        Setup { relay, verify, on_loss, stages, replicated, quantised, records: records || forever.is_some(), repeats, forever }
     }
 }
 

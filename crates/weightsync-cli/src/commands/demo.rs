@@ -40,12 +40,13 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     };
     let checkpoint = Checkpoint::open(&path)?;
     let world = World { trainers: args.trainers, inference: args.inference };
+    let tp = args.held.tensor_parallel(args.inference)?;
     let mut demo = Demo::new(&args, world)?;
     if !args.json {
         say!("checkpoint {} ({})", path.display(), bytes_text(checkpoint.bytes()));
         say!("{world}, {} versions, fabric {}", args.steps, args.rail.fabric);
-        if args.fp8 {
-            let layout = Layout::new(checkpoint.tensors(), checkpoint.heads(), args.inference)?;
+        if args.held.fp8 {
+            let layout = Layout::new(checkpoint.tensors(), checkpoint.heads(), tp)?;
             let quantised = layout.with_fp8(BlockQuant::default())?.quantised();
             say!("{quantised} parameters of each inference rank in FP8, quantised on the way");
         }
@@ -254,8 +255,10 @@ impl Demo {
                 line.extend(args.staging.offload.then(|| "--offload".into()));
             }
             _ => {
-                line.extend(["--verify".into(), "--commit".into(), args.commit.to_string().into()]);
-                line.extend(args.fp8.then(|| "--fp8".into()));
+                let (commit, replicas) = (args.held.commit.to_string(), args.held.replicas.to_string());
+                let held = ["--verify", "--commit", &commit, "--replicas", &replicas];
+                line.extend(held.map(OsString::from));
+                line.extend(args.held.fp8.then(|| "--fp8".into()));
             }
         }
         (launcher, line)
@@ -294,7 +297,11 @@ impl Demo {
             }
             News::Said(Event::Served(report)) => {
                 self.trace.add(number, &facts.rank, report.version, &report.stages);
-                self.facts.served(&report);
+                let rank = facts.rank.clone();
+                for loss in self.facts.served(number, &report) {
+                    self.bar
+                        .suspend(|| tracing::warn!(rank, version = report.version, %loss, "gave up a rail"));
+                }
             }
             News::Said(Event::Verified { version, bytes, .. }) => {
                 self.bar.inc(1);

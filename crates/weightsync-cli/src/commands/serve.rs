@@ -17,16 +17,17 @@ use crate::events::{BytesDiffer, Event, end_with_stdin, peak_rss_bytes};
 pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
     end_with_stdin(args.rank.until_stdin_closes)?;
     args.rank.check("inference rank", args.rank.job.inference)?;
-    let (json, rank, tp) = (args.rank.json, args.rank.rank, args.rank.job.inference);
+    let (json, rank) = (args.rank.json, args.rank.rank);
+    let tp = args.held.tensor_parallel(args.rank.job.inference)?;
     let began = Instant::now();
     let checkpoint = Checkpoint::open(&args.rank.checkpoint)?;
     let layout = Layout::new(checkpoint.tensors(), checkpoint.heads(), tp)?;
-    let layout = if args.fp8 { layout.with_fp8(BlockQuant::default())? } else { layout };
-    let params = layout.params(rank)?;
+    let layout = if args.held.fp8 { layout.with_fp8(BlockQuant::default())? } else { layout };
+    let params = layout.params(rank % tp)?;
     let config = args.rank.config()?;
     let _page = args.rank.metrics.serve(&config.metrics).await?;
     let mut inference = Inference::new(config);
-    inference.commit_mode(args.commit);
+    inference.commit_mode(args.held.commit);
     let mut ids = Vec::new();
     for LocalParam { name, dtype, shape, map } in params.iter().cloned() {
         ids.push(inference.register(name, dtype, &shape, map)?);
@@ -46,7 +47,7 @@ pub(crate) async fn run(args: ServeArgs) -> anyhow::Result<()> {
                 version = report.version;
                 Event::Served(report).print(json);
                 if args.verify && version.is_multiple_of(args.verify_every) {
-                    match verify(&checkpoint, &session, (&params, &ids), (tp, rank), version, args.fp8) {
+                    match verify(&checkpoint, &session, (&params, &ids), (tp, rank), version, args.held.fp8) {
                         Ok(event) => event.print(json),
                         Err(error) => {
                             session.give_up_job(error.to_string()).await;
@@ -94,7 +95,7 @@ fn verify(
                 failed.get_or_insert(error);
             }
         };
-        let compared = verify_param(checkpoint, &param.name, (tp, rank), version, &mut read);
+        let compared = verify_param(checkpoint, &param.name, (tp, rank % tp), version, &mut read);
         if let Some(error) = failed {
             return Err(error.into());
         }

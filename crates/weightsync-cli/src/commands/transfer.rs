@@ -54,7 +54,7 @@ pub(crate) struct TransferArgs {
     /// How ranks that want the same get it: never (trainers write every copy), per-host (once per host, then over
     /// NVLink), chain (once, then from host to host) or auto (what is predicted to end first) [default: auto; with --spec,
     /// what that says]
-    #[arg(long, value_name = "HOW", value_parser = relay)]
+    #[arg(long, value_name = "HOW")]
     pub(crate) relay: Option<Relay>,
     /// The longest WRITE, in KiB [default: 1024; with --spec, what that says]
     #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
@@ -200,16 +200,6 @@ pub(crate) fn read_text(path: &Path) -> anyhow::Result<String> {
         bail!("it is longer than {}", bytes_text(TEXT_BYTES_MAX));
     }
     Ok(text)
-}
-
-pub(crate) fn relay(text: &str) -> Result<Relay, String> {
-    match text {
-        "never" => Ok(Relay::Never),
-        "per-host" => Ok(Relay::PerHost),
-        "chain" => Ok(Relay::Chain),
-        "auto" => Ok(Relay::Auto),
-        _ => Err("one of never, per-host, chain and auto is expected".into()),
-    }
 }
 
 fn scales(text: &str) -> Result<ScaleFormat, String> {

@@ -19,7 +19,7 @@ use crate::gpu::Gpu;
 use crate::pusher::Pusher;
 
 /// A rail that holds writes back for this part of the sender's deadline is given up, if other rails reach the receiver.
-const STALL_DIVISOR: u32 = 5;
+pub(super) const STALL_DIVISOR: u32 = 5;
 
 /// Rails, and the memory that they read.
 pub(super) enum Rails {

@@ -3,10 +3,13 @@
 //!
 //! Every step leaves its result with the session, so a call that is dropped in the middle is taken up by the next.
 
+use std::net::IpAddr;
+
 use efa_core::{LeaseMut, RegionError};
 use rendezvous::member::InferenceStep;
 use rendezvous::{Holds, Join, MemberManifest, Planned, PlannedPart, RendezvousError};
-use xfer_exec::cuda::{self, Arrivals};
+use xfer_exec::arrivals::Arrivals;
+use xfer_exec::cuda;
 use xfer_exec::local::{Doorman, LocalError};
 use xfer_exec::ofi::OfiTarget;
 use xfer_plan::{RailDecl, Rank, ReceiverManifest, ReceiverRank};
@@ -14,7 +17,7 @@ use xfer_plan::{RailDecl, Rank, ReceiverManifest, ReceiverRank};
 use super::InferenceSession;
 use super::session::LOST;
 use crate::arena::Ways;
-use crate::connect::decode_peers;
+use crate::connect::{PassingOn, decode_peers};
 use crate::endpoint::{Endpoint, LocalEndpoint, LocalMemory, RailEndpoint};
 use crate::error::Error;
 use crate::fabric::{self, FabricError, OpenRail};
@@ -25,17 +28,16 @@ use crate::verify::Incoming;
 /// Bytes that anybody may overwrite, for warm-ups.
 const SCRATCH_BYTES: usize = 4096;
 
-const CANNOT_PASS_ON: &str =
-    "the plan has this inference rank pass bytes on, which it cannot do yet: plan with relay `never`";
-
 /// The ways by which trainers reach the arena.
 #[derive(Default)]
 pub(super) struct Exposed {
     rails: usize,
     target: Option<OfiTarget>,
     _doorman: Option<Doorman>,
-    /// What senders tell; nothing, while this rank passes nothing on.
-    _arrivals: Option<Arrivals>,
+    /// What has arrived over all of them, until somebody passes it on.
+    arrivals: Arrivals,
+    /// What this rank has said of them, and by which address it reaches the controller.
+    told: Option<(Endpoint, IpAddr)>,
 }
 
 impl InferenceSession {
@@ -55,7 +57,10 @@ impl InferenceSession {
         if !self.line.is_open() || self.member.is_out() {
             self.join().await?;
         }
-        let Some(message) = self.line.receive(stage).await? else {
+        if self.connected_onward().await? {
+            return Ok(None);
+        }
+        let Some(message) = self.receive(stage).await? else {
             // Where the commit was decided, every byte has arrived.
             self.close_rails().await?;
             return Ok(None);
@@ -81,7 +86,7 @@ impl InferenceSession {
         }
     }
 
-    fn rank(&self) -> Rank {
+    pub(super) fn rank(&self) -> Rank {
         Rank::Receiver(ReceiverRank(self.config.rank))
     }
 
@@ -96,6 +101,7 @@ impl InferenceSession {
         let opened = fabric::open(&self.config, self.config.bind.unwrap_or(local))?;
         let declared = fabric::declare(&self.config, &opened, self.arenas.gpu());
         let endpoint = self.expose(opened)?;
+        self.exposed.told = Some((endpoint.clone(), self.config.bind.unwrap_or(local)));
         let join = self.describe(declared, &endpoint)?;
         self.was_undecided = self.member.is_undecided();
         let joins = self.member.rejoin(join);
@@ -109,13 +115,11 @@ impl InferenceSession {
         let (arenas, Ways { files, device }) = self.arenas.expose()?;
         let memory = if device.is_empty() { LocalMemory::Host } else { LocalMemory::Device };
         let (doorman, arrivals) = match (device.is_empty(), files.is_empty()) {
-            (false, _) => {
-                let (doorman, arrivals) = cuda::expose(device)?;
-                (Some(doorman), Some(arrivals))
-            }
-            (true, false) => (Some(Doorman::open(files).map_err(local_error)?), None),
+            (false, _) => Some(cuda::expose(device)?).unzip(),
+            (true, false) => Some(Doorman::open(files).map_err(local_error)?).unzip(),
             (true, true) => (None, None),
         };
+        let mut arrivals = arrivals.unwrap_or_default();
         let rails = opened.iter_mut().map(|opened| expose(opened, &arenas)).collect::<Result<_, _>>()?;
         let bytes = arenas.iter().map(Arena::len).collect();
         let endpoint = Endpoint {
@@ -131,7 +135,10 @@ impl InferenceSession {
             true => None,
             false => Some(OfiTarget::start(rails, self.config.cpus.clone())?),
         };
-        self.exposed = Exposed { rails: count, target, _doorman: doorman, _arrivals: arrivals };
+        if let Some(target) = &target {
+            arrivals.hear(target.arrivals());
+        }
+        self.exposed = Exposed { rails: count, target, _doorman: doorman, arrivals, told: None };
         Ok(endpoint)
     }
 
@@ -165,16 +172,13 @@ impl InferenceSession {
             self.line.hang_up();
             return Ok(());
         }
-        self.busy_poll = fabric::a_core_each(&fabric::host_identity(), &decode_peers(&planned.peers)?);
+        self.busy_poll = fabric::cores_each(1, &fabric::host_identity(), &decode_peers(&planned.peers)?);
         let PlannedPart::Inference { part, relay, names, inbound } = planned.part else {
             return Err(out_of_turn("an inference rank's part of the plan"));
         };
-        if !relay.plan.ops.is_empty() {
-            self.line.give_up(CANNOT_PASS_ON.into()).await;
-            return Err(FabricError::Rail(CANNOT_PASS_ON.into()).into());
-        }
         let sizes = (part.bytes, self.arenas.served().len());
-        self.incoming = match Incoming::new(planned.verify, inbound, names, sizes, self.line.progress()) {
+        let incoming = Incoming::new(planned.verify, inbound, names.clone(), sizes, self.line.progress());
+        self.incoming = match incoming {
             Ok(incoming) => incoming,
             Err(error) => {
                 self.line.give_up(error.to_string()).await;
@@ -182,7 +186,24 @@ impl InferenceSession {
             }
         };
         self.bytes_per_push = part.bytes;
-        self.line.say(self.member.ready())
+        if relay.plan.ops.is_empty() {
+            return self.line.say(self.member.ready());
+        }
+        let (endpoint, bind) = self.exposed.told.clone().ok_or(Error::Broken)?;
+        let passing = PassingOn {
+            config: self.config.clone(),
+            endpoint,
+            bind,
+            arenas: self.arenas.exposed(),
+            arrivals: std::mem::take(&mut self.exposed.arrivals),
+            verify: planned.verify,
+            relay,
+            names,
+            peers: planned.peers,
+            progress: self.line.progress(),
+        };
+        self.connect_onward(passing);
+        Ok(())
     }
 
     /// How the push ended whose end this rank had not heard of when it lost the controller. What is to be shown is, before
@@ -204,6 +225,7 @@ impl InferenceSession {
     async fn close_rails(&mut self) -> Result<(), Error> {
         // What it compares is over.
         self.verifying = None;
+        self.close_onward().await;
         let exposed = std::mem::take(&mut self.exposed);
         let closed = (0..exposed.rails).try_for_each(|rail| exposed.close_rail(rail));
         drop(exposed);

@@ -1,20 +1,23 @@
 //! Versions: what an inference rank does between the beginning of a push and its end.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use rendezvous::member::{InferenceMember, InferenceStep, Served};
+use rendezvous::{Bank, PushId};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use xfer_plan::{DestinationParam, Rank, ReceiverRank};
 
 use super::ParamId;
 use super::joining::Exposed;
+use super::onward::{Onward, PushOnward};
 use crate::arena::Arenas;
 use crate::config::SessionConfig;
 use crate::error::Error;
 use crate::hooks::Hooks;
 use crate::line::{Line, out_of_turn};
-use crate::report::{Span, Stopwatch, VerifyReport, VersionReport, gb_per_second};
+use crate::report::{RelayReport, Span, Stopwatch, VerifyReport, VersionReport, gb_per_second};
 use crate::verify::{Compared, Incoming};
 use crate::watch::Watch;
 
@@ -29,6 +32,7 @@ pub(super) struct Push {
     stage: Stopwatch,
     stages: Vec<Span>,
     verified: Option<VerifyReport>,
+    pub(super) passed_on: Option<RelayReport>,
 }
 
 /// See [`InferenceSession::showing`].
@@ -49,6 +53,10 @@ pub struct InferenceSession {
     pub(super) member: InferenceMember,
     // Field order is teardown order: nobody can write to the arena any more when it goes.
     pub(super) exposed: Exposed,
+    /// Passes on what arrives.
+    pub(super) onward: Onward,
+    /// Under way; a call that is dropped in the middle leaves it to the next.
+    pub(super) push_onward: Option<Arc<PushOnward>>,
     /// It is written to over libfabric, or was before it closed its rails.
     pub(super) has_rails: bool,
     pub(super) arenas: Arenas,
@@ -83,6 +91,8 @@ impl InferenceSession {
             line: Line::new(&config)?,
             member: InferenceMember::new(arenas.mode().stages()),
             exposed: Exposed::default(),
+            onward: Onward::Nothing,
+            push_onward: None,
             has_rails: false,
             arenas,
             hooks,
@@ -136,7 +146,10 @@ impl InferenceSession {
         }
         let until = at_most.and_then(|at_most| tokio::time::Instant::now().checked_add(at_most));
         loop {
-            if let Some(error) = self.lost_sight_of.take() {
+            // Not before what it passes on is over: until then the next push waits for this rank.
+            if self.push_onward.is_none()
+                && let Some(error) = self.lost_sight_of.take()
+            {
                 return Err(error);
             }
             match self.shown().await? {
@@ -148,8 +161,14 @@ impl InferenceSession {
                 self.verifying = None;
                 self.compared(compared)?;
             }
-            let pushing = self.push.is_some();
-            let step = self.step("a version");
+            let pushing = self.push.is_some() || self.push_onward.is_some();
+            let onward = PushOnward::over(self.push_onward.clone());
+            let step = async {
+                tokio::select! {
+                    step = self.step("a version") => Some(step),
+                    () = onward => None,
+                }
+            };
             let step = match at_most.zip(until) {
                 Some((at_most, until)) if !pushing => match tokio::time::timeout_at(until, step).await {
                     Ok(step) => step,
@@ -160,6 +179,10 @@ impl InferenceSession {
                 },
                 _ => step.await,
             };
+            let Some(step) = step else {
+                self.passed_on()?;
+                continue;
+            };
             let step = step.inspect_err(|error| {
                 self.receive_bytes(false);
                 self.watch.failed(error);
@@ -167,21 +190,11 @@ impl InferenceSession {
             let Some(step) = step else { continue };
             match step {
                 InferenceStep::Started => {}
-                InferenceStep::Prepare { push, version, close, own, .. } => {
-                    let closed = self.close_rails_given_up(&close);
-                    let in_place = !self.arenas.mode().stages();
-                    let closed =
-                        closed.and_then(|()| if in_place { self.hooks.stop(version) } else { Ok(()) });
-                    if closed.is_ok() {
-                        self.arenas.begin(own.index());
-                        self.receive_bytes(true);
-                        let (stage, whole) = (Stopwatch::start("write"), std::time::Instant::now());
-                        self.push = Some(Push { version, whole, stage, stages: Vec::new(), verified: None });
-                        self.watch.prepared(version, push, in_place);
-                    }
+                InferenceStep::Prepare { push, version, close, bank, own } => {
+                    let prepared = self.prepare((push, version), &close, bank, own);
                     // From here on a byte of what is written may change at any time.
                     // Where it cannot be prepared, the push is aborted, which this rank hears with the others.
-                    self.line.say(self.member.prepared(closed))?;
+                    self.line.say(self.member.prepared(prepared))?;
                 }
                 InferenceStep::Fence { close, .. } => {
                     let closed = self.close_rails_given_up(&close);
@@ -209,10 +222,11 @@ impl InferenceSession {
                 InferenceStep::Aborted { version, reason } => {
                     self.receive_bytes(false);
                     self.push = None;
+                    self.stop_passing_on(&reason);
                     self.hooks.aborted(version, &reason);
                     let error = Error::Aborted { version, reason };
                     self.watch.failed(&error);
-                    return Err(error);
+                    self.lost_sight_of = Some(error);
                 }
                 InferenceStep::Finished => {
                     return Err(Error::Finished { committed: self.member.committed_version() });
@@ -220,6 +234,29 @@ impl InferenceSession {
                 _ => return Err(out_of_turn("a version")),
             }
         }
+    }
+
+    /// Gets ready for bytes of a push; and to pass them on, where it does that.
+    fn prepare(
+        &mut self,
+        (push, version): (PushId, u64),
+        close: &[u16],
+        bank: Bank,
+        own: Bank,
+    ) -> Result<(), String> {
+        self.close_rails_given_up(close)?;
+        let in_place = !self.arenas.mode().stages();
+        if in_place {
+            self.hooks.stop(version)?;
+        }
+        self.arenas.begin(own.index());
+        self.pass_on(push, bank)?;
+        self.receive_bytes(true);
+        let (stage, whole) = (Stopwatch::start("write"), std::time::Instant::now());
+        let (stages, verified, passed_on) = (Vec::new(), None, None);
+        self.push = Some(Push { version, whole, stage, stages, verified, passed_on });
+        self.watch.prepared(version, push, in_place);
+        Ok(())
     }
 
     /// Says how a comparison ended. Where it found other bytes, the controller ends the push.
@@ -341,6 +378,7 @@ impl InferenceSession {
             gb_per_second: gb_per_second(bytes, seconds),
             stages: push.stages.into_iter().chain([push.stage.end()]).collect(),
             verified: push.verified,
+            passed_on: push.passed_on,
         }
     }
 

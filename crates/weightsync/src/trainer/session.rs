@@ -8,17 +8,17 @@ use std::time::Duration;
 use efa_core::MemoryRef;
 use rendezvous::member::{TrainerMember, TrainerStep};
 use rendezvous::status::{RAILS_TOLD_MAX, RailStatus};
-use rendezvous::{Bank, Fence, PushId, RendezvousError, ToController};
+use rendezvous::{Bank, PushId, RendezvousError, ToController};
 use tokio::sync::oneshot;
 use weight_ops::cuda::DeviceRange;
-use xfer_exec::{Failure, RailUse};
+use xfer_exec::Failure;
 use xfer_plan::{Rank, ReceiverRank, SourcePiece, TrainerRank};
 
 use super::holder::Holder;
 use super::joining::Rails;
 use super::{Tensor, TensorId, Trainer, write};
 use crate::config::SessionConfig;
-use crate::connect::Connected;
+use crate::connect::{Connected, fences};
 use crate::error::Error;
 use crate::gpu::Gpu;
 use crate::line::{Line, out_of_turn};
@@ -243,7 +243,7 @@ impl TrainerSession {
         self.watch.stage("write");
         let (mut outcome, ended) = self.write_out((push, version), bank, told).await?;
         self.tell_rails(&outcome);
-        let fences = self.fences(&outcome.rails);
+        let fences = fences(self.rails.connected(), &outcome.rails);
         let (sums, verified) = outcome.summed.take().map(|Summed { sums, report }| (sums, report)).unzip();
         let result = match (&ended, &outcome.result) {
             (None, Ok(_)) if self.hashes() && sums.is_none() => Err(NOT_HASHED.into()),
@@ -391,16 +391,6 @@ impl TrainerSession {
         // A queue without room is met again by what has to be said.
         let _ = self.line.send(ToController::Rails { rails: told.collect() });
         self.watch.rails(rails(), outcome.result.as_ref().map_or(0, |delivered| delivered.refusals));
-    }
-
-    /// Which rails inference ranks have to close: those over which bytes may still come that were given up on. A kernel goes
-    /// on sending what a TCP socket has taken, and a network may hold what a NIC has sent.
-    fn fences(&self, used: &[RailUse]) -> Vec<Fence> {
-        let pairs = self.rails.connected().iter().zip(used);
-        let fences = pairs.flat_map(|(rail, used)| {
-            used.unfinished.iter().filter_map(|at| Some(Fence { at: *at, rail: *rail.theirs.get(at)? }))
-        });
-        fences.collect()
     }
 
     /// Whether the job verifies what is sent.

@@ -10,9 +10,9 @@ use gpu_mem::{Device, Observer};
 use weight_ops::cuda::{DeviceRange, Kernels};
 use xfer_plan::Op;
 
+use super::CudaError;
 use super::fill::{Fill, Filler};
 use super::slots::DeviceSlots;
-use super::CudaError;
 use crate::arrivals::Arrivals;
 use crate::driver::{Closed, Closings, Staged, Store};
 use crate::engine::{Post, Slot, Source};

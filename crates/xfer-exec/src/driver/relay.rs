@@ -34,7 +34,8 @@ impl Memory for RelayMemory {
 
     fn buffer(&mut self, post: &Post) -> Option<Target> {
         let Source::Region(region, offset) = post.source else { return None };
-        let (offset, bytes) = (usize::try_from(offset).ok()?, usize::try_from(post.rows.extent_bytes()?).ok()?);
+        let (offset, bytes) =
+            (usize::try_from(offset).ok()?, usize::try_from(post.rows.extent_bytes()?).ok()?);
         self.regions.get(region.index())?.slice(offset..offset.checked_add(bytes)?)
     }
 

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender as ChannelSender, bounded};
+use crossbeam_channel::{Receiver, Sender as ChannelSender, TryRecvError, bounded};
 use efa_core::Lease;
 
 use super::{Driver, DriverConfig, Outcome, Step, Store};
@@ -37,6 +37,8 @@ pub struct ThreadConfig {
     pub progress: Arc<AtomicU64>,
 }
 
+const LEFT: &str = "nobody waits for it any more";
+
 type Reply<B> = Box<dyn FnOnce(Outcome<B>) + Send>;
 
 /// What [`Sender::magnitudes`] has found.
@@ -59,7 +61,8 @@ enum Command<B> {
     Abort(String),
 }
 
-/// A handle on the thread. Dropping it ends the thread after the present push, without waiting for it.
+/// A handle on the thread. Dropping it ends the thread after the present push, without waiting for it; one that passes on is
+/// aborted.
 pub struct Sender<B = Lease> {
     commands: ChannelSender<Command<B>>,
     thread: Option<JoinHandle<()>>,
@@ -160,13 +163,13 @@ fn serve<M: Store>(driver: &mut Driver<M>, thread: &ThreadConfig, inbox: &Receiv
             Command::Push(regions, told, reply) => {
                 thread.progress.store(0, Ordering::Relaxed);
                 driver.begin_told(regions, &told);
-                reply(push(driver, thread, inbox));
+                reply(push(driver, thread, inbox, false));
             }
             Command::PassOn(regions, begun, reply) => {
                 thread.progress.store(0, Ordering::Relaxed);
                 driver.begin(regions);
                 let _ = begun.send(());
-                reply(push(driver, thread, inbox));
+                reply(push(driver, thread, inbox, true));
             }
             Command::Magnitudes(regions, reply) => {
                 let result = driver.magnitudes(&regions);
@@ -178,10 +181,12 @@ fn serve<M: Store>(driver: &mut Driver<M>, thread: &ThreadConfig, inbox: &Receiv
     }
 }
 
+/// Carries a push out. One that `passes_on` may wait for ever for what does not come.
 fn push<M: Store>(
     driver: &mut Driver<M>,
     thread: &ThreadConfig,
     inbox: &Receiver<Command<M::Region>>,
+    passes_on: bool,
 ) -> Outcome<M::Region> {
     let (mut moved_at, mut looked_at) = (Instant::now(), Instant::now());
     loop {
@@ -190,15 +195,12 @@ fn push<M: Store>(
         if now >= looked_at + LOOK {
             looked_at = now;
             thread.progress.store(driver.delivered_bytes(), Ordering::Relaxed);
-            while let Ok(command) = inbox.try_recv() {
-                match command {
-                    Command::Abort(reason) => driver.abort(reason),
-                    // A session pushes one version at a time; dropping the reply tells a second caller.
-                    Command::Push(..)
-                    | Command::PassOn(..)
-                    | Command::Magnitudes(..)
-                    | Command::Bank(_) => {}
-                }
+            match inbox.try_recv() {
+                Ok(Command::Abort(reason)) => driver.abort(reason),
+                // A session pushes one version at a time; dropping the reply tells a second caller.
+                Ok(_) | Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) if passes_on => driver.abort(LEFT.into()),
+                Err(TryRecvError::Disconnected) => {}
             }
         }
         match step {

@@ -19,10 +19,10 @@ pub use doorman::{Doorman, DoormanAddress, KEY_BYTES, fetch};
 pub(crate) use doorman::{FILES_MAX, MESSAGE_BYTES_MAX, Offer, Offers, fetch_all, fetch_teller};
 pub use rail::{LocalPeer, LocalRail, LocalSource};
 pub use shared::{Attached, SharedFile};
-#[cfg(feature = "cuda")]
-pub(crate) use telling::{Arrived, Untold};
 #[cfg(any(test, feature = "cuda"))]
 pub(crate) use telling::Teller;
+#[cfg(feature = "cuda")]
+pub(crate) use telling::{Arrived, Untold};
 
 /// What can go wrong with shared memory.
 #[derive(Debug, thiserror::Error)]

@@ -52,9 +52,8 @@ impl LocalPeer {
         region_bytes: &[u64],
         deadline: Duration,
     ) -> Result<Self, LocalError> {
-        let attach = |(region, bytes): (u32, &u64)| {
-            Attached::new(&fetch(address, region, deadline)?, region, *bytes)
-        };
+        let attach =
+            |(region, bytes): (u32, &u64)| Attached::new(&fetch(address, region, deadline)?, region, *bytes);
         let regions = (0..).zip(region_bytes).map(attach).collect::<Result<_, _>>()?;
         Ok(Self { regions, teller: fetch_teller(address, deadline)? })
     }

@@ -95,4 +95,3 @@ impl<B> Untold<B> {
         }
     }
 }
-

@@ -8,8 +8,7 @@ use std::time::Duration;
 use weight_ops::cuda::DeviceRange;
 use xfer_exec::arrivals::Arrivals;
 use xfer_exec::cuda::{
-    CudaPeer, CudaRail, CudaRailConfig, DeviceRail, DeviceRegion, GpuMemory, GpuMemoryConfig,
-    expose,
+    CudaPeer, CudaRail, CudaRailConfig, DeviceRail, DeviceRegion, GpuMemory, GpuMemoryConfig, expose,
 };
 use xfer_exec::driver::{Driver, Outcome, Sender, Step, ThreadConfig};
 use xfer_exec::local::Doorman;

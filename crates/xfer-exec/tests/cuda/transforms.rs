@@ -18,8 +18,8 @@ use scenario::Choices;
 use weight_ops::cuda::DeviceRange;
 use xfer_exec::arrivals::Arrivals;
 use xfer_exec::cuda::{
-    CudaPeer, CudaRail, CudaRailConfig, DeviceRail, DeviceRegion, GpuMemory, GpuMemoryConfig,
-    Mirror, OffloadedMemory, StagedMemory, expose,
+    CudaPeer, CudaRail, CudaRailConfig, DeviceRail, DeviceRegion, GpuMemory, GpuMemoryConfig, Mirror,
+    OffloadedMemory, StagedMemory, expose,
 };
 use xfer_exec::driver::{Driver, Outcome, Step, Store};
 use xfer_exec::local::{Attached, Doorman, LocalPeer, LocalRail, fetch};

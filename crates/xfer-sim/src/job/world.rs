@@ -163,7 +163,6 @@ impl<'w> World<'w> {
             world,
             deadline: config.deadline,
             options: manifest.options,
-            relays: true,
             verify: Verify::Off,
             on_loss: OnLoss::Fail,
             resume: None,

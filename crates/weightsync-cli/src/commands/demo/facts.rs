@@ -29,6 +29,9 @@ pub(super) struct RankFacts {
     /// Of a trainer: what each of its rails did, over all versions.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     rails: Vec<RailFacts>,
+    /// Of an inference rank that passes on: what each of the rails did over which it does so.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    rails_onward: Vec<RailFacts>,
     #[serde(skip)]
     losses: Losses,
 }
@@ -58,7 +61,11 @@ struct VersionFacts {
     bytes_gathered: u64,
     /// Of the slowest trainer.
     write_seconds: f64,
-    /// All bytes over the slowest trainer's writes.
+    /// Bytes over all inference ranks that they passed on to others.
+    bytes_passed_on: u64,
+    /// Of the slowest of these ranks, from the moment that it listened.
+    passed_on_seconds: f64,
+    /// All bytes of the trainers over the slowest one's writes.
     gb_per_second: f64,
     /// From the first call to the last confirmed commit.
     seconds: f64,
@@ -78,6 +85,9 @@ struct VersionFacts {
 struct ChecksumFacts {
     trainers: HashedFacts,
     inference: HashedFacts,
+    /// Of what inference ranks passed on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    passed_on: Option<HashedFacts>,
 }
 
 /// What the ranks of one side hashed.
@@ -139,12 +149,13 @@ impl RankFacts {
 
     /// Adds what its rails did in a version; which of them, or of their ways, it gave up since the report before.
     fn add(&mut self, version: u64, reports: &[RailReport]) -> &[Loss] {
-        let fresh = |report: &RailReport| RailFacts { name: report.name.clone(), bytes: 0, writes: 0 };
-        self.rails.extend(reports.iter().skip(self.rails.len()).map(fresh));
-        for (rail, report) in self.rails.iter_mut().zip(reports) {
-            rail.bytes += report.bytes;
-            rail.writes += report.writes;
-        }
+        add(&mut self.rails, reports);
+        self.losses.add(version, reports)
+    }
+
+    /// The same of the rails over which it passes on.
+    fn add_onward(&mut self, version: u64, reports: &[RailReport]) -> &[Loss] {
+        add(&mut self.rails_onward, reports);
         self.losses.add(version, reports)
     }
 
@@ -154,11 +165,21 @@ impl RankFacts {
 
     /// How many rails it has, and had.
     fn rails_text(&self) -> String {
-        let all = if self.rails.is_empty() { self.nics } else { self.rails.len() };
+        let to_it = if self.rails.is_empty() { self.nics } else { self.rails.len() };
+        let all = to_it + self.rails_onward.len();
         match self.losses.rails() {
             0 => all.to_string(),
             lost => format!("{} of {all}", all.saturating_sub(lost)),
         }
+    }
+}
+
+fn add(rails: &mut Vec<RailFacts>, reports: &[RailReport]) {
+    let fresh = |report: &RailReport| RailFacts { name: report.name.clone(), bytes: 0, writes: 0 };
+    rails.extend(reports.iter().skip(rails.len()).map(fresh));
+    for (rail, report) in rails.iter_mut().zip(reports) {
+        rail.bytes += report.bytes;
+        rail.writes += report.writes;
     }
 }
 
@@ -191,12 +212,21 @@ impl Facts {
         rank.map_or(&[], |rank| rank.add(report.version, &report.rails))
     }
 
-    pub(super) fn served(&mut self, report: &VersionReport) {
+    /// Adds an inference rank's report; which of the rails were given up since the one before over which it passes on.
+    pub(super) fn served(&mut self, number: usize, report: &VersionReport) -> &[Loss] {
         let facts = self.version(report.version);
         facts.pause_seconds = facts.pause_seconds.max(report.pause_seconds);
         if let Some(report) = &report.verified {
             facts.checksums.get_or_insert_default().inference.add(report);
         }
+        let Some(relayed) = &report.passed_on else { return &[] };
+        facts.bytes_passed_on += relayed.bytes;
+        facts.passed_on_seconds = facts.passed_on_seconds.max(relayed.seconds);
+        if let Some(report) = &relayed.verified {
+            facts.checksums.get_or_insert_default().passed_on.get_or_insert_default().add(report);
+        }
+        let rank = self.ranks.get_mut(number);
+        rank.map_or(&[], |rank| rank.add_onward(report.version, &relayed.rails))
     }
 
     /// Adds what an inference rank has verified; whether it was the last to verify this version.
@@ -216,14 +246,12 @@ impl Facts {
             let Some(facts) = self.versions.get(&version) else {
                 bail!("version {version} was never pushed")
             };
-            let complete =
-                facts.verified_ranks == ranks && facts.verified_bytes == planned && facts.bytes == planned;
-            if !complete {
+            let sent = facts.bytes + facts.bytes_passed_on;
+            if facts.verified_ranks != ranks || facts.verified_bytes != planned || sent != planned {
                 bail!(
-                    "version {version}: {} of {ranks} ranks verified {} of {planned} bytes, {} were pushed",
+                    "version {version}: {} of {ranks} ranks verified {} of {planned} bytes, {sent} were sent",
                     facts.verified_ranks,
                     facts.verified_bytes,
-                    facts.bytes,
                 );
             }
         }
@@ -278,11 +306,15 @@ impl Facts {
         }
         let checksums =
             self.versions.values().filter_map(|facts| Some((facts.version, facts.checksums.as_ref()?)));
-        for (number, (version, ChecksumFacts { trainers, inference })) in checksums.enumerate() {
+        for (number, (version, ChecksumFacts { trainers, inference, passed_on })) in checksums.enumerate() {
             let gap = if number == 0 { "\n" } else { "" };
+            let onward = passed_on.as_ref().map_or_else(String::new, |onward| {
+                let (bytes, seconds) = (bytes_text(onward.bytes), seconds_text(onward.seconds));
+                format!(", and for {seconds} the {bytes} that they passed on")
+            });
             say!(
                 "{gap}checksums of version {version}: {} as sent and {} as they arrived; trainers hashed for {}, {} of it \
-                 beyond their writes, inference ranks for {}",
+                 beyond their writes, inference ranks for {}{onward}",
                 bytes_text(trainers.bytes),
                 bytes_text(inference.bytes),
                 seconds_text(trainers.seconds),
@@ -300,10 +332,16 @@ impl Facts {
     }
 
     fn version_table(&self) -> Table {
-        let mut table =
-            Table::new(&["version", "pushed", "gathered", "write", "GB/s", "of bound", "pause", "verified"]);
+        // Only where there is any.
+        let onward = self.versions.values().any(|facts| facts.bytes_passed_on > 0);
+        let mut heads =
+            vec!["version", "pushed", "gathered", "write", "GB/s", "of bound", "pause", "verified"];
+        if onward {
+            heads.insert(2, "passed on");
+        }
+        let mut table = Table::new(&heads);
         for facts in self.versions.values() {
-            table.row(vec![
+            let mut row = vec![
                 facts.version.to_string(),
                 bytes_text(facts.bytes),
                 bytes_text(facts.bytes_gathered),
@@ -316,7 +354,11 @@ impl Facts {
                     bytes_text(facts.verified_bytes / u64::from(facts.verified_ranks.max(1))),
                     facts.verified_ranks
                 ),
-            ]);
+            ];
+            if onward {
+                row.insert(2, bytes_text(facts.bytes_passed_on));
+            }
+            table.row(row);
         }
         table
     }

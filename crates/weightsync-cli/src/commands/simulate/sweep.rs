@@ -17,7 +17,7 @@ use super::case::Case;
 use super::facts::{Facts, Utilisation};
 use super::summary::cluster_text;
 use crate::WrongInput;
-use crate::commands::transfer::{relay, set_chunk, set_watermark};
+use crate::commands::transfer::{set_chunk, set_watermark};
 use crate::say::say;
 use crate::spinner::spinner;
 use crate::table::seconds_text;
@@ -155,7 +155,7 @@ impl Param {
             Param::Replicas => return replicas(whole(value)?, case),
             Param::Watermark => set_watermark(options, size(value)?),
             Param::Chunk => set_chunk(options, size(value)?),
-            Param::Relay => options.relay = relay(value)?,
+            Param::Relay => options.relay = value.parse()?,
             Param::SkewMs => case.conditions.skew = milliseconds(value)?,
             Param::Slow => {
                 let rank = Rank::Trainer(TrainerRank(0));

@@ -1,0 +1,106 @@
+//! What an inference rank passes on: rails with a thread of their own, which send from where the rank is written to, once all has
+//! arrived that an operation waits for.
+
+use std::sync::Arc;
+
+use efa_core::Target;
+use rendezvous::{Bank, Fence, PushId};
+use weight_ops::cuda::DeviceRange;
+use xfer_exec::RailUse;
+use xfer_exec::driver::{Outcome, Sender};
+
+use crate::connect::{ConnectedRail, fences};
+use crate::memory::{Exposed, Lent};
+use crate::pusher::Written;
+use crate::verify::Outgoing;
+
+/// The thread, over host memory or a GPU's.
+pub(crate) enum Passer {
+    Host(Sender<Target>),
+    Device(Sender<DeviceRange>),
+}
+
+/// See the module. Dropping it stops what it passes on, without waiting for the end.
+pub(crate) struct Relay {
+    passer: Passer,
+    rails: Vec<ConnectedRail>,
+    /// What to hash, where the job verifies.
+    outgoing: Option<Arc<Outgoing>>,
+}
+
+impl Relay {
+    pub(crate) fn new(passer: Passer, rails: Vec<ConnectedRail>, outgoing: Option<Arc<Outgoing>>) -> Self {
+        Self { passer, rails, outgoing }
+    }
+
+    /// Begins to pass on what arrives in `arena`, to this bank of its receivers. All counts that arrives once this has returned:
+    /// nobody may write before. `reply` is called from the thread when everything is delivered and, where the job verifies,
+    /// hashed. `false` where the thread is gone.
+    pub(crate) fn start(
+        &self,
+        push: PushId,
+        bank: Bank,
+        arena: Exposed,
+        reply: impl FnOnce(Written) + Send + 'static,
+    ) -> bool {
+        let outgoing = self.outgoing.clone();
+        let lent = Lent::Arena(arena.clone());
+        match (&self.passer, arena) {
+            (Passer::Host(sender), Exposed::Host(target)) => {
+                sender.set_bank(bank.index() == 1);
+                sender.pass_on(vec![target], move |outcome| reply(written(outcome, outgoing, (push, lent))))
+            }
+            (Passer::Device(sender), Exposed::Device(_, range)) => {
+                sender.set_bank(bank.index() == 1);
+                sender.pass_on(vec![range], move |outcome| reply(written(outcome, outgoing, (push, lent))))
+            }
+            _ => false,
+        }
+    }
+
+    /// Stops passing on, if it does.
+    pub(crate) fn abort(&self, reason: String) {
+        match &self.passer {
+            Passer::Host(sender) => sender.abort(reason),
+            Passer::Device(sender) => sender.abort(reason),
+        }
+    }
+
+    /// Stops, and waits until its rails are closed.
+    pub(crate) fn close(self) {
+        match self.passer {
+            Passer::Host(sender) => sender.close(),
+            Passer::Device(sender) => sender.close(),
+        }
+    }
+
+    /// Whether the job verifies what is passed on.
+    pub(crate) fn hashes(&self) -> bool {
+        self.outgoing.is_some()
+    }
+
+    /// Its rails, as a push used them.
+    pub(crate) fn rails<'a>(
+        &'a self,
+        used: &'a [RailUse],
+    ) -> impl Iterator<Item = (&'a str, &'a RailUse)> + Clone {
+        self.rails.iter().map(|rail| rail.name.as_str()).zip(used)
+    }
+
+    pub(crate) fn fences(&self, used: &[RailUse]) -> Vec<Fence> {
+        fences(&self.rails, used)
+    }
+}
+
+/// On the thread of the rails, which have nothing left to do. Only now is everything there that is to be hashed.
+fn written<B>(
+    outcome: Outcome<B>,
+    outgoing: Option<Arc<Outgoing>>,
+    (push, arena): (PushId, Lent),
+) -> Written {
+    let Outcome { result, regions, timings, rails } = outcome;
+    drop(regions);
+    let hashed = outgoing.filter(|_| result.is_ok());
+    let summed = hashed.and_then(|outgoing| outgoing.start(push, arena).end(true));
+    Written { result, timings, rails, summed }
+}

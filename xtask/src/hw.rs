@@ -12,11 +12,12 @@ use crate::bench::{self, COMMIT_VARIABLE};
 use crate::{Failure, workspace};
 
 /// Test binaries that need a GPU: package, which of its tests, and features.
-const TESTS: [(&str, &str, &str); 5] = [
+const TESTS: [(&str, &str, &str); 6] = [
     ("gpu-mem", "*", ""),
     ("weight-ops", "cuda_*", "cuda"),
     ("xfer-exec", "cuda*", "cuda,ofi"),
     ("weightsync", "cuda", ""),
+    ("weightsync", "relay", ""),
     ("weightsync", "transforms", ""),
 ];
 

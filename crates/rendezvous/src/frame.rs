@@ -197,10 +197,11 @@ mod tests {
         let (mut ours, mut theirs) = tokio::io::duplex(64);
         let error = block_on(async {
             let mut preamble = MAGIC.to_vec();
-            preamble.extend(9u32.to_le_bytes());
+            preamble.extend((PROTOCOL_VERSION + 1).to_le_bytes());
             theirs.write_all(&preamble).await.unwrap();
             exchange_preambles(&mut ours, peer()).await.unwrap_err()
         });
-        assert!(matches!(error, RendezvousError::ProtocolVersion { theirs: 9, .. }), "{error}");
+        let RendezvousError::ProtocolVersion { theirs, .. } = error else { panic!("{error}") };
+        assert_eq!(theirs, PROTOCOL_VERSION + 1);
     }
 }

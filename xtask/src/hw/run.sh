@@ -70,6 +70,7 @@ run_tests() {
     # A whole job, in processes; it writes its checkpoint (1.2 GB) on the first run.
     check "demo" "$plain_seconds" "$here/weightsync" demo --device cuda
     check "demo, offloaded" "$plain_seconds" "$here/weightsync" demo --device cuda --offload --fp8
+    check "demo, passed on" "$plain_seconds" "$here/weightsync" demo --device cuda --replicas 2 --relay per-host
 }
 
 run_sanitized() {

@@ -38,6 +38,9 @@ pub(crate) struct Options {
     /// One run each: local (shared memory), tcp
     #[arg(long, default_value = "local,tcp", value_name = "NAME,...", value_delimiter = ',')]
     fabric: Vec<Fabric>,
+    /// The inference ranks are replicas, and pass on to each other what they get
+    #[arg(long)]
+    relay: bool,
     /// Inference ranks compare every byte that they serve of each Nth version
     #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     check_every: u64,
@@ -52,6 +55,7 @@ struct Results {
     benchmark: &'static str,
     machine: Machine,
     pushes: u64,
+    relay: bool,
     runs: Vec<Run>,
 }
 
@@ -83,7 +87,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     for fabric in &options.fabric {
         runs.push(soak(options, *fabric).with_context(|| format!("the run over {fabric}"))?);
     }
-    let results = Results { benchmark: "soak", machine: Machine::read()?, pushes: options.pushes, runs };
+    let Options { pushes, relay, .. } = *options;
+    let results = Results { benchmark: "soak", machine: Machine::read()?, pushes, relay, runs };
     if options.json {
         println!("{}", serde_json::to_string_pretty(&results)?);
     } else {
@@ -118,9 +123,10 @@ fn soak(options: &Options, fabric: Fabric) -> anyhow::Result<Run> {
 fn print(results: &Results) {
     println!("machine  {}", results.machine);
     println!(
-        "job      {} trainers, {} inference ranks; {} pushes over each fabric",
+        "job      {} trainers, {} inference ranks{}; {} pushes over each fabric",
         watch::WORLD.trainers,
         watch::WORLD.inference,
+        if results.relay { " that pass on to each other" } else { "" },
         results.pushes
     );
     for run in &results.runs {

@@ -165,10 +165,12 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
 }
 
 /// What is tortured in its turn: policies alternate, inference ranks take commit modes in turn, and some jobs compare
-/// checksums or run in a lab.
+/// checksums, have inference ranks pass on what they get, or run in a lab.
 struct Job {
+    number: u64,
     on_loss: OnLoss,
     verify: bool,
+    relay: bool,
     in_lab: bool,
     modes: [CommitMode; 3],
     seed: u64,
@@ -179,7 +181,9 @@ impl Job {
         let on_loss = if number.is_multiple_of(2) { OnLoss::Continue } else { OnLoss::Wait };
         let mut modes = CommitMode::ALL.map(|(mode, _)| mode);
         modes.rotate_left((number / 2 % 3) as usize);
-        Self { on_loss, in_lab: lab && number % 3 == 2, verify: number % 8 >= 5, modes, seed }
+        let (in_lab, verify, relay) =
+            (lab && number % 3 == 2, number % 8 >= 5, number % 3 == 1 || number % 6 == 5);
+        Self { number, on_loss, in_lab, verify, relay, modes, seed }
     }
 
     fn run(
@@ -196,14 +200,24 @@ impl Job {
             .then(|| Lab::up(&format!("torture-{}", std::process::id()), &lab_options))
             .transpose()
             .context("the lab")?;
+        let fabrics = match (self.in_lab, self.relay) {
+            (true, _) => vec!["tcp".into()],
+            (false, false) => options.fabric.clone(),
+            // Those who pass on to each other have one in common.
+            (false, true) => {
+                let count = options.fabric.len().max(1);
+                options.fabric.iter().skip((self.number / 3) as usize % count).take(1).cloned().collect()
+            }
+        };
         let setting = Setting {
             weightsync: options.weightsync.clone(),
             folder: folder.path().to_owned(),
             on_loss: self.on_loss,
             verify: self.verify,
+            relay: self.relay,
             deadline: DEADLINE,
             modes: self.modes,
-            fabrics: if self.in_lab { vec!["tcp".into()] } else { options.fabric.clone() },
+            fabrics,
         };
         Ok(run_phase(setting, lab, self.seed, length, tally, show))
     }
@@ -211,9 +225,10 @@ impl Job {
 
 impl std::fmt::Display for Job {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { on_loss, verify, in_lab, .. } = self;
+        let Self { on_loss, verify, relay, in_lab, .. } = self;
         write!(f, "on-loss {on_loss}")?;
         f.write_str(if *verify { ", verify" } else { "" })?;
+        f.write_str(if *relay { ", relay" } else { "" })?;
         f.write_str(if *in_lab { ", lab" } else { "" })
     }
 }

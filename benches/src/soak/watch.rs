@@ -79,14 +79,15 @@ pub(super) fn watch(options: &Options, fabric: Fabric) -> anyhow::Result<Watched
     });
     let setting =
         Setting { weightsync: options.weightsync.clone(), world: WORLD, deadline_seconds: DEADLINE_SECONDS };
-    let mut job = Job::start(&setting, &["--verify", "full"], hear)?;
+    let (relay, replicas) = if options.relay { ("per-host", "2") } else { ("never", "1") };
+    let mut job = Job::start(&setting, &["--verify", "full", "--relay", relay], hear)?;
     let (name, steps) = (fabric.to_string(), options.pushes.to_string());
     for rank in 0..WORLD.trainers {
         job.trainer(rank, &["--fabric", &name, "--steps", &steps])?;
     }
     let check_every = options.check_every.to_string();
     for rank in 0..WORLD.inference {
-        let checks = ["--fabric", &name, "--verify", "--verify-every", &check_every];
+        let checks = ["--fabric", &name, "--replicas", replicas, "--verify", "--verify-every", &check_every];
         job.inference(rank, &checks, Some(counting("verified", checked.clone(), |_| {})))?;
     }
 

@@ -46,6 +46,8 @@ pub(super) struct Setting {
     pub(super) on_loss: OnLoss,
     /// Whether checksums are compared before a commit.
     pub(super) verify: bool,
+    /// Whether inference ranks pass on what they get.
+    pub(super) relay: bool,
     pub(super) deadline: Duration,
     /// Those of the inference ranks, in turn.
     pub(super) fabrics: Vec<String>,
@@ -233,7 +235,7 @@ impl Cast {
     }
 
     fn controller(&self) -> anyhow::Result<Command> {
-        let Setting { weightsync, on_loss, verify, deadline, .. } = &self.setting;
+        let Setting { weightsync, on_loss, verify, relay, deadline, .. } = &self.setting;
         let mut command = self.leash(Side::A, weightsync)?;
         command.args(["controller", "--listen", &self.address, "--on-loss", &on_loss.to_string(), "--json"]);
         command.args([
@@ -245,6 +247,9 @@ impl Cast {
         command.args(["--deadline", &deadline.as_secs_f64().to_string()]);
         if *verify {
             command.args(["--verify", "full"]);
+        }
+        if *relay {
+            command.args(["--relay", "per-host"]);
         }
         command.arg("--record").arg(self.record());
         Ok(command)

@@ -96,7 +96,7 @@ impl Outgoing {
     pub(crate) fn start(&self, (push, told): (PushId, &[f32]), regions: Lent) -> Summing {
         let Self { worker, verify, ops, names, quantization, progress } = self;
         let (ops, names, progress, verify) = (ops.clone(), names.clone(), progress.clone(), *verify);
-        let transforms = Transforms::new(quantization, told);
+        let (quantization, told) = (Arc::clone(quantization), told.to_vec());
         let (reply, summed) = oneshot::channel::<Option<Summed>>();
         let (alone, given_up) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
         let (rails_are_done, stop) = (alone.clone(), given_up.clone());
@@ -110,6 +110,7 @@ impl Outgoing {
                 !stop.load(Ordering::Relaxed) && !reply.is_closed()
             };
             // Where it is told too little, the rails refuse the push and say so.
+            let transforms = Transforms::new(&quantization, &told);
             let summed = transforms.and_then(|transforms| sum(&ops, &regions, transforms, &covered, next));
             // Before anybody takes the weights for free.
             drop(regions);

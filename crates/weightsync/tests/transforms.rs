@@ -9,16 +9,18 @@ use rendezvous::{Client, ClientConfig, Holds, Join, MemberManifest, SessionId, T
 use weight_ops::{BlockGrid, oracle};
 use weightsync::{
     BlockQuant, Controller, DType, Device, DeviceMesh, Error, Fabric, Inference, InferenceSession, OnLoss,
-    ParamId, ParamMap, Placement, Served, ServerConfig, ServerHandle, SessionConfig, TensorBox, TensorId,
-    TensorPart, TensorSpec, Trainer, TrainerSession, Transport, Verify, VerifyReport, World, shard_box,
+    ParamId, ParamMap, Placement, Relay, RelayReport, Served, ServerConfig, ServerHandle, SessionConfig,
+    TensorBox, TensorId, TensorPart, TensorSpec, Trainer, TrainerSession, Transport, Verify, VerifyReport,
+    VersionReport, World, shard_box,
 };
 use xfer_plan::{RailDecl, SourcePiece, TrainerManifest, TrainerRank};
 
 const WORLD: World = World { trainers: 3, inference: 2 };
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// Thirds of their rows end within blocks of 128 x 128; what the inference ranks take does not.
-const TENSORS: [(&str, [u64; 2]); 3] = [("up", [300, 520]), ("down", [260, 400]), ("norm", [1, 100])];
+/// Thirds of their rows end within blocks of 128 x 128; what the inference ranks take does not. The norm, which they all take whole, has
+/// the same place in all of them, so that it can be passed on.
+const TENSORS: [(&str, [u64; 2]); 3] = [("norm", [1, 100]), ("up", [300, 520]), ("down", [260, 400])];
 
 /// An element of a version: magnitudes of many sizes, so that a scale of another block, or of half of one, shows.
 fn element(tensor: usize, version: u64, at: u64) -> bf16 {
@@ -39,11 +41,16 @@ struct Job {
 
 impl Job {
     async fn start(fabric: Fabric, verify: Verify, on_loss: OnLoss) -> Self {
+        Self::relaying(Relay::Never, fabric, verify, on_loss).await
+    }
+
+    async fn relaying(relay: Relay, fabric: Fabric, verify: Verify, on_loss: OnLoss) -> Self {
         let mut config = ServerConfig::loopback(WORLD).unwrap();
         config.controller.deadline = DEADLINE;
         (config.controller.verify, config.controller.on_loss) = (verify, on_loss);
         // Rows of blocks are cut between operations too.
         config.controller.options.gather_chunk_bytes_max = 24 << 10;
+        config.controller.options.relay = relay;
         Self {
             server: Controller::bind(config).await.unwrap().spawn(|_| {}),
             fabric,
@@ -161,8 +168,8 @@ impl Serving {
         Self { session: inference.connect().await.unwrap(), wanted }
     }
 
-    /// Waits for a version, past attempts that fail, and compares all of it. What was verified of it.
-    async fn serves(&mut self, version: u64) -> Option<VerifyReport> {
+    /// Waits for a version, past attempts that fail, and compares all of it.
+    async fn serves(&mut self, version: u64) -> VersionReport {
         let report = loop {
             match self.session.wait_version(version, None).await {
                 Ok(report) => break report,
@@ -178,7 +185,7 @@ impl Serving {
                 assert!(found == expected, "{} of version {version}: {id:?}", TENSORS[*tensor].0);
             }
         }
-        report.verified
+        report
     }
 }
 
@@ -205,11 +212,11 @@ fn expected(tensor: usize, version: u64, bounds: &TensorBox) -> Vec<Vec<u8>> {
 
 async fn versions_arrive_as_the_whole_tensors_are_quantised(fabric: Fabric, gpus: u32, offloaded: bool) {
     for verify in [Verify::Off, Verify::Full, Verify::Sampled(0.5)] {
-        as_quantised(Job { gpus, offloaded, ..Job::start(fabric, verify, OnLoss::Fail).await }).await;
+        as_quantised(Job { gpus, offloaded, ..Job::start(fabric, verify, OnLoss::Fail).await }, false).await;
     }
 }
 
-async fn as_quantised(job: Job) {
+async fn as_quantised(job: Job, relays: bool) {
     let (mut a, mut b, mut c, mut first, mut second) = tokio::join!(
         Pushing::connect(&job, 0),
         Pushing::connect(&job, 1),
@@ -228,12 +235,18 @@ async fn as_quantised(job: Job) {
         let reports = [one.unwrap(), two.unwrap(), three.unwrap()];
         assert!(reports.iter().all(|report| report.measure_seconds > 0.0 && report.bytes_gathered > 0));
         // A byte an element, 16 and 24 scales, and the norm twice in f32.
-        let bytes: u64 = reports.iter().map(|report| report.bytes).sum();
+        let relayed: Vec<RelayReport> =
+            [&there, &and_there].iter().filter_map(|report| report.passed_on.clone()).collect();
+        let bytes = reports.iter().map(|report| report.bytes);
+        let bytes: u64 = bytes.chain(relayed.iter().map(|report| report.bytes)).sum();
         assert_eq!(bytes, 300 * 520 + 260 * 400 + (3 * 5 + 3 * 4) * 4 + 2 * 100 * 4);
+        assert_eq!(relayed.is_empty(), !relays);
         // Of what was sent as much was hashed as of what arrived.
         let hashed = |report: Option<VerifyReport>| report.map(|report| report.bytes);
-        let sent: Option<u64> = reports.into_iter().map(|report| hashed(report.verified)).sum();
-        let arrived: Option<u64> = [there, and_there].into_iter().map(hashed).sum();
+        let sent = reports.into_iter().map(|report| report.verified);
+        let sent: Option<u64> =
+            sent.chain(relayed.into_iter().map(|report| report.verified)).map(hashed).sum();
+        let arrived: Option<u64> = [there, and_there].into_iter().map(|report| hashed(report.verified)).sum();
         assert_eq!(sent, arrived);
         match job.verify {
             Verify::Off => assert_eq!(sent, None),
@@ -251,6 +264,13 @@ async fn over_shared_memory() {
 #[tokio::test(flavor = "multi_thread")]
 async fn over_tcp() {
     versions_arrive_as_the_whole_tensors_are_quantised(Fabric::Tcp, 0, false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_passed_on_is_verified_like_what_it_was_made_of() {
+    for fabric in [Fabric::Local, Fabric::Tcp] {
+        as_quantised(Job::relaying(Relay::PerHost, fabric, Verify::Full, OnLoss::Fail).await, true).await;
+    }
 }
 
 /// How many GPUs there are; `None` where the test is to be skipped.

@@ -119,15 +119,18 @@ fn checksums_are_compared_before_each_commit(fabric: &str) {
     let (job, checkpoint) = (Job::new(), tiny());
     // Short chunks and a low watermark: many operations, gathered and not.
     let shape = "--trainers 3 --inference 2 --steps 2 --chunk 1 --watermark 1";
-    let facts = json(&demo(&job, fabric, checkpoint.path(), &format!("{shape} --verify full --json")));
-    for version in facts["versions"].as_array().unwrap() {
-        let Value::Object(sides) = &version["checksums"] else { panic!("no checksums in {version}") };
-        for side in sides.values() {
-            assert_eq!(side["bytes"], version["bytes"], "{version}");
-            assert!(
-                side["params"].as_u64().unwrap() > 0 && side["seconds"].as_f64().unwrap() > 0.0,
-                "{side}"
-            );
+    for quantised in ["", "--fp8"] {
+        let shape = format!("{shape} {quantised} --verify full --json");
+        let facts = json(&demo(&job, fabric, checkpoint.path(), &shape));
+        for version in facts["versions"].as_array().unwrap() {
+            let Value::Object(sides) = &version["checksums"] else { panic!("no checksums in {version}") };
+            for side in sides.values() {
+                assert_eq!(side["bytes"], version["bytes"], "{version}");
+                assert!(
+                    side["params"].as_u64().unwrap() > 0 && side["seconds"].as_f64().unwrap() > 0.0,
+                    "{side}"
+                );
+            }
         }
     }
     let output = demo(&job, fabric, checkpoint.path(), &format!("{shape} --verify sampled=0.5"));

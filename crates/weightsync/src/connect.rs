@@ -179,10 +179,10 @@ impl Connecting {
         let described = routes.in_words();
         let Routes { connected, routes } = routes;
         let limits = RankLimits { region_bytes, slot_bytes, transforms: true };
-        // Where a job verifies nothing is transformed: what is sent is what stands at the source.
         let outgoing = Outgoing::new(planned.verify, &plan.ops, &names, progress.clone())?;
         let bind = if all { Program::staged } else { Program::new };
         let program = bind(plan, names, &limits, routes)?.with_quantization(&quant, &limits)?;
+        let outgoing = outgoing.map(|outgoing| outgoing.quantising(program.quantization()));
         let program = with_banks(program, banks)?;
         let thread = ThreadConfig { name: rank.to_string(), busy_poll, cpus: config.cpus, progress };
         let deadline = writing_deadline(config.deadline);

@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::memory::Rows;
 
 /// Of the page-locked buffer: at 50 GB/s a third of a millisecond, long beside what a copy costs to begin.
-const LANDING_BYTES: u64 = 16 << 20;
+pub(crate) const LANDING_BYTES: u64 = 16 << 20;
 
 /// Files that lead to one memory are passed to peers at once, 64 at most: memory is made of no more pieces than this.
 const PIECES_MAX: u64 = 32;
@@ -128,7 +128,7 @@ impl Gpu {
         })
     }
 
-    /// Reads rows one after another, a block at a time.
+    /// Reads rows one after another, a block at a time; all at once where they have at most [`LANDING_BYTES`] together.
     pub(crate) fn rows(
         &self,
         from: &DeviceRange,

@@ -7,12 +7,14 @@ use std::sync::Arc;
 use efa_core::{Lease, LeaseMut, MemoryRef, Rail, RangeError, RegionError, RemoteRegion, Target};
 use gpu_mem::{DeviceMemory as _, Observer};
 use weight_ops::cuda::DeviceRange;
+use xfer_exec::driver::ReadRows;
 use xfer_exec::ofi::for_nics;
+use xfer_plan::Strided;
 
 use crate::device::Device;
 use crate::error::Error;
 use crate::fabric::FabricError;
-use crate::gpu::Gpu;
+use crate::gpu::{Gpu, LANDING_BYTES};
 
 /// Equally long rows at equal distances in a memory.
 #[derive(Debug, Clone, Copy)]
@@ -166,6 +168,37 @@ impl Lent {
             }
             Self::Device(gpu, regions) => read_or_log(gpu, regions.get(region)?, rows, read),
             Self::Arena(arena) => (region == 0).then(|| arena.rows(rows, read))?,
+        }
+    }
+}
+
+/// Of a GPU what fits its landing is copied at once, and read there.
+impl ReadRows for Lent {
+    fn bytes_max(&self) -> usize {
+        match self {
+            Self::Host(regions) => regions.bytes_max(),
+            Self::Device(..) | Self::Arena(_) => LANDING_BYTES as usize,
+        }
+    }
+
+    fn read(
+        &self,
+        at: Strided,
+        [rows, row_bytes]: [usize; 2],
+        work: &mut dyn FnMut(&[u8], usize) -> Option<()>,
+    ) -> Option<()> {
+        match self {
+            Self::Host(regions) => regions.read(at, [rows, row_bytes], work),
+            Self::Device(gpu, regions) => {
+                let Strided { region, offset, stride } = at;
+                let wanted = Rows { offset, count: rows as u64, bytes: row_bytes as u64, stride };
+                let mut done = None;
+                let mut once = |bytes: &[u8]| done = work(bytes, row_bytes);
+                read_or_log(gpu, regions.get(region.index())?, wanted, &mut once)?;
+                done
+            }
+            // What is passed on is never made into anything else.
+            Self::Arena(_) => None,
         }
     }
 }

@@ -44,7 +44,8 @@ impl Pusher {
         match (self, weights) {
             (Self::Host(sender), Weights::Host(regions)) => {
                 let regions: Vec<Lease> = regions.into_iter().map(LeaseMut::freeze).collect();
-                let summing = outgoing.map(|outgoing| outgoing.start(push, Lent::Host(regions.clone())));
+                let lent = || Lent::Host(regions.clone());
+                let summing = outgoing.map(|outgoing| outgoing.start((push, &told), lent()));
                 sender.push_told(regions, told, move |outcome| {
                     let (regions, written) = written(outcome, summing);
                     reply(thawed(regions), written);
@@ -52,7 +53,7 @@ impl Pusher {
             }
             (Self::Device(sender, gpu), Weights::Device(regions)) => {
                 let lent = || Lent::Device(Arc::clone(gpu), regions.clone());
-                let summing = outgoing.map(|outgoing| outgoing.start(push, lent()));
+                let summing = outgoing.map(|outgoing| outgoing.start((push, &told), lent()));
                 sender.push_told(regions, told, move |outcome| {
                     let (regions, written) = written(outcome, summing);
                     reply(Some(Weights::Device(regions)), written);

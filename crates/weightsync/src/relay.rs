@@ -101,6 +101,6 @@ fn written<B>(
     let Outcome { result, regions, timings, rails } = outcome;
     drop(regions);
     let hashed = outgoing.filter(|_| result.is_ok());
-    let summed = hashed.and_then(|outgoing| outgoing.start(push, arena).end(true));
+    let summed = hashed.and_then(|outgoing| outgoing.start((push, &[]), arena).end(true));
     Written { result, timings, rails, summed }
 }

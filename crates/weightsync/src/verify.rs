@@ -1,8 +1,9 @@
 //! Checksums of what was sent and of what arrived, to be compared before a version is committed.
 //!
 //! A trainer hashes the rows of each operation at their source, beside the rails and on a thread of its own: nothing on the way
-//! of a WRITE knows of it, and a copy that goes wrong on the way is found too. An inference rank hashes the same rows where
-//! they landed, once everything has. Neither may say that it has hashed what it has not read.
+//! of a WRITE knows of it, and a copy that goes wrong on the way is found too. What is cast or quantised on the way it makes once
+//! more, on the CPU, so that a kernel that goes wrong is found as well. An inference rank hashes the same rows where they landed,
+//! once everything has. Neither may say that it has hashed what it has not read.
 //!
 //! The hash is XXH3 with 128 bits, as its specification says. It finds accidents, not adversaries.
 
@@ -14,7 +15,9 @@ use std::time::Instant;
 
 use rendezvous::{Checksum, ParamSum, PushId, Verify};
 use tokio::sync::oneshot;
-use xfer_plan::{Inbound, Op, ParamId, ReceiverRank, RegionIndex, Strided};
+use xfer_exec::Quantization;
+use xfer_exec::driver::Transforms;
+use xfer_plan::{Inbound, Op, ParamId, ReceiverRank, RegionIndex, Strided, Transform};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::Error;
@@ -46,6 +49,7 @@ pub(crate) struct Outgoing {
     verify: Verify,
     ops: Arc<[Op]>,
     names: Arc<Names>,
+    quantization: Arc<Quantization>,
     /// What the controller takes for progress.
     progress: Arc<AtomicU64>,
 }
@@ -80,13 +84,19 @@ impl Outgoing {
             return Ok(None);
         }
         let (worker, ops, names) = (Worker::start()?, by_place(ops), Arc::new(names.clone()));
-        Ok(Some(Self { worker, verify, ops, names, progress }))
+        Ok(Some(Self { worker, verify, ops, names, quantization: Arc::default(), progress }))
     }
 
-    /// Begins to hash the operations in these regions.
-    pub(crate) fn start(&self, push: PushId, regions: Lent) -> Summing {
-        let Self { worker, verify, ops, names, progress } = self;
+    /// For operations that quantise, too.
+    pub(crate) fn quantising(self, quantization: &Arc<Quantization>) -> Self {
+        Self { quantization: Arc::clone(quantization), ..self }
+    }
+
+    /// Begins to hash what the operations send of these regions, with the magnitudes that this rank is `told`.
+    pub(crate) fn start(&self, (push, told): (PushId, &[f32]), regions: Lent) -> Summing {
+        let Self { worker, verify, ops, names, quantization, progress } = self;
         let (ops, names, progress, verify) = (ops.clone(), names.clone(), progress.clone(), *verify);
+        let (quantization, told) = (Arc::clone(quantization), told.to_vec());
         let (reply, summed) = oneshot::channel::<Option<Summed>>();
         let (alone, given_up) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
         let (rails_are_done, stop) = (alone.clone(), given_up.clone());
@@ -99,7 +109,9 @@ impl Outgoing {
                 }
                 !stop.load(Ordering::Relaxed) && !reply.is_closed()
             };
-            let summed = sum(&ops, &regions, &covered, next);
+            // Where it is told too little, the rails refuse the push and say so.
+            let transforms = Transforms::new(&quantization, &told);
+            let summed = transforms.and_then(|transforms| sum(&ops, &regions, transforms, &covered, next));
             // Before anybody takes the weights for free.
             drop(regions);
             drop(reply.send(summed));
@@ -116,14 +128,21 @@ fn by_place(ops: &[Op]) -> Arc<[Op]> {
 }
 
 /// Operations that have this in common have the same hash.
-fn place(op: &Op) -> (Strided, Strided, u32, u32) {
-    (op.source, op.destination, op.rows, op.row_bytes)
+fn place(op: &Op) -> (Strided, Strided, u32, u32, Transform) {
+    (op.source, op.destination, op.rows, op.row_bytes, op.transform)
 }
 
 /// Hashes the covered operations, while `next` says to go on. `None` if it did not, or where an operation reads outside the
 /// regions.
-fn sum(ops: &[Op], regions: &Lent, covered: &BTreeSet<ParamId>, next: impl Fn() -> bool) -> Option<Summed> {
+fn sum(
+    ops: &[Op],
+    regions: &Lent,
+    mut transforms: Transforms,
+    covered: &BTreeSet<ParamId>,
+    next: impl Fn() -> bool,
+) -> Option<Summed> {
     let began = Instant::now();
+    let mut made = Vec::new();
     let mut sums: BTreeMap<(ReceiverRank, ParamId), Checksum> = BTreeMap::new();
     let mut bytes = 0;
     for alike in ops.chunk_by(|a, b| place(a) == place(b)) {
@@ -132,7 +151,7 @@ fn sum(ops: &[Op], regions: &Lent, covered: &BTreeSet<ParamId>, next: impl Fn() 
         if !next() {
             return None;
         }
-        let hash = Checksum::from(hash_sent(first, regions)?);
+        let hash = Checksum::from(hash_sent(first, regions, &mut transforms, &mut made)?);
         for op in alike {
             sums.entry((op.to, op.param)).or_default().add(hash);
             bytes += op.bytes();
@@ -143,11 +162,18 @@ fn sum(ops: &[Op], regions: &Lent, covered: &BTreeSet<ParamId>, next: impl Fn() 
     Some(Summed { sums, report })
 }
 
-/// `None` where it reads outside the regions.
-fn hash_sent(op: &Op, regions: &Lent) -> Option<u128> {
+/// `None` where it reads outside the regions. What is not copied as it is, is `made` in memory of one operation's length.
+fn hash_sent(op: &Op, regions: &Lent, transforms: &mut Transforms, made: &mut Vec<u8>) -> Option<u128> {
     let mut hash = hasher(op.destination);
-    let rows = rows(op.source, op.rows, op.row_bytes);
-    regions.rows(op.source.region.index(), rows, &mut |bytes| hash.update(bytes))?;
+    if op.transform.is_copy() {
+        let rows = rows(op.source, op.rows, op.row_bytes);
+        regions.rows(op.source.region.index(), rows, &mut |bytes| hash.update(bytes))?;
+    } else {
+        // As long as a staging slot at most.
+        made.resize(usize::try_from(op.bytes()).ok()?, 0);
+        transforms.fill(op, regions, made)?;
+        hash.update(made);
+    }
     Some(hash.digest128())
 }
 

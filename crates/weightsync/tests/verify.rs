@@ -1,5 +1,5 @@
 //! Jobs that verify in band, over shared memory, all ranks in this process: what is reported, and what a byte does that
-//! became another after it had landed.
+//! became another after it had landed, be it as it was sent or quantised on its way.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -10,23 +10,31 @@ use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::Duration;
 
+use half::bf16;
 use proptest::prelude::*;
 use rendezvous::member::{TrainerMember, TrainerStep};
 use rendezvous::{Client, ClientConfig, Holds, Join, MemberManifest, SessionId, ToController};
 use tokio::sync::{Mutex, MutexGuard};
+use weight_ops::{BlockGrid, oracle};
 use weightsync::{
-    Controller, DType, Fabric, Inference, InferenceSession, ParamId, ParamMap, PlanOptions, Rank, Served,
-    ServerConfig, ServerHandle, SessionConfig, TensorBox, TensorSpec, Trainer, TrainerSession, Transport,
-    Verify, VerifyReport, World,
+    BlockQuant, Controller, DType, Fabric, Inference, InferenceSession, ParamId, ParamMap, PlanOptions, Rank,
+    ScaleFormat, Served, ServerConfig, ServerHandle, SessionConfig, TensorBox, TensorPart, TensorSpec,
+    Trainer, TrainerSession, Transport, Verify, VerifyReport, World,
 };
-use xfer_plan::{RailDecl, TrainerManifest, TrainerRank};
+use xfer_plan::{DestinationParam, RailDecl, TrainerManifest, TrainerRank};
 
 /// One job at a time: a job's arena is the shared memory that was not there before.
 static ALONE: Mutex<()> = Mutex::const_new(());
 
-/// What every row begins with.
-fn pattern() -> impl Iterator<Item = u8> {
-    (0..=u8::MAX).cycle().map(|at| at.wrapping_mul(167) ^ 5)
+/// What an element of a trainer's row is.
+fn element(trainer: u32, column: u64) -> bf16 {
+    let mixed = (column + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15 ^ u64::from(trainer)) >> 40;
+    bf16::from_f32(mixed as f32 / 8_388_608.0 - 1.0)
+}
+
+/// Blocks that as many trainers have a row of, as there are.
+fn blocks(scales: ScaleFormat) -> BlockQuant {
+    BlockQuant { block: [8, 100], scales }
 }
 
 /// A trainer that has nothing to write, and says that it has written when it is told to.
@@ -115,27 +123,39 @@ async fn join_all<T>(futures: impl Iterator<Item = impl Future<Output = T>>) -> 
     done.into_iter().flatten().collect()
 }
 
-/// Each of `trainers` has a row of `v`, and another of `w`; the inference rank takes both whole, `v` first.
+/// Each of `trainers` has a row of `v`, and another of `w`; the inference rank takes both whole, `v` first, as they are or in FP8.
 struct Job {
     trainers: Vec<TrainerSession>,
     serving: InferenceSession,
     gate: Gate,
-    v: ParamId,
+    /// The first parameters, those of `v`: all elements, or codes and scales.
+    v: Vec<ParamId>,
     arena: File,
     columns: [u64; 2],
+    fp8: Option<ScaleFormat>,
     _server: ServerHandle,
     _alone: MutexGuard<'static, ()>,
 }
 
 impl Job {
-    async fn start(verify: Verify, trainers: u32, columns: [u64; 2], chunk_bytes: u64) -> Job {
+    async fn start(
+        verify: Verify,
+        trainers: u32,
+        columns: [u64; 2],
+        chunk_bytes: u64,
+        fp8: Option<ScaleFormat>,
+    ) -> Job {
         let _alone = ALONE.lock().await;
         let before = shared_memory();
         // The last of them is the gate.
         let world = World { trainers: trainers + 1, inference: 1 };
         let mut server = ServerConfig::loopback(world).unwrap();
         server.controller.verify = verify;
-        server.controller.options = PlanOptions { chunk_bytes_max: chunk_bytes, ..PlanOptions::default() };
+        server.controller.options = PlanOptions {
+            chunk_bytes_max: chunk_bytes,
+            gather_chunk_bytes_max: chunk_bytes,
+            ..PlanOptions::default()
+        };
         let server = Controller::bind(server).await.unwrap().spawn(|_| {});
         let config = |rank| {
             let mut config = SessionConfig::new(server.local_addr().to_string(), world, rank);
@@ -147,23 +167,29 @@ impl Job {
             let mut trainer = Trainer::new(config(rank));
             let specs = tensors().map(|(name, columns)| TensorSpec {
                 name: name.into(),
-                dtype: DType::U8,
+                dtype: DType::BF16,
                 shape: vec![u64::from(trainers), columns],
                 bounds: TensorBox::new(&[u64::from(rank), 0], &[1, columns]).unwrap(),
             });
             for id in trainer.allocate(specs.collect()).unwrap() {
                 let bytes = trainer.tensor_mut(id).unwrap();
-                pattern().zip(bytes).for_each(|(from, to)| *to = from);
+                for (column, to) in (0..).zip(bytes.chunks_exact_mut(2)) {
+                    to.copy_from_slice(&element(rank, column).to_ne_bytes());
+                }
             }
             tokio::spawn(trainer.connect())
         };
         let mut inference = Inference::new(config(0));
-        let ids: Vec<ParamId> = tensors()
-            .map(|(name, columns)| {
-                let shape = [u64::from(trainers), columns];
-                inference.register(name, DType::U8, &shape, ParamMap::tensor(name)).unwrap()
-            })
-            .collect();
+        let mut register = |(name, columns): (&str, u64)| {
+            let shape = [u64::from(trainers), columns];
+            let Some(scales) = fp8 else {
+                return vec![inference.register(name, DType::BF16, &shape, ParamMap::tensor(name)).unwrap()];
+            };
+            let bounds = TensorBox::whole(&shape).unwrap();
+            let part = TensorPart { tensor: name.into(), shape: shape.to_vec(), bounds };
+            inference.register_quantized(name, &[part], blocks(scales)).unwrap().to_vec()
+        };
+        let ids: Vec<Vec<ParamId>> = tensors().map(&mut register).collect();
         let connecting: Vec<_> = (0..trainers).map(trainer).collect();
         let (serving, gate) = tokio::join!(inference.connect(), Gate::join(config(trainers)));
         let mut trainers = Vec::new();
@@ -171,22 +197,55 @@ impl Job {
             trainers.push(trainer.await.unwrap().unwrap());
         }
         let arena = shared_memory().into_iter().find(|(inode, _)| !before.contains_key(inode)).unwrap().1;
-        Job { trainers, serving: serving.unwrap(), gate, v: ids[0], arena, columns, _server: server, _alone }
+        let (serving, v) = (serving.unwrap(), ids[0].clone());
+        Job { trainers, serving, gate, v, arena, columns, fp8, _server: server, _alone }
     }
 
     fn bytes(&self) -> u64 {
-        self.columns.iter().sum::<u64>() * self.trainers.len() as u64
+        self.serving.params().iter().map(|param| param.bytes().unwrap()).sum()
+    }
+
+    /// What `v` is to be: elements, or codes and then scales.
+    fn expected(&self) -> Vec<u8> {
+        let shape = [self.trainers.len(), self.columns[0] as usize];
+        let at = |row: usize, column: usize| element(row as u32, column as u64);
+        let Some(scales) = self.fp8 else {
+            let rows = (0..shape[0]).flat_map(|row| (0..shape[1]).map(move |column| at(row, column)));
+            return rows.flat_map(|element| element.to_ne_bytes()).collect();
+        };
+        let grid = BlockGrid::new(shape, blocks(scales).block).unwrap();
+        let format = match scales {
+            ScaleFormat::F32 => weight_ops::ScaleFormat::F32,
+            ScaleFormat::Ue8m0 => weight_ops::ScaleFormat::Ue8m0,
+        };
+        let (mut all, table) = oracle::quantize(&grid, format, |row, column| at(row, column).to_f32());
+        match scales {
+            ScaleFormat::F32 => all.extend(table.into_iter().flat_map(f32::to_ne_bytes)),
+            ScaleFormat::Ue8m0 => all.extend(table.into_iter().map(weight_ops::ue8m0_byte)),
+        }
+        all
+    }
+
+    /// What `v` is.
+    fn found(&self) -> Vec<u8> {
+        let bytes = |(id, param): (&ParamId, &DestinationParam)| {
+            let mut bytes = vec![0; param.bytes().unwrap() as usize];
+            self.serving.read(*id, 0, &mut bytes).unwrap();
+            bytes
+        };
+        self.v.iter().zip(self.serving.params()).flat_map(bytes).collect()
     }
 
     /// Pushes version 1, and does `meanwhile` to the arena once all has been written and before it is compared. What the
-    /// inference rank says, and a trainer.
-    async fn push(&mut self, meanwhile: impl FnOnce(&File)) -> [Result<Option<VerifyReport>, String>; 2] {
-        let Job { trainers, serving, gate, arena, columns, .. } = self;
+    /// inference rank says, and all trainers.
+    async fn push(&mut self, meanwhile: impl FnOnce(&File)) -> Vec<Result<Option<VerifyReport>, String>> {
+        let bytes = self.bytes();
+        let Job { trainers, serving, gate, arena, .. } = self;
         let written: Vec<_> = trainers.iter().map(TrainerSession::progress).collect();
         let pushed = trainers.iter_mut().map(|trainer| trainer.push(1));
         let gated = async {
             gate.begin().await;
-            while written.iter().any(|written| written.load(Ordering::Relaxed) < columns.iter().sum()) {
+            while written.iter().map(|written| written.load(Ordering::Relaxed)).sum::<u64>() < bytes {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
             meanwhile(arena);
@@ -194,15 +253,20 @@ impl Job {
         };
         let (served, pushed, ()) = tokio::join!(serving.wait_version(1, None), join_all(pushed), gated);
         let served = served.map(|report| report.verified);
-        let pushed = pushed.into_iter().map(|pushed| pushed.map(|report| report.verified)).next().unwrap();
-        [served, pushed].map(|said| said.map_err(|error| error.to_string()))
+        let pushed = pushed.into_iter().map(|pushed| pushed.map(|report| report.verified));
+        std::iter::once(served).chain(pushed).map(|said| said.map_err(|error| error.to_string())).collect()
     }
 
-    /// Where byte `at` of both parameters together is in the arena, and whose it is.
-    fn place(&self, at: u64) -> (u64, &str) {
-        let [v, w] = self.serving.params() else { panic!("two parameters") };
-        let bytes = v.bytes().unwrap();
-        if at < bytes { (v.offset + at, &v.name) } else { (w.offset + at - bytes, &w.name) }
+    /// Where byte `at` of all parameters together is in the arena, and whose it is.
+    fn place(&self, mut at: u64) -> (u64, &str) {
+        for param in self.serving.params() {
+            let bytes = param.bytes().unwrap();
+            if at < bytes {
+                return (param.offset + at, &param.name);
+            }
+            at -= bytes;
+        }
+        panic!("there are fewer bytes")
     }
 }
 
@@ -240,11 +304,12 @@ proptest! {
         trainers in 1..4_u32,
         columns in prop::array::uniform2(1..3000_u64),
         chunk_bytes in (8..500_u64).prop_map(|words| words * 8),
+        fp8 in prop_oneof![Just(None), Just(Some(ScaleFormat::F32)), Just(Some(ScaleFormat::Ue8m0))],
         at in any::<prop::sample::Index>(),
         by in 1..=255_u8,
     ) {
         block_on(async {
-            let mut job = Job::start(Verify::Full, trainers, columns, chunk_bytes).await;
+            let mut job = Job::start(Verify::Full, trainers, columns, chunk_bytes, fp8).await;
             let all = job.bytes();
             let (at, name) = job.place(at.index(all as usize) as u64);
             let name = name.to_owned();
@@ -254,13 +319,13 @@ proptest! {
                 prop_assert!(says("version 1") && says("inference 0") && says(&format!("in {name} ")), "{}", error);
             }
             prop_assert_eq!(job.serving.served(), Served::Torn(1));
-            let [served, pushed] = job.push(|_| {}).await.map(|verified| verified.unwrap().unwrap());
+            let verified = job.push(|_| {}).await.into_iter().map(|verified| verified.unwrap().unwrap());
+            let verified: Vec<VerifyReport> = verified.collect();
+            let (served, pushed) = verified.split_first().unwrap();
             prop_assert_eq!(job.serving.served(), Served::Version(1));
-            prop_assert_eq!((served.params, served.bytes), (2, all));
-            prop_assert_eq!((pushed.params, pushed.bytes), (2, all / u64::from(trainers)));
-            let mut row = vec![0; columns[0] as usize];
-            job.serving.read(job.v, 0, &mut row).unwrap();
-            prop_assert!(row.into_iter().eq(pattern().take(columns[0] as usize)));
+            prop_assert_eq!((served.params, served.bytes), (job.serving.params().len() as u64, all));
+            prop_assert_eq!(pushed.iter().map(|verified| verified.bytes).sum::<u64>(), all);
+            prop_assert!(job.found() == job.expected());
             Ok(())
         })?;
     }
@@ -268,24 +333,25 @@ proptest! {
 
 #[test]
 fn a_sample_says_what_it_is_and_off_finds_nothing() {
-    block_on(async {
-        let mut job = Job::start(Verify::Sampled(1.0), 2, [10, 10], 64).await;
-        let (at, _) = job.place(39);
-        assert!(
-            job.push(|arena| flip(arena, at, 1)).await[0]
-                .as_ref()
-                .is_err_and(|error| error.contains("in w "))
-        );
-        drop(job);
-        let mut job = Job::start(Verify::Sampled(1e-9), 2, [10, 10], 64).await;
-        for verified in job.push(|arena| flip(arena, at, 1)).await {
-            let verified = verified.unwrap().unwrap();
-            assert_eq!((verified.params, verified.bytes), (0, 0));
-        }
-        drop(job);
-        let mut job = Job::start(Verify::Off, 2, [10, 10], 64).await;
-        for verified in job.push(|arena| flip(arena, at, 1)).await {
-            assert!(verified.unwrap().is_none());
-        }
-    });
+    for fp8 in [None, Some(ScaleFormat::F32)] {
+        block_on(async {
+            let start = |verify| Job::start(verify, 2, [10, 10], 64, fp8);
+            let mut job = start(Verify::Sampled(1.0)).await;
+            let (at, name) = job.place(job.bytes() - 1);
+            let says = format!("in {name} ");
+            let said = job.push(|arena| flip(arena, at, 1)).await;
+            assert!(said[0].as_ref().is_err_and(|error| error.contains(&says)), "{said:?}");
+            drop(job);
+            let mut job = start(Verify::Sampled(1e-9)).await;
+            for verified in job.push(|arena| flip(arena, at, 1)).await {
+                let verified = verified.unwrap().unwrap();
+                assert_eq!((verified.params, verified.bytes), (0, 0));
+            }
+            drop(job);
+            let mut job = start(Verify::Off).await;
+            for verified in job.push(|arena| flip(arena, at, 1)).await {
+                assert!(verified.unwrap().is_none());
+            }
+        });
+    }
 }

@@ -37,6 +37,7 @@ pub use sender::{Measured, Sender, ThreadConfig};
 pub(crate) use slots::HostSlots;
 #[cfg(feature = "cuda")]
 pub(crate) use transform::magnitudes;
+pub use transform::{ReadRows, Transforms};
 
 /// The longest wait: an abort or a gather that ends meanwhile is seen after it.
 const WAIT_MAX: Duration = Duration::from_millis(1);

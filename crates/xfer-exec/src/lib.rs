@@ -23,6 +23,6 @@ pub mod runner;
 pub use engine::{Action, Delivered, Engine, EngineConfig, Event, Failure, Post, RailUse, Source};
 pub use program::{Program, ProgramError, RankLimits, WriteId};
 #[cfg(feature = "driver")]
-pub use quant::QuantError;
+pub use quant::{QuantError, Quantization};
 pub use rail::{Armed, Done, Rail, RailError, RailIndex, RailLimits, RailWrite, Rows};
 pub use runner::{Memory, Runner, Turn};

@@ -275,8 +275,9 @@ impl Program {
         Ok(self)
     }
 
+    /// What [`Program::with_quantization`] has added; empty without it.
     #[cfg(feature = "driver")]
-    pub(crate) fn quantization(&self) -> &Arc<Quantization> {
+    pub fn quantization(&self) -> &Arc<Quantization> {
         &self.quantization
     }
 

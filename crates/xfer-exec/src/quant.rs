@@ -18,9 +18,10 @@ mod build;
 pub use build::QuantError;
 pub(crate) use build::kernel_dtype;
 
-/// See the module. It has been checked: every rectangle lies in its matrix and in a region of the rank.
+/// Where the blocks of quantised tensors lie in a rank's memory, as its plan says. It has been checked: every rectangle lies in its
+/// matrix and in a region of the rank.
 #[derive(Debug, Default)]
-pub(crate) struct Quantization {
+pub struct Quantization {
     matrices: Vec<Matrix>,
     /// The pieces by what operations say of them, in the order of their addresses.
     pieces: BTreeMap<(DType, BlockQuant), Vec<Piece>>,
@@ -157,6 +158,34 @@ impl Matrix {
     pub(crate) fn across(&self, matrix: usize, rows: Range<usize>) -> BlockRect {
         BlockRect { matrix, rows, columns: 0..self.grid.blocks()[1] }
     }
+}
+
+impl Elements {
+    /// The rectangles of at most so many elements, or of one, that it is made of.
+    pub(crate) fn parts(&self, dtype: Dtype, elements_max: usize) -> impl Iterator<Item = Self> {
+        let Self { origin, offset, stride, .. } = *self;
+        parts(self.shape, elements_max).map(move |([row, column], shape)| Self {
+            origin: [origin[0] + row, origin[1] + column],
+            shape,
+            offset: offset.saturating_add(((row * stride + column) * dtype.bytes()) as u64),
+            ..*self
+        })
+    }
+}
+
+/// The rectangles of at most so many elements, or of one, that a rectangle is made of: their first rows and columns, and their
+/// shapes.
+pub(crate) fn parts(
+    [rows, columns]: [usize; 2],
+    elements_max: usize,
+) -> impl Iterator<Item = ([usize; 2], [usize; 2])> {
+    let across = columns.min(elements_max).max(1);
+    let down = (elements_max / across).max(1);
+    (0..rows).step_by(down).flat_map(move |row| {
+        (0..columns)
+            .step_by(across)
+            .map(move |column| ([row, column], [down.min(rows - row), across.min(columns - column)]))
+    })
 }
 
 impl Quantization {

@@ -246,7 +246,7 @@ impl Controller {
         let writers = trainers.chain(relays.filter(|(_, plan)| !plan.ops.is_empty()));
         self.quotas =
             writers.map(|(rank, plan)| (rank, Quota { bytes: plan.bytes, writes: plan.writes })).collect();
-        let agreed = self.plan_verification(&plan, &parts);
+        let agreed = self.plan_verification(&parts);
         let agreed = agreed.and_then(|inbound| Ok((inbound, self.plan_measuring(&plan, &manifest)?)));
         let (inbound, quants) = match agreed {
             Ok(agreed) => agreed,

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use xfer_plan::{Inbound, Parts, Plan, Rank, RankPlan, ReceiverRank, TrainerRank};
+use xfer_plan::{Inbound, Parts, Rank, ReceiverRank, TrainerRank};
 
 use super::push::Stage;
 use super::{Actions, Controller, Phase};
@@ -14,21 +14,10 @@ use crate::verify::{INBOUND_MAX, ParamSum, SUMS_MAX};
 
 impl Controller {
     /// What each inference rank has to look at where the job verifies, and how many checksums everyone who writes may
-    /// report; or whose message would be too long, or what changes on the way: a trainer sums what stands at its source.
-    pub(super) fn plan_verification(
-        &mut self,
-        plan: &Plan,
-        parts: &Parts,
-    ) -> Result<Vec<Vec<Inbound>>, String> {
+    /// report; or whose message would be too long.
+    pub(super) fn plan_verification(&mut self, parts: &Parts) -> Result<Vec<Vec<Inbound>>, String> {
         if !self.config.verify.is_on() {
             return Ok(vec![Vec::new(); parts.receivers.len()]);
-        }
-        let changes = |part: &RankPlan| part.ops.iter().find(|op| !op.transform.is_copy()).copied();
-        if let Some(op) = parts.trainers.iter().find_map(changes) {
-            return Err(format!(
-                "{} is cast or quantised on its way, and what changes on its way cannot be verified; turn `verify` off",
-                plan.name(op.param)
-            ));
         }
         let trainers = (0..).map(|rank| Rank::Trainer(TrainerRank(rank))).zip(&parts.trainers);
         let relays = parts.receivers.iter().map(|relay| &relay.plan);

@@ -37,18 +37,17 @@ fn nobody_writes_before_all_who_share_a_block_have_measured_it() {
 }
 
 #[test]
-fn a_job_that_verifies_and_quantises_ends_before_it_begins() {
-    let mut cluster = Cluster::new(Setup { quantised: true, verify: Verify::Full, ..Setup::default() });
-    to_the_end(&mut cluster);
-    let reason = cluster.ended.flatten().unwrap();
-    assert!(reason.contains("is cast or quantised") && reason.contains("turn `verify` off"), "{reason}");
-}
-
-#[test]
 fn a_byte_that_became_another_aborts_the_attempt() {
     let rank = Rank::Receiver(ReceiverRank(2));
-    for (relay, stages) in [(Relay::Never, 0), (Relay::PerHost, 15), (Relay::Chain, 0)] {
-        let setup = Setup { relay, stages, verify: Verify::Full, ..Setup::default() };
+    let jobs = [
+        (Relay::Never, 0, false),
+        (Relay::PerHost, 15, false),
+        (Relay::Chain, 0, false),
+        (Relay::Never, 0, true),
+        (Relay::Chain, 15, true),
+    ];
+    for (relay, stages, quantised) in jobs {
+        let setup = Setup { relay, stages, quantised, verify: Verify::Full, ..Setup::default() };
         let mut cluster = Cluster::new(setup.clone());
         to_the_end(&mut cluster);
         assert_eq!(cluster.aborts, [""; 0]);

@@ -106,8 +106,6 @@ prop_compose! {
         // What only one trainer has is missing without it.
         let may_go = |rank: &Rank| on_loss == OnLoss::Continue && (replicated || !is_trainer(*rank));
         let forever = WORLD.members().nth(lost).filter(may_go);
-        // What changes on its way cannot be verified.
-        let verify = if quantised { Verify::Off } else { verify };
         Setup { relay, verify, on_loss, stages, replicated, quantised, records: records || forever.is_some(), repeats, forever }
     }
 }

@@ -1,10 +1,11 @@
-//! Random plans, carried out naively on byte arrays: what was hashed where it was read is what is hashed where it landed,
-//! until one byte is another.
+//! Random plans, carried out naively on byte arrays: what was hashed where it was read, cast or not, is what is hashed where it
+//! landed, until one byte is another.
 
 use std::cell::Cell;
 use std::time::Duration;
 
 use efa_core::LeaseMut;
+use half::{bf16, f16};
 use proptest::prelude::*;
 use xfer_plan::{
     DType, DestinationParam, Manifest, ParamMap, Parts, PlanOptions, RailDecl, ReceiverManifest, SourcePiece,
@@ -13,22 +14,42 @@ use xfer_plan::{
 
 use super::*;
 
-/// A job of matrices that trainers hold by rows and receivers by columns, or whole.
+/// A job of matrices in BF16 that trainers hold by rows and receivers by columns, or whole.
 #[derive(Debug, Clone)]
 struct Job {
     trainers: u64,
     receivers: u64,
-    /// Rows, columns, and whether every receiver wants it whole.
-    matrices: Vec<(u64, u64, bool)>,
+    matrices: Vec<Matrix>,
     chunk_bytes: u64,
     gather_row_bytes_max: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Matrix {
+    rows: u64,
+    columns: u64,
+    /// Every receiver wants it whole.
+    whole: bool,
+    /// What the first receiver wants it as, of [`DTYPES`]; the others take turns.
+    dtype: usize,
+}
+
+/// Two as long as each other, so that what is copied for one receiver has the place of what is cast for another.
+const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
+
+prop_compose! {
+    fn matrix()(
+        rows in 1..60_u64, columns in 1..60_u64, whole in any::<bool>(), dtype in 0..DTYPES.len(),
+    ) -> Matrix {
+        Matrix { rows, columns, whole, dtype }
+    }
 }
 
 prop_compose! {
     fn job()(
         trainers in 1..4_u64,
         receivers in 1..4_u64,
-        matrices in prop::collection::vec((1..60_u64, 1..60_u64, any::<bool>()), 1..6),
+        matrices in prop::collection::vec(matrix(), 1..6),
         chunk_bytes in (8..40_u64).prop_map(|words| words * 8),
         gather_row_bytes_max in 0..60_u64,
     ) -> Job {
@@ -48,10 +69,10 @@ impl Job {
         let trainer = |rank| {
             let mut end = 0;
             let mut pieces = Vec::new();
-            for (number, &(rows, columns, _)) in self.matrices.iter().enumerate() {
+            for (number, &Matrix { rows, columns, .. }) in self.matrices.iter().enumerate() {
                 let (first, own) = share(rows, rank, self.trainers);
-                let bytes = own * columns;
-                let (tensor, shape, dtype) = (format!("w{number}"), vec![rows, columns], DType::U8);
+                let bytes = own * columns * 2;
+                let (tensor, shape, dtype) = (format!("w{number}"), vec![rows, columns], DType::BF16);
                 if bytes > 0 {
                     let bounds = TensorBox::new(&[first, 0], &[own, columns]).unwrap();
                     pieces.push(SourcePiece { tensor, dtype, shape, bounds, region: ARENA, offset: end });
@@ -63,12 +84,15 @@ impl Job {
         let receiver = |rank| {
             let mut end = 0;
             let mut params = Vec::new();
-            for (number, &(rows, columns, whole)) in self.matrices.iter().enumerate() {
+            for (number, &Matrix { rows, columns, whole, dtype }) in self.matrices.iter().enumerate() {
                 let (first, wanted) = if whole { (0, columns) } else { share(columns, rank, self.receivers) };
-                let (name, shape, dtype) = (format!("w{number}"), vec![rows, wanted], DType::U8);
+                let dtype = DTYPES[(dtype + rank as usize) % DTYPES.len()];
+                let (name, shape) = (format!("w{number}"), vec![rows, wanted]);
                 if wanted > 0 {
                     let bounds = TensorBox::new(&[0, first], &[rows, wanted]).unwrap();
-                    let (region, map) = (ARENA, ParamMap::tensor(name.as_str()).slice(bounds).into());
+                    let map = ParamMap::tensor(name.as_str()).slice(bounds);
+                    let map = if dtype == DType::BF16 { map } else { map.cast(dtype) };
+                    let (region, map) = (ARENA, map.into());
                     params.push(DestinationParam {
                         name,
                         dtype,
@@ -79,7 +103,7 @@ impl Job {
                         priority: 0,
                     });
                 }
-                end += rows * wanted;
+                end += rows * wanted * dtype.bytes();
             }
             ReceiverManifest { host: "r".into(), regions: vec![end], rails: rails.clone(), params }
         };
@@ -110,22 +134,39 @@ fn push(job: &Job, seed: u8) -> Pushed {
     let plan = plan(&manifest).unwrap();
     let parts = plan.parts(&manifest).unwrap();
     let names = (0..).map(ParamId).zip(plan.params.iter().map(|param| param.name.clone())).collect();
-    let byte = |at: u64| (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8 ^ seed;
-    let sources: Vec<Vec<u8>> =
-        manifest.trainers.iter().map(|trainer| (0..trainer.regions[0]).map(byte).collect()).collect();
+    let element = |at: u64| {
+        let mixed = (at + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15 ^ u64::from(seed)) >> 40;
+        bf16::from_f32(mixed as f32 / 8_388_608.0 - 1.0).to_ne_bytes()
+    };
+    let source = |trainer: &TrainerManifest| (0..trainer.regions[0] / 2).flat_map(element).collect();
+    let sources: Vec<Vec<u8>> = manifest.trainers.iter().map(source).collect();
     let mut arenas: Vec<Vec<u8>> =
         manifest.receivers.iter().map(|receiver| vec![0; receiver.regions[0] as usize]).collect();
     for (source, plan) in sources.iter().zip(&parts.trainers) {
         for op in &plan.ops {
             for row in 0..u64::from(op.rows) {
-                let len = op.row_bytes as usize;
                 let from = (op.source.offset + row * op.source.stride) as usize;
                 let to = (op.destination.offset + row * op.destination.stride) as usize;
-                arenas[op.to.index()][to..to + len].copy_from_slice(&source[from..from + len]);
+                let len = op.transform.source_bytes(op.row_bytes.into()) as usize;
+                let sent = converted(op.transform, &source[from..from + len]);
+                arenas[op.to.index()][to..to + sent.len()].copy_from_slice(&sent);
             }
         }
     }
     Pushed { parts, names, sources, arenas }
+}
+
+/// What one row comes to.
+fn converted(transform: Transform, row: &[u8]) -> Vec<u8> {
+    let elements = row.chunks_exact(2).map(|bytes| bf16::from_ne_bytes([bytes[0], bytes[1]]).to_f32());
+    match transform {
+        Transform::Copy => row.to_vec(),
+        Transform::Cast { to: DType::F32, .. } => elements.flat_map(f32::to_ne_bytes).collect(),
+        Transform::Cast { to: DType::F16, .. } => {
+            elements.flat_map(|element| f16::from_f32(element).to_ne_bytes()).collect()
+        }
+        other => panic!("{other:?}"),
+    }
 }
 
 fn lease(bytes: &[u8]) -> LeaseMut {
@@ -139,9 +180,8 @@ impl Pushed {
     fn sent(&self, to: usize, covered: &BTreeSet<ParamId>) -> BTreeMap<ParamId, Checksum> {
         let mut sent: BTreeMap<ParamId, Checksum> = BTreeMap::new();
         for (source, plan) in self.sources.iter().zip(&self.parts.trainers) {
-            let summed =
-                sum(&by_place(&plan.ops), &Lent::Host(vec![lease(source).freeze()]), covered, || true)
-                    .unwrap();
+            let (ops, regions) = (by_place(&plan.ops), Lent::Host(vec![lease(source).freeze()]));
+            let summed = sum(&ops, &regions, Transforms::default(), covered, || true).unwrap();
             for ParamSum { param, sum, .. } in summed.sums.iter().filter(|sum| sum.to.index() == to) {
                 sent.entry(*param).or_default().add(*sum);
             }
@@ -217,7 +257,10 @@ proptest! {
 }
 
 fn small() -> Job {
-    let matrices = vec![(16, 16, true), (12, 12, false)];
+    let matrices = vec![
+        Matrix { rows: 16, columns: 16, whole: true, dtype: 0 },
+        Matrix { rows: 12, columns: 12, whole: false, dtype: 1 },
+    ];
     Job { trainers: 2, receivers: 2, matrices, chunk_bytes: 64, gather_row_bytes_max: 0 }
 }
 
@@ -263,7 +306,7 @@ fn a_list_that_is_not_what_arrives_is_refused() {
 #[test]
 fn weights_are_free_once_hashing_was_given_up() {
     // One operation that takes a while to hash.
-    let matrices = vec![(2048, 4096, true)];
+    let matrices = vec![Matrix { rows: 2048, columns: 2048, whole: true, dtype: 0 }];
     let job = Job { trainers: 1, receivers: 1, matrices, chunk_bytes: 8 << 20, gather_row_bytes_max: 0 };
     let pushed = push(&job, 6);
     let ops = &pushed.parts.trainers[0].ops;
@@ -271,7 +314,7 @@ fn weights_are_free_once_hashing_was_given_up() {
     let mut weights = lease(&pushed.sources[0]);
     for _ in 0..10 {
         let frozen = weights.freeze();
-        let summing = outgoing.start(PushId([3; 16]), Lent::Host(vec![frozen.clone()]));
+        let summing = outgoing.start((PushId([3; 16]), &[]), Lent::Host(vec![frozen.clone()]));
         std::thread::sleep(Duration::from_micros(200));
         summing.end(false);
         weights = frozen.thaw().expect("the thread that hashes holds them");

@@ -273,23 +273,11 @@ impl Sources for Uploads {
         if let Some(matrix) = self.landed(elements, dtype)? {
             return self.put(make(elements, &matrix)?);
         }
-        let Elements { origin, shape: [rows, columns], offset, stride, .. } = *elements;
-        let width = dtype.bytes();
         let room = self.landings.first().map_or(0, |landing| landing.memory.len());
-        let room = (usize::try_from(room).unwrap_or(usize::MAX) / width).max(1);
-        let across = columns.clamp(1, room);
-        let down = (room / across).max(1);
-        for row in (0..rows).step_by(down) {
-            for column in (0..columns).step_by(across) {
-                let part = Elements {
-                    origin: [origin[0] + row, origin[1] + column],
-                    shape: [down.min(rows - row), across.min(columns - column)],
-                    offset: offset.saturating_add(((row * stride + column) * width) as u64),
-                    ..*elements
-                };
-                let matrix = self.land_elements(&part, dtype)?;
-                self.put(make(&part, &matrix)?)?;
-            }
+        let room = usize::try_from(room).unwrap_or(usize::MAX) / dtype.bytes();
+        for part in elements.parts(dtype, room) {
+            let matrix = self.land_elements(&part, dtype)?;
+            self.put(make(&part, &matrix)?)?;
         }
         Ok(())
     }

@@ -7,18 +7,16 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use efa_core::{Lease, LeaseMut};
-use xfer_plan::{Op, Transform};
+use xfer_plan::Op;
 
-use super::transform::{self, Scales};
+use super::transform::Transforms;
 use crate::engine::Slot;
-use crate::quant::Quantization;
 
 /// What the slots of one push are filled from.
 pub(super) struct Weights {
     pub(super) regions: Vec<Lease>,
-    pub(super) quantization: Arc<Quantization>,
     /// Of one fill at a time.
-    pub(super) scales: Mutex<Scales>,
+    pub(super) transforms: Mutex<Transforms>,
 }
 
 pub(super) struct Job {
@@ -55,25 +53,7 @@ pub(super) fn start(name: &str, slots: usize) -> io::Result<(Sender<Job>, Receiv
 
 /// Puts the rows of `op` one after another, as they are to be at the receiver. `None` if they do not fit.
 fn fill(op: &Op, weights: &Weights, into: &mut [u8]) -> Option<()> {
-    let Weights { regions, quantization, scales } = weights;
     let into = into.get_mut(..usize::try_from(op.bytes()).ok()?)?;
-    let source = || transform::bytes_from(regions, op.source.region, op.source.offset);
-    let scales = || scales.lock().unwrap_or_else(PoisonError::into_inner);
-    match op.transform {
-        Transform::Copy => gather(op, source()?, into),
-        Transform::Cast { from, to } => transform::cast(op, (from, to), source()?, into),
-        Transform::Quantize { .. } => scales().quantize(quantization, regions, op, into),
-        Transform::Scales { .. } => scales().store(quantization, regions, op, into),
-    }
-}
-
-/// Copies the rows of `op` from the start of `source` on, one after another. `None` if they do not fit.
-fn gather(op: &Op, source: &[u8], into: &mut [u8]) -> Option<()> {
-    let row_bytes = op.row_bytes as usize;
-    let mut at = 0_usize;
-    for row in into.chunks_exact_mut(row_bytes) {
-        row.copy_from_slice(source.get(at..at.checked_add(row_bytes)?)?);
-        at = at.checked_add(usize::try_from(op.source.stride).ok()?)?;
-    }
-    Some(())
+    let mut transforms = weights.transforms.lock().unwrap_or_else(PoisonError::into_inner);
+    transforms.fill(op, weights.regions.as_slice(), into)
 }

@@ -13,7 +13,7 @@ use xfer_plan::Op;
 use super::closing::{Closed, Closings};
 use super::gather::{self, Gathered, Job, Weights};
 use super::slots::HostSlots;
-use super::transform::{self, Scales};
+use super::transform::{self, Transforms};
 use super::{Staged, Store};
 use crate::engine::{Post, Slot, Source};
 use crate::program::Program;
@@ -61,14 +61,13 @@ impl Store for HostMemory {
     }
 
     fn begin(&mut self, regions: Vec<Lease>, told: &[f32]) -> Result<(), String> {
-        let quantization = Arc::clone(&self.quantization);
-        let scales = Scales::new(&quantization, told);
-        let result = match &scales {
+        let transforms = Transforms::new(&self.quantization, told);
+        let result = match &transforms {
             Some(_) => Ok(()),
-            None => Err(quantization.told_wrongly(told)),
+            None => Err(self.quantization.told_wrongly(told)),
         };
-        let scales = Mutex::new(scales.unwrap_or_default());
-        self.weights = Some(Arc::new(Weights { regions, quantization, scales }));
+        let transforms = Mutex::new(transforms.unwrap_or_default());
+        self.weights = Some(Arc::new(Weights { regions, transforms }));
         result
     }
 

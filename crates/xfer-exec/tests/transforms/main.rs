@@ -16,12 +16,14 @@ use std::time::Duration;
 use efa_core::{Lease, LeaseMut};
 use proptest::prelude::*;
 use scenario::Choices;
-use xfer_exec::driver::{DriverConfig, HostRail, Measured, Outcome, Sender, ThreadConfig};
+use xfer_exec::driver::{
+    DriverConfig, HostRail, Measured, Outcome, ReadRows, Sender, ThreadConfig, Transforms,
+};
 use xfer_exec::program::Route;
 use xfer_exec::{
     Armed, Done, Program, Rail, RailError, RailIndex, RailLimits, RailWrite, RankLimits, WriteId,
 };
-use xfer_plan::{Manifest, Op, Plan, ReceiverRank, Relay, TrainerRank, plan};
+use xfer_plan::{Manifest, Op, Plan, ReceiverRank, Relay, Strided, TrainerRank, plan};
 
 const UNTOUCHED: u8 = 0xee;
 const SOON: Duration = Duration::from_secs(20);
@@ -164,8 +166,76 @@ fn push(manifest: &Manifest, sources: &[Vec<Vec<u8>>], way: Way) -> Vec<Vec<Vec<
     std::mem::take(&mut *memory.lock().unwrap())
 }
 
+/// Weights of which so many bytes are copied out at once.
+struct Elsewhere<'a> {
+    regions: &'a [Vec<u8>],
+    bytes_max: usize,
+}
+
+impl ReadRows for Elsewhere<'_> {
+    fn bytes_max(&self) -> usize {
+        self.bytes_max
+    }
+
+    fn read(
+        &self,
+        at: Strided,
+        [rows, row_bytes]: [usize; 2],
+        work: &mut dyn FnMut(&[u8], usize) -> Option<()>,
+    ) -> Option<()> {
+        assert!(rows * row_bytes <= self.bytes_max, "{rows} rows of {row_bytes} bytes");
+        let region = self.regions.get(at.region.index())?;
+        let row = |row: usize| region.get(at.offset as usize + row * at.stride as usize..)?.get(..row_bytes);
+        let copied: Vec<&[u8]> = (0..rows).map(row).collect::<Option<_>>()?;
+        work(&copied.concat(), row_bytes)
+    }
+}
+
+/// What arrives if each operation is made apart from any driver, as whoever verifies does, and read a little at a time.
+fn made(manifest: &Manifest, sources: &[Vec<Vec<u8>>], bytes_max: usize) -> Vec<Vec<Vec<u8>>> {
+    let plan = plan(manifest).unwrap();
+    let ranks = (0..sources.len() as u32).map(TrainerRank);
+    let bind = |rank| (rank, program(&plan, manifest, rank, Way::Rows).0);
+    let programs: Vec<(TrainerRank, Program)> = ranks.map(bind).collect();
+    let mut magnitudes = plan.magnitudes();
+    for ((rank, _), regions) in programs.iter().zip(sources) {
+        let memory: Memory = Arc::default();
+        let (reply, measured) = mpsc::channel();
+        let sender = sender(&plan, manifest, *rank, &memory, Way::Rows);
+        let regions = regions.iter().map(|bytes| lease(bytes)).collect();
+        sender.magnitudes(regions, move |measured| reply.send(measured.result).unwrap());
+        magnitudes.report(*rank, &measured.recv_timeout(SOON).unwrap().unwrap()).unwrap();
+    }
+    let mut arrived = untouched(manifest);
+    for ((rank, program), regions) in programs.iter().zip(sources) {
+        let told = magnitudes.merged(*rank).unwrap();
+        let mut transforms = Transforms::new(program.quantization(), &told).unwrap();
+        for op in program.ops() {
+            let mut bytes = vec![UNTOUCHED; op.bytes() as usize];
+            transforms.fill(op, &Elsewhere { regions, bytes_max }, &mut bytes).unwrap();
+            let into = &mut arrived[op.to.index()][op.destination.region.index()];
+            for (row, bytes) in bytes.chunks_exact(op.row_bytes as usize).enumerate() {
+                let at = op.destination.offset as usize + row * op.destination.stride as usize;
+                into[at..at + bytes.len()].copy_from_slice(bytes);
+            }
+        }
+    }
+    arrived
+}
+
 proptest! {
     #![proptest_config(scenario::config(300))]
+
+    #[test]
+    fn what_is_made_without_a_driver_is_the_same(
+        choices in scenario::choices(),
+        bytes_max in prop_oneof![8..100_usize, Just(usize::MAX)],
+    ) {
+        let mut manifest = scenario::manifest(&mut Choices::new(choices));
+        manifest.options.relay = Relay::Never;
+        let found = made(&manifest, &scenario::sources(&manifest), bytes_max);
+        prop_assert_eq!(found, scenario::expected(&manifest, UNTOUCHED), "{:#?}", manifest);
+    }
 
     #[test]
     fn what_arrives_is_what_the_whole_tensors_give(
@@ -183,6 +253,9 @@ proptest! {
 fn blocks_that_four_trainers_cut_arrive_as_the_kernels_quantise_the_whole() {
     for way in [Way::Contiguous, Way::Staged] {
         whole::check(&|manifest, sources| push(manifest, sources, way));
+    }
+    for bytes_max in [1000, 64 << 10] {
+        whole::check(&|manifest, sources| made(manifest, sources, bytes_max));
     }
 }
 

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use efa_core::{Lease, LeaseMut};
-use rendezvous::PushId;
+use rendezvous::{Bank, PushId};
 use weight_ops::cuda::DeviceRange;
 use xfer_exec::driver::{Measured, Outcome, Sender, Timings};
-use xfer_exec::{Delivered, Failure, RailUse};
+use xfer_exec::{Attempt, Delivered, Failure, RailUse};
 
 use crate::gpu::Gpu;
 use crate::memory::{Lent, Weights};
@@ -83,11 +83,11 @@ impl Pusher {
         }
     }
 
-    /// Which bank of regions the next push writes to, at receivers that have two.
-    pub(crate) fn set_bank(&self, second: bool) {
+    /// Which attempt the next push is.
+    pub(crate) fn set_attempt(&self, attempt: Attempt) {
         match self {
-            Self::Host(sender) => sender.set_bank(second),
-            Self::Device(sender, _) => sender.set_bank(second),
+            Self::Host(sender) => sender.set_attempt(attempt),
+            Self::Device(sender, _) => sender.set_attempt(attempt),
         }
     }
 
@@ -106,6 +106,12 @@ impl Pusher {
             Self::Device(sender, _) => sender.close(),
         }
     }
+}
+
+/// As rails know it.
+pub(crate) fn attempt(push: PushId, bank: Bank) -> Attempt {
+    let PushId([a, b, c, d, ..]) = push;
+    Attempt::new(bank.index() == 1, u32::from_le_bytes([a, b, c, d]))
 }
 
 /// On the thread of the rails, which have nothing left to do.

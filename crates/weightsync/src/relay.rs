@@ -11,7 +11,7 @@ use xfer_exec::driver::{Outcome, Sender};
 
 use crate::connect::{ConnectedRail, fences};
 use crate::memory::{Exposed, Lent};
-use crate::pusher::Written;
+use crate::pusher::{Written, attempt};
 use crate::verify::Outgoing;
 
 /// The thread, over host memory or a GPU's.
@@ -47,11 +47,11 @@ impl Relay {
         let lent = Lent::Arena(arena.clone());
         match (&self.passer, arena) {
             (Passer::Host(sender), Exposed::Host(target)) => {
-                sender.set_bank(bank.index() == 1);
+                sender.set_attempt(attempt(push, bank));
                 sender.pass_on(vec![target], move |outcome| reply(written(outcome, outgoing, (push, lent))))
             }
             (Passer::Device(sender), Exposed::Device(_, range)) => {
-                sender.set_bank(bank.index() == 1);
+                sender.set_attempt(attempt(push, bank));
                 sender.pass_on(vec![range], move |outcome| reply(written(outcome, outgoing, (push, lent))))
             }
             _ => false,

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use efa_core::{Lease, LeaseMut};
 
-use crate::engine::{Delivered, Failure, RailUse, Slot};
+use crate::engine::{Attempt, Delivered, Failure, RailUse, Slot};
 use crate::program::Program;
 use crate::rail::{Armed, Rail, RailIndex};
 use crate::runner::{Memory, Runner, TICK, Turn};
@@ -202,9 +202,9 @@ impl<M: Store> Driver<M> {
         self.memory.magnitudes(regions)
     }
 
-    /// See [`Engine::set_bank`](crate::Engine::set_bank).
-    pub fn set_bank(&mut self, second: bool) {
-        self.runner.set_bank(second);
+    /// See [`Engine::set_attempt`](crate::Engine::set_attempt).
+    pub fn set_attempt(&mut self, attempt: Attempt) {
+        self.runner.set_attempt(attempt);
     }
 
     /// Begins a push of `regions`. Then call [`Driver::step`] until it is over.

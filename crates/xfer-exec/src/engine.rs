@@ -42,6 +42,7 @@ pub use failure::Failure;
 pub use message::{Action, Delivered, Event, Post, RailUse, Slot, Source};
 use path::Path;
 use relay::Arrivals;
+pub use relay::Attempt;
 use staging::Staging;
 
 /// Bounds of an engine.
@@ -120,8 +121,7 @@ enum Phase {
 pub struct Engine {
     program: Program,
     config: EngineConfig,
-    /// Of receivers that have two.
-    second_bank: bool,
+    attempt: Attempt,
     phase: Phase,
     rails: Vec<Rail>,
     peers: Vec<Peer>,
@@ -162,7 +162,7 @@ impl Engine {
         };
         let rails: Vec<Rail> = config.rails.iter().map(rail).collect();
         let mut engine = Self {
-            second_bank: false,
+            attempt: Attempt::default(),
             phase: Phase::Idle,
             peers: Vec::with_capacity(peers),
             paths: Vec::with_capacity(peers * rails.len()),
@@ -184,10 +184,10 @@ impl Engine {
         engine
     }
 
-    /// Which bank of regions the next push writes to at receivers that have two.
-    pub fn set_bank(&mut self, second: bool) {
+    /// Which attempt the next push is.
+    pub fn set_attempt(&mut self, attempt: Attempt) {
         if let Phase::Idle = self.phase {
-            self.second_bank = second;
+            self.attempt = attempt;
         }
     }
 

@@ -20,7 +20,7 @@ mod quant;
 pub mod rail;
 pub mod runner;
 
-pub use engine::{Action, Delivered, Engine, EngineConfig, Event, Failure, Post, RailUse, Source};
+pub use engine::{Action, Attempt, Delivered, Engine, EngineConfig, Event, Failure, Post, RailUse, Source};
 pub use program::{Program, ProgramError, RankLimits, WriteId};
 #[cfg(feature = "driver")]
 pub use quant::{QuantError, Quantization};

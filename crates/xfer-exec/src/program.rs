@@ -230,7 +230,7 @@ impl Program {
     }
 
     /// Says that a receiver has two banks of regions, the second behind the first: a push is told which to write to, or where they
-    /// have `turned`, which not to ([`Engine::set_bank`](crate::Engine::set_bank)).
+    /// have `turned`, which not to ([`Attempt`](crate::Attempt)).
     ///
     /// # Errors
     ///

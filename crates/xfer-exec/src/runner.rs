@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 
 use xfer_plan::Op;
 
-use crate::engine::{Action, Delivered, Engine, EngineConfig, Event, Failure, Post, Slot};
+use crate::engine::{Action, Attempt, Delivered, Engine, EngineConfig, Event, Failure, Post, Slot};
 use crate::program::{Program, WriteId};
 use crate::rail::{Done, Rail, RailIndex, RailWrite};
 
@@ -114,9 +114,9 @@ impl<M: Memory> Runner<M> {
         self.rails.iter_mut().filter_map(|state| state.rail.take())
     }
 
-    /// See [`Engine::set_bank`].
-    pub fn set_bank(&mut self, second: bool) {
-        self.engine.set_bank(second);
+    /// See [`Engine::set_attempt`].
+    pub fn set_attempt(&mut self, attempt: Attempt) {
+        self.engine.set_attempt(attempt);
     }
 
     /// Begins a push. Then call [`Runner::step`] until it is over.

@@ -58,7 +58,7 @@ pub use plan::{
 };
 pub use quant::{Exchange, ScaleTable};
 pub use quantized::{Quantized, TensorPart};
-pub use relay::{NO_TAG, Parts, RelayPlan};
+pub use relay::{NO_TAG, Parts, RelayPlan, TAG_BITS};
 pub use report::PlanReport;
 pub use route::{Group, Leg, Link, Loads, ReceiverLoad, Route, TrainerLoad};
 pub use schedule::{Planner, plan};

@@ -18,6 +18,9 @@ use crate::transform::Transform;
 /// The tag of what nobody passes on.
 pub const NO_TAG: u32 = u32::MAX;
 
+/// Bits that a tag needs: a rank has at most [`OPS_MAX`] of them. Whoever sends it has the others to itself.
+pub const TAG_BITS: u32 = OPS_MAX.ilog2();
+
 /// What a receiver passes on to others: operations of its own, released by what arrives.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RelayPlan {

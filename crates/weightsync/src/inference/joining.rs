@@ -244,6 +244,11 @@ impl Exposed {
         target.close_rail(rail).map_err(|reason| format!("rail {rail} does not close: {reason}"))
     }
 
+    /// Reads what has arrived over NICs so far: nothing of it is told later.
+    pub(super) fn settle(&self) -> Result<(), String> {
+        self.target.as_ref().map_or(Ok(()), OfiTarget::settle)
+    }
+
     /// Has the rails' thread poll without sleeping, or not.
     pub(super) fn busy_poll(&self, on: bool) {
         if let Some(target) = &self.target {

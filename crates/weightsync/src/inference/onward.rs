@@ -98,6 +98,8 @@ impl InferenceSession {
     /// Begins to pass on what arrives in a push, if the plan has this rank do so.
     pub(super) fn pass_on(&mut self, push: PushId, bank: Bank) -> Result<(), String> {
         let Onward::Connected(relay) = &self.onward else { return Ok(()) };
+        // What an attempt that was given up has told by now, and what waits to be read of it, counts for nothing.
+        self.exposed.settle()?;
         let onward = Arc::new(PushOnward::default());
         let told = Arc::clone(&onward);
         let began = relay.start(push, bank, self.arenas.written(), move |written| {

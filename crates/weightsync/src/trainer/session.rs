@@ -23,7 +23,7 @@ use crate::error::Error;
 use crate::gpu::Gpu;
 use crate::line::{Line, out_of_turn};
 use crate::memory::Weights;
-use crate::pusher::Written;
+use crate::pusher::{Written, attempt};
 use crate::report::{PushReport, RailReport, Stopwatch, gb_per_second};
 use crate::verify::Summed;
 use crate::watch::Watch;
@@ -339,7 +339,7 @@ impl TrainerSession {
             return Err(Error::Broken);
         };
         let weights = self.weights.lend(lent)?;
-        pusher.set_bank(bank.index() == 1);
+        pusher.set_attempt(attempt(push, bank));
         pusher.push((push, told), weights, outgoing.as_ref(), move |weights, written| {
             drop(back.send(weights));
             drop(reply.send(written));

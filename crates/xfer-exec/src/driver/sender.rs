@@ -13,6 +13,7 @@ use crossbeam_channel::{Receiver, Sender as ChannelSender, TryRecvError, bounded
 use efa_core::Lease;
 
 use super::{Driver, DriverConfig, Outcome, Step, Store};
+use crate::engine::Attempt;
 
 /// How long the thread polls without a result before it waits. On a host with fewer cores than busy threads a longer
 /// spin takes the core from the peer that it waits for.
@@ -54,7 +55,7 @@ type ReplyMeasured<B> = Box<dyn FnOnce(Measured<B>) + Send>;
 
 enum Command<B> {
     Magnitudes(Vec<B>, ReplyMeasured<B>),
-    Bank(bool),
+    Attempt(Attempt),
     Push(Vec<B>, Vec<f32>, Reply<B>),
     /// And say when it has begun.
     PassOn(Vec<B>, ChannelSender<()>, Reply<B>),
@@ -90,10 +91,9 @@ impl<B: Send + 'static> Sender<B> {
         Ok(Self { commands, thread: Some(handle) })
     }
 
-    /// Which bank of regions the next pushes write to at receivers that have two: see
-    /// [`Engine::set_bank`](crate::Engine::set_bank). Between pushes.
-    pub fn set_bank(&self, second: bool) {
-        let _ = self.commands.try_send(Command::Bank(second));
+    /// Which attempt the next push is. Between pushes.
+    pub fn set_attempt(&self, attempt: Attempt) {
+        let _ = self.commands.try_send(Command::Attempt(attempt));
     }
 
     /// Begins a push of `regions`, which are this rank's regions in the order of its manifest. `reply` is called from
@@ -175,7 +175,7 @@ fn serve<M: Store>(driver: &mut Driver<M>, thread: &ThreadConfig, inbox: &Receiv
                 let result = driver.magnitudes(&regions);
                 reply(Measured { result, regions });
             }
-            Command::Bank(second) => driver.set_bank(second),
+            Command::Attempt(attempt) => driver.set_attempt(attempt),
             Command::Abort(_) => {}
         }
     }

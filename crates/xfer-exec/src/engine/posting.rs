@@ -179,9 +179,9 @@ impl Engine {
             source,
             rows,
             to: op.to,
-            region: self.program.region(op, self.second_bank),
+            region: self.program.region(op, self.attempt.second_bank),
             offset: op.destination.offset + row * op.destination.stride,
-            tag: self.program.tag(id.op),
+            tag: self.attempt.marked(self.program.tag(id.op)),
         })
     }
 }

@@ -19,8 +19,18 @@ const IDLE_MAX: Duration = Duration::from_millis(250);
 /// stream to arrive, short enough to leave the core to others soon.
 const SPIN_MAX: Duration = Duration::from_micros(100);
 
-/// Close the rail of this number, and answer whether it did.
-type Close = (usize, Sender<Result<(), String>>);
+/// How long it may take to read what has arrived.
+const SETTLE_MAX: Duration = Duration::from_secs(1);
+
+/// What the thread is asked to do, and where it answers.
+enum Request {
+    /// Close the rail of this number.
+    Close(usize, Sender<Result<(), String>>),
+    /// Read all that has arrived so far, and answer whether it has.
+    Settle(Sender<bool>),
+}
+
+const GONE: &str = "the thread of the rails has ended";
 
 /// A handle on the thread, which owns the rails. Their regions stay exposed until it is dropped.
 ///
@@ -29,7 +39,7 @@ pub struct OfiTarget {
     stop: Arc<AtomicBool>,
     busy: Arc<AtomicBool>,
     waker: Waker,
-    closes: Sender<Close>,
+    requests: Sender<Request>,
     arrivals: NicArrivals,
     thread: Option<JoinHandle<()>>,
 }
@@ -40,14 +50,14 @@ impl OfiTarget {
         let stop = Arc::new(AtomicBool::new(false));
         let busy = Arc::new(AtomicBool::new(false));
         let waker = Waker::new()?;
-        let (closes, to_close) = unbounded();
+        let (requests, asked) = unbounded();
         let arrivals = NicArrivals::default();
         let mut rails = Rails {
             rails: rails.into_iter().map(Place::Open).collect(),
             stop: stop.clone(),
             busy: busy.clone(),
             waker: waker.clone(),
-            to_close,
+            asked,
             arrivals: arrivals.clone(),
             completions: Vec::new(),
         };
@@ -55,7 +65,7 @@ impl OfiTarget {
             pin("target", &cpus);
             rails.serve();
         })?;
-        Ok(Self { stop, busy, waker, closes, arrivals, thread: Some(thread) })
+        Ok(Self { stop, busy, waker, requests, arrivals, thread: Some(thread) })
     }
 
     /// Where the tags of WRITEs come out that have arrived over these rails.
@@ -77,11 +87,27 @@ impl OfiTarget {
     ///
     /// When the rail does not close, or the thread is gone: peers may still write over it.
     pub fn close_rail(&self, rail: usize) -> Result<(), String> {
-        let (reply, closed) = bounded(1);
-        let gone = || "the thread of the rails has ended".to_owned();
-        self.closes.send((rail, reply)).map_err(|_| gone())?;
+        self.ask(|reply| Request::Close(rail, reply))?
+    }
+
+    /// Returns once all has been read that had arrived before, so that its tags are among the [`OfiTarget::arrivals`]: a WRITE
+    /// that its sender has been told of is not heard of later. Blocks as [`OfiTarget::close_rail`] does.
+    ///
+    /// # Errors
+    ///
+    /// When the thread is gone, or peers go on writing, which nobody may just now.
+    pub fn settle(&self) -> Result<(), String> {
+        match self.ask(Request::Settle)? {
+            true => Ok(()),
+            false => Err(format!("peers write to this rank and do not end within {SETTLE_MAX:?}")),
+        }
+    }
+
+    fn ask<T>(&self, request: impl FnOnce(Sender<T>) -> Request) -> Result<T, String> {
+        let (reply, answer) = bounded(1);
+        self.requests.send(request(reply)).map_err(|_| GONE.to_owned())?;
         self.waker.wake();
-        closed.recv().map_err(|_| gone())?
+        answer.recv().map_err(|_| GONE.to_owned())
     }
 }
 
@@ -128,7 +154,7 @@ struct Rails {
     stop: Arc<AtomicBool>,
     busy: Arc<AtomicBool>,
     waker: Waker,
-    to_close: Receiver<Close>,
+    asked: Receiver<Request>,
     arrivals: NicArrivals,
     completions: Vec<Completion>,
 }
@@ -137,8 +163,16 @@ impl Rails {
     fn serve(&mut self) {
         let mut spin_until = Instant::now();
         while !self.stop.load(Ordering::Relaxed) {
-            while let Ok((rail, reply)) = self.to_close.try_recv() {
-                let _ = reply.send(self.close(rail));
+            while let Ok(request) = self.asked.try_recv() {
+                match request {
+                    Request::Close(rail, reply) => drop(reply.send(self.close(rail))),
+                    Request::Settle(reply) => {
+                        // A poll reads so many at a time.
+                        let until = Instant::now() + SETTLE_MAX;
+                        while self.poll() && Instant::now() < until {}
+                        let _ = reply.send(Instant::now() < until);
+                    }
+                }
             }
             if self.poll() || self.busy.load(Ordering::Relaxed) || Instant::now() < spin_until {
                 continue;

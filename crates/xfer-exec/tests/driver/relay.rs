@@ -136,6 +136,27 @@ proptest! {
     }
 }
 
+/// A push that was given up may have told what nobody has read when the next one begins.
+#[test]
+fn what_was_told_before_a_relay_begins_is_not_heard_later() {
+    let Some(library) = libfabric() else { return };
+    let (plan, _, bytes) = plans(&vec![(3, 10, true); 20]);
+    let mut weights = LeaseMut::zeroed(bytes as usize).unwrap();
+    let (rails, mut middle) = ofi(&library, &[bytes], &[weights.memory().clone()], 2);
+    let trainer = trainer(plan.clone(), (rails, bytes));
+    for _ in 0..200 {
+        let (reply, pushed) = mpsc::channel();
+        trainer.push(vec![weights.freeze()], move |outcome| reply.send(outcome).unwrap());
+        let mut pushed = pushed.recv_timeout(2 * DEADLINE).unwrap();
+        weights = pushed.regions.remove(0).thaw().unwrap();
+        pushed.result.unwrap();
+        middle.targets[0].settle().unwrap();
+        let mut tags = Vec::new();
+        assert!(middle.arrivals[0].poll(&mut tags).unwrap());
+        assert_eq!(tags.len() as u64, plan.writes);
+    }
+}
+
 #[test]
 fn a_relay_waits_for_what_does_not_come_until_it_is_told_to_stop() {
     let (_, relays, bytes) = plans(&vec![(1, 10, true)]);

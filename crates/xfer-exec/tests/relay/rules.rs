@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use xfer_exec::program::Route;
 use xfer_exec::{
-    Action, Engine, EngineConfig, Event, Failure, Post, Program, ProgramError, RailIndex, RailLimits,
-    RankLimits, Rows,
+    Action, Attempt, Engine, EngineConfig, Event, Failure, Post, Program, ProgramError, RailIndex,
+    RailLimits, RankLimits, Rows,
 };
 use xfer_plan::{DType, NO_TAG, Op, ParamId, RankPlan, ReceiverRank, RelayPlan, Strided, Transform};
 
@@ -38,9 +38,13 @@ fn program(relay: RelayPlan) -> Result<Program, ProgramError> {
 }
 
 fn engine() -> Engine {
+    over(program(relay()).unwrap())
+}
+
+fn over(program: Program) -> Engine {
     let rails = vec![RailLimits { depth: 8, in_flight_bytes_max: u64::MAX, takes_rows: false }];
     let [deadline, stall, drain] = [10, 2, 1].map(Duration::from_secs);
-    Engine::new(program(relay()).unwrap(), EngineConfig { rails, slots: 0, deadline, stall, drain })
+    Engine::new(program, EngineConfig { rails, slots: 0, deadline, stall, drain })
 }
 
 #[test]
@@ -73,6 +77,37 @@ fn what_has_not_arrived_is_waited_for_without_a_deadline_and_what_has_been_poste
     let Some(Action::Finish(Err(Failure::Deadline { to: ReceiverRank(0), .. }))) = actions.pop_front() else {
         panic!("{actions:?}");
     };
+}
+
+#[test]
+fn arrivals_of_another_attempt_count_for_nothing() {
+    let [first, second] = [7, 8].map(|number| Attempt::new(false, number));
+    let tag_in = |attempt: Attempt| {
+        let mut plan = relay().plan;
+        plan.tags = vec![0];
+        let route = Route { rails: vec![RailIndex(0)], region_bytes: vec![64] };
+        let limits = RankLimits { region_bytes: vec![64], slot_bytes: 64, transforms: true };
+        let program =
+            Program::new(plan, BTreeMap::new(), &limits, [(ReceiverRank(0), route)].into()).unwrap();
+        let mut trainer = over(program);
+        let mut actions = VecDeque::new();
+        trainer.set_attempt(attempt);
+        trainer.handle(Event::Start, Duration::ZERO, &mut actions);
+        let Some(Action::Post(post)) = actions.pop_front() else { panic!("{actions:?}") };
+        post.tag
+    };
+    let tags = [first, second].map(tag_in);
+    assert_ne!(tags[0], tags[1]);
+    let mut engine = engine();
+    engine.set_attempt(second);
+    let mut actions = VecDeque::new();
+    engine.handle(Event::Start, Duration::ZERO, &mut actions);
+    for tag in [tags[0], tags[1], tags[0], tags[0]] {
+        engine.handle(Event::Arrived(tag), Duration::ZERO, &mut actions);
+    }
+    assert!(actions.is_empty(), "{actions:?}");
+    engine.handle(Event::Arrived(tags[1]), Duration::ZERO, &mut actions);
+    assert!(matches!(actions.make_contiguous(), [Action::Post(_), Action::Post(_)]), "{actions:?}");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Differences of two plans: what a change of layouts, options or ranks does to what is sent.
 //!
 //! Plans number groups, parameters and tables each in their own way, so transfers are compared by what the numbers mean.
-//! Which lane of a route a transfer takes is left out: transfers take turns, and one more shifts all after it.
+//! Which lane of a route a transfer takes is left out: lanes are evened out, and one transfer more shifts all after it.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};

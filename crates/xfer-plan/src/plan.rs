@@ -153,8 +153,17 @@ pub struct Fill {
     pub to: GroupIndex,
     /// Places in [`Plan::tables`]: of the quantised tensors that it is made of.
     pub tables: Vec<u32>,
+    /// Which of the group's lanes the first transfer takes; the others take the next in turn.
+    pub lane: u16,
     /// The transfers, by trainer and then by destination. Plans for other receivers share them.
     pub transfers: Arc<[Transfer]>,
+}
+
+impl Fill {
+    /// The lane of one of its transfers, of so many.
+    pub(crate) fn lane(&self, index: usize, lanes: usize) -> u16 {
+        ((usize::from(self.lane) + index) % lanes.max(1)) as u16
+    }
 }
 
 /// A transfer where it stands in a plan.
@@ -168,7 +177,7 @@ pub struct Placed<'p> {
     pub to: GroupIndex,
     /// The parameter.
     pub param: ParamId,
-    /// Which of the group's routes it takes: transfers take turns.
+    /// Which of the group's routes it takes.
     pub lane: u16,
     /// The transfer.
     pub transfer: &'p Transfer,
@@ -257,7 +266,7 @@ impl Plan {
     ) -> Result<Digest, postcard::Error> {
         let Plan { params, groups, tables, fills, trainers, receivers, .. } = self;
         let transfers = fills.iter().map(digest_of).collect::<Result<Vec<_>, _>>()?;
-        let fills: Vec<_> = fills.iter().map(|fill| (fill.param, fill.to, &fill.tables)).collect();
+        let fills: Vec<_> = fills.iter().map(|fill| (fill.param, fill.to, &fill.tables, fill.lane)).collect();
         Digest::of(&(
             (params, groups, tables),
             (fills, transfers),
@@ -288,14 +297,14 @@ impl Plan {
         fill: &'p Fill,
         range: Range<usize>,
     ) -> impl Iterator<Item = Placed<'p>> {
-        let lanes = self.group(fill.to).map_or(1, |group| usize::from(group.lanes()).max(1));
+        let lanes = self.group(fill.to).map_or(1, |group| usize::from(group.lanes()));
         let transfers = fill.transfers.get(range.clone()).unwrap_or_default();
         transfers.iter().zip(range).map(move |(transfer, index)| Placed {
             fill: number,
             index,
             to: fill.to,
             param: fill.param,
-            lane: ((number + index) % lanes) as u16,
+            lane: fill.lane(index, lanes),
             transfer,
         })
     }

@@ -84,7 +84,7 @@ impl Group {
         self.len() == 0
     }
 
-    /// How many different routes there are: transfers take turns, so that all members share the work of passing on.
+    /// How many different routes there are. Transfers are dealt to them evenly, so that all members share the work of passing on.
     pub fn lanes(&self) -> u16 {
         let widest = self.hosts.iter().map(Vec::len).max().unwrap_or(0);
         let lanes = match self.route {

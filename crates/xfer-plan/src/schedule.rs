@@ -324,6 +324,8 @@ struct Assembly {
     fills: Vec<Fill>,
     /// Of each fill's transfers.
     digests: Vec<Digest>,
+    /// By lane, where a group has several: bytes of the transfers that take it.
+    lane_bytes: BTreeMap<GroupIndex, Vec<u64>>,
 }
 
 impl Assembly {
@@ -369,8 +371,25 @@ impl Assembly {
         (transfers, digest): (Arc<[Transfer]>, Digest),
     ) {
         if !transfers.is_empty() {
-            self.fills.push(Fill { param, to, tables, transfers });
+            let mut fill = Fill { param, to, tables, lane: 0, transfers };
+            self.choose_lane(&mut fill);
+            self.fills.push(fill);
             self.digests.push(digest);
+        }
+    }
+
+    /// The lane that has least so far, so that all members of a group share the work of passing on, however unequal tensors are.
+    fn choose_lane(&mut self, fill: &mut Fill) {
+        let lanes = self.groups.get(fill.to.index()).map_or(1, Group::lanes);
+        if lanes < 2 {
+            return;
+        }
+        let loads = self.lane_bytes.entry(fill.to).or_insert_with(|| vec![0; lanes.into()]);
+        fill.lane = (0..).zip(&*loads).min_by_key(|(_, bytes)| **bytes).map_or(0, |(lane, _)| lane);
+        for (index, transfer) in fill.transfers.iter().enumerate() {
+            if let Some(bytes) = loads.get_mut(usize::from(fill.lane(index, lanes.into()))) {
+                *bytes = bytes.saturating_add(transfer.bytes());
+            }
         }
     }
 

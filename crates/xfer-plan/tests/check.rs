@@ -152,7 +152,7 @@ fn transfers_that_are_wrong() {
     check(
         |p| p.fills.swap(0, 1),
         expect![
-            "the plan says its digest is 5f2b4f4012c57af4fee843028f597aca1af2206ab3abba1840d8e603e0ba7dbb but it is 06553a88f1fd9576783d3728444de21ae919cb9d0879cde67817a477d32acb09: it was changed after planning"
+            "the plan says its digest is f6146dfe53f462f53ba6f54b9a90b4fa48926a262eec0f543a0b7320b58066f6 but it is f947c35f88dacd355bc6f3a048543ebdbda7d12a2e4dacce360b0a2e9f8bac5b: it was changed after planning"
         ],
     );
 }
@@ -189,7 +189,7 @@ fn groups_that_are_wrong() {
     check(
         |p| p.groups[1].hosts[0].reverse(),
         expect![
-            "the plan says its digest is 5f2b4f4012c57af4fee843028f597aca1af2206ab3abba1840d8e603e0ba7dbb but it is a63f115d488b11014bda4fd73e2d5457f5316b207ae1dc3fdd2c15b6db2536fd: it was changed after planning"
+            "the plan says its digest is f6146dfe53f462f53ba6f54b9a90b4fa48926a262eec0f543a0b7320b58066f6 but it is f3008e71059c84614dbc2e3eedeea2b44140246c1891d3db7bfb4eda7aa85d12: it was changed after planning"
         ],
     );
     check(
@@ -245,7 +245,7 @@ fn sums_that_are_wrong() {
     check(
         |p| p.params.push(PlannedParam { name: "another".into(), priority: 0 }),
         expect![
-            "the plan says its digest is 5f2b4f4012c57af4fee843028f597aca1af2206ab3abba1840d8e603e0ba7dbb but it is 8d3ac05d8e2f7deedd6544fb9ba73d5555adb13a6144dd761bda265392ca0f3e: it was changed after planning"
+            "the plan says its digest is f6146dfe53f462f53ba6f54b9a90b4fa48926a262eec0f543a0b7320b58066f6 but it is f3e13fa44b1a996bd1b631b037b886b043499a678dda887365aa7230443a723a: it was changed after planning"
         ],
     );
 }

@@ -572,7 +572,7 @@ fn reasons_are_given() {
         trainer 2 (t0) sends 100 B of `layers.0.fused`
           [0..1, 0..100] of `layers.0.w` at [0..1, 0..100]: one of 2 that have it, and the one with least to send when it was dealt
           1 row(s) of 100 bytes, from region 0 + 0 to region 0 + 0: quantised from BF16 in blocks of 128 x 128
-          to inference 0-2, written to inference 0, 2, passed on within hosts; 1 operation(s) a copy, the first copy on rail 0
+          to inference 0-2, written to inference 1-2, passed on within hosts; 1 operation(s) a copy, the first copy on rail 1
         trainer 0 (t0) sends 4 B of `layers.0.fused_scale_inv`
           scales of [0..1, 0..1] of `layers.0.w` at [0..1, 0..1]: shard borders cut these blocks between 2 trainers, and it collects their largest magnitudes
           1 row(s) of 4 bytes, from table 0 + 0 to region 0 + 256: as F32

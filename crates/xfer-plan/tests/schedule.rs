@@ -97,7 +97,7 @@ fn the_digest_is_the_same_everywhere() {
     let plan = checked(&manifest);
     expect![[r#"
         de05a65e1195c8faf4a43b58e560adeba109c4ccf8f78b9cf6a922b370ae4ade
-        plan 5b8ea8cf684a58e3ba71e517485f2185436a741098fa9b06b1f957ffff95dc49: 4 trainer(s) to 2 inference rank(s), 2 parameter name(s)
+        plan 9696890cf4ace4faf09d617ffbf317ae10a7846d21df30a8f5e998768ad7a25c: 4 trainer(s) to 2 inference rank(s), 2 parameter name(s)
           moves 58 B in 8 transfers to 2 group(s), 8 WRITEs of trainers
           egress  from 13 B to 16 B a rank
           ingress from 29 B to 29 B a rank
@@ -335,6 +335,28 @@ fn relays_send_each_byte_once_per_host_or_once() {
     assert_eq!(sent(Relay::Chain), (1, 1, 6));
     // NVLink is faster than four trainers' NICs, and two hosts' NICs than theirs.
     assert_eq!(sent(Relay::Auto), (1, 1, 6));
+}
+
+/// Two replicas of two ranks each on one host, and a tensor for each trainer's half: what a rank passes on does not depend on where
+/// its tensors stand in the list, nor on how unequal they are.
+#[test]
+fn replicas_share_tensors_of_any_size() {
+    let half =
+        |rank, tensor: &str, shape: &[u64]| ParamMap::tensor(tensor).shard(shape, 0, 2, rank % 2).unwrap();
+    let names: Vec<String> = (0..12).map(|number| format!("w{number}")).collect();
+    let shapes: Vec<[u64; 2]> =
+        [1000, 2, 2, 600, 2, 400, 2, 2, 2, 500, 500, 2].map(|rows| [rows, 64]).to_vec();
+    let tensors: Vec<(&str, &[u64])> =
+        names.iter().map(String::as_str).zip(shapes.iter().map(<[u64; 2]>::as_slice)).collect();
+    let mut manifest = manifest(&tensors, &[2], &[Placement::Shard(0)], 4, half);
+    for receiver in &mut manifest.receivers {
+        receiver.host = "one".into();
+    }
+    manifest.options.relay = Relay::PerHost;
+    let loads = checked(&manifest).loads(&manifest.options).receivers;
+    let all: u64 = loads.iter().map(|load| load.nic_in_bytes).sum();
+    // Half of the longest tensor is what cannot be divided.
+    assert!(loads.iter().all(|load| load.nic_in_bytes.abs_diff(all / 4) <= 500 * 64 / 2), "{loads:?}");
 }
 
 #[test]

@@ -209,7 +209,10 @@ mod tests {
         let (tests, bench) = (output(&folder, &["tests"]), output(&folder, &["bench"]));
         let (help, wrong) = (output(&folder, &["--help"]), output(&folder, &["all"]));
         fs::remove_dir_all(folder).unwrap();
-        assert_eq!(tests, (Some(0), "==> gpu-mem.a\n==> demo\n==> demo, offloaded\n==> demo, passed on\n".to_owned()));
+        assert_eq!(
+            tests,
+            (Some(0), "==> gpu-mem.a\n==> demo\n==> demo, offloaded\n==> demo, passed on\n".to_owned())
+        );
         assert_eq!(bench, (Some(1), "==> benchmark\nfailed: benchmark\n".to_owned()));
         assert!(help.0 == Some(0) && help.1.contains("--sanitize"), "{}", help.1);
         assert_eq!(wrong, (Some(2), String::new()));

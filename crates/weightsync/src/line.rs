@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use rendezvous::{Client, ClientConfig, OnLoss, RendezvousError, SessionId, ToController, ToMember};
+use tokio::task::JoinHandle;
 
 use crate::config::SessionConfig;
 use crate::error::Error;
@@ -18,6 +19,8 @@ pub(crate) struct Line {
     config: ClientConfig,
     session: SessionId,
     client: Option<Client>,
+    /// Under way; a call that is dropped in the middle leaves it to the next.
+    connecting: Option<JoinHandle<Result<Client, RendezvousError>>>,
     /// What the controller takes for progress.
     progress: Arc<AtomicU64>,
     /// As the last plan said; before the first nobody counts on this rank.
@@ -33,9 +36,9 @@ impl Line {
     ///
     /// When the kernel gives no random bytes.
     pub(crate) fn new(config: &SessionConfig) -> Result<Self, Error> {
-        let (client, progress, on_loss) = (None, Arc::default(), OnLoss::Fail);
-        let session = SessionId::random()?;
-        Ok(Self { config: config.client(), session, client, progress, on_loss, is_over: false })
+        let (config, session, progress) = (config.client(), SessionId::random()?, Arc::default());
+        let (client, connecting, on_loss) = (None, None, OnLoss::Fail);
+        Ok(Self { config, session, client, connecting, progress, on_loss, is_over: false })
     }
 
     /// The same over every connection.
@@ -67,7 +70,12 @@ impl Line {
         if let Some(client) = &self.client {
             return Ok(client.local_addr().ip());
         }
-        let client = Client::connect_counting(self.config.clone(), self.progress.clone()).await?;
+        let connecting = self.connecting.get_or_insert_with(|| {
+            tokio::spawn(Client::connect_counting(self.config.clone(), self.progress.clone()))
+        });
+        let connected = connecting.await;
+        self.connecting = None;
+        let client = connected.map_err(|error| std::io::Error::other(error.to_string()))??;
         Ok(self.client.insert(client).local_addr().ip())
     }
 

@@ -1,6 +1,9 @@
 //! Jobs that lose ranks, or their controller, and go on: what the sessions of those who are left do about it.
 
+use std::future::{Future, poll_fn};
 use std::path::PathBuf;
+use std::pin::pin;
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -262,30 +265,66 @@ async fn a_controller_comes_back_and_knows_the_version() {
 
 /// A trainer is lost at any moment of a push and comes back: what the others have of the version is torn until the next, and
 /// nothing that it may still have under way is seen in that.
+/// A call that is dropped at once, time and again, gets there as well: what takes longer goes on meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_only_looks_joins_again_too() {
+    let mut job = Job::start(OnLoss::Wait, Fabric::Local, None).await;
+    let (mut a, mut b, mut first, mut second) = job.all().await;
+    async fn look(serving: &mut Serving, version: u64) {
+        loop {
+            let looked = {
+                let mut waiting = pin!(serving.session.wait_version(version, None));
+                poll_fn(|context| Poll::Ready(waiting.as_mut().poll(context))).await
+            };
+            match looked {
+                Poll::Ready(Ok(_)) => return,
+                Poll::Pending | Poll::Ready(Err(Error::Aborted { .. })) => {}
+                Poll::Ready(Err(error)) => panic!("{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+    tokio::join!(push(&mut a, 1), push(&mut b, 1), look(&mut first, 1), second.serves(1));
+    job.restart().await;
+    tokio::join!(push(&mut a, 2), push(&mut b, 2), look(&mut first, 2), second.serves(2));
+    first.serves(2).await;
+    // A push that is given up leaves memory that other is put in the place of.
+    let steady = async {
+        for version in 3..=VERSIONS {
+            push(&mut a, version).await;
+        }
+    };
+    tokio::join!(steady, lost_often(&job, b, 3), look(&mut first, VERSIONS), second.serves(VERSIONS));
+    first.serves(VERSIONS).await;
+}
+
+const VERSIONS: u64 = 10;
+
+/// The second trainer, which is lost in the middle of most versions.
+async fn lost_often(job: &Job, mut trainer: Pushing, first: u64) {
+    for version in first..VERSIONS {
+        let moment = Duration::from_micros(300 * version);
+        if tokio::time::timeout(moment, trainer.push(version)).await.is_err() {
+            drop(trainer);
+            trainer = job.trainer(1, 1, 1).await;
+        }
+        push(&mut trainer, version).await;
+    }
+    push(&mut trainer, VERSIONS).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_trainer_is_lost_in_the_middle() {
-    const VERSIONS: u64 = 10;
     for fabric in [Fabric::Local, Fabric::Tcp] {
         let job = Job::start(OnLoss::Wait, fabric, None).await;
-        let (mut a, mut b, mut first, mut second) = job.all().await;
+        let (mut a, b, mut first, mut second) = job.all().await;
         let address = first.session.arena_ptr();
         let steady = async {
             for version in 1..=VERSIONS {
                 push(&mut a, version).await;
             }
         };
-        let lost = async {
-            for version in 1..VERSIONS {
-                let moment = Duration::from_micros(300 * version);
-                if tokio::time::timeout(moment, b.push(version)).await.is_err() {
-                    drop(b);
-                    b = job.trainer(1, 1, 1).await;
-                }
-                push(&mut b, version).await;
-            }
-            push(&mut b, VERSIONS).await;
-        };
-        tokio::join!(steady, lost, first.serves(VERSIONS), second.serves(VERSIONS));
+        tokio::join!(steady, lost_often(&job, b, 1), first.serves(VERSIONS), second.serves(VERSIONS));
         assert_eq!(first.session.arena_ptr(), address);
     }
 }

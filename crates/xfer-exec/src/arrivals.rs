@@ -13,6 +13,9 @@ use rustix::net::{RecvFlags, recv};
 /// Tags of one message on a socket at most.
 pub(crate) const TAGS_MAX: usize = 1024;
 
+/// Messages that are read from a socket at a time: who tells without end keeps nobody from what else there is to do.
+const MESSAGES_MAX: usize = 256;
+
 const TAG_BYTES: usize = size_of::<u32>();
 
 /// Tags from NICs that nobody has asked for yet, at most: who passes on asks thousands of times a second, and a peer that goes on
@@ -109,15 +112,27 @@ impl Arrivals {
 
     /// Forgets what has arrived so far. Nobody writes to a rank that passes on before it has begun: what was told by then is of a
     /// push that was given up.
-    pub(crate) fn forget(&mut self) {
-        if let Err(error) = self.poll(&mut Vec::new()) {
-            tracing::warn!(%error, "what has arrived before the push");
+    ///
+    /// # Errors
+    ///
+    /// When the system refuses to read, or peers go on telling.
+    pub(crate) fn forget(&mut self) -> Result<(), ArrivalsError> {
+        let mut tags = Vec::new();
+        for _ in 0..MESSAGES_MAX {
+            tags.clear();
+            match self.poll(&mut tags) {
+                Ok(_) if tags.is_empty() => return Ok(()),
+                Ok(_) => {}
+                Err(error @ ArrivalsError::Receive(_)) => return Err(error),
+                Err(error) => tracing::warn!(%error, "forgotten"),
+            }
         }
+        Err(ArrivalsError::TooMany)
     }
 
     fn poll_socket(&mut self, tags: &mut Vec<u32>) -> Result<(), ArrivalsError> {
         let Some(socket) = &self.socket else { return Ok(()) };
-        loop {
+        for _ in 0..MESSAGES_MAX {
             let received = retry_on_intr(|| recv(socket, self.message.as_mut_slice(), RecvFlags::DONTWAIT));
             let len = match received {
                 // Senders have their end for as long as the doorman lives.
@@ -131,6 +146,7 @@ impl Arrivals {
             }
             tags.extend(said.iter().map(|tag| u32::from_le_bytes(*tag)));
         }
+        Ok(())
     }
 }
 

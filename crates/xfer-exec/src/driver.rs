@@ -89,6 +89,9 @@ pub trait Store: Memory {
     fn arrived(&mut self, _tags: &mut Vec<u32>) -> Result<(), String> {
         Ok(())
     }
+
+    /// Forgets what has arrived of attempts that are over. Called between pushes.
+    fn forget_arrivals(&mut self) {}
 }
 
 /// The end of [`Memory::stage`].
@@ -220,6 +223,11 @@ impl<M: Store> Driver<M> {
             self.runner.start(began.elapsed());
         }
         self.push = Some(Push { refused, began, ticked_at, gather });
+    }
+
+    /// See [`Store::forget_arrivals`].
+    pub(crate) fn forget_arrivals(&mut self) {
+        self.memory.forget_arrivals();
     }
 
     /// Ends the present push, if there is one.

@@ -170,11 +170,13 @@ impl Controller {
                 }
             }
             Phase::Pushing(push) => {
-                // While it writes, a rank is late when it makes no progress; otherwise when the stage is.
-                let is_late = |member: &Rank| match push.stage {
-                    Stage::Writing | Stage::Verifying => {
-                        self.seats.get(member).is_some_and(|seat| late(seat.progress_at))
-                    }
+                // While it writes, a rank is late when it makes no progress; otherwise when the stage is. Who passes on waits for
+                // others, and is not late while anybody makes progress.
+                let progress_at = |member: &Rank| self.seats.get(member).map(|seat| seat.progress_at);
+                let last_progress_at = self.quotas.keys().filter_map(progress_at).max();
+                let is_late = |member: &Rank| match (push.stage, member) {
+                    (Stage::Writing, Rank::Receiver(_)) => last_progress_at.is_some_and(late),
+                    (Stage::Writing | Stage::Verifying, _) => progress_at(member).is_some_and(late),
                     _ => late(push.since),
                 };
                 let missing: Vec<Rank> = push.waiting.iter().copied().filter(is_late).collect();

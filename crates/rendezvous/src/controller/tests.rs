@@ -1,8 +1,8 @@
 //! The controller against a world of scripted members, without sockets and in made-up time.
 
 use xfer_plan::{
-    DType, DestinationParam, ParamMap, RailDecl, ReceiverManifest, RegionIndex, SourcePiece, TensorBox,
-    TrainerManifest, TrainerRank,
+    DType, DestinationParam, ParamMap, RailDecl, ReceiverManifest, RegionIndex, Relay, SourcePiece,
+    TensorBox, TrainerManifest, TrainerRank,
 };
 
 use super::*;
@@ -124,11 +124,12 @@ impl Bench {
     /// All join, and are ready.
     fn start(self) -> Self {
         let mut bench = self;
-        for member in world().members() {
+        let world = bench.controller.config.world;
+        for member in world.members() {
             bench.say(member, ToController::Join(Box::new((bench.join)(member))));
         }
         let digest = bench.controller.digest;
-        for member in world().members() {
+        for member in world.members() {
             bench.say(member, ToController::Ready { digest });
         }
         assert!(bench.told(T0).contains(&ToMember::Start), "{:?}", bench.log);
@@ -334,6 +335,35 @@ fn a_trainer_that_makes_progress_is_not_late() {
         bench.say(T1, ToController::Heartbeat { progress });
     }
     assert!(matches!(bench.controller.phase, Phase::Pushing(_)));
+}
+
+#[test]
+fn who_passes_on_is_not_late_while_others_make_progress() {
+    const WORLD: World = World { trainers: 2, inference: 2 };
+    const I1: Rank = Rank::Receiver(ReceiverRank(1));
+    let options = PlanOptions { relay: Relay::PerHost, ..PlanOptions::default() };
+    let config = ControllerConfig { world: WORLD, options, ..config(Verify::Off) };
+    let mut bench =
+        Bench { join: |member| Join { world: WORLD, ..join(member) }, ..Bench::of(config) }.start();
+    let push = bench.begin_to_writing(1);
+    bench.say(I1, ToController::Prepared { push });
+    bench.say(T1, WRITTEN(push));
+    for progress in 1..50 {
+        bench.pass(1, &[I0, I1, T1]);
+        bench.say(T0, ToController::Heartbeat { progress });
+    }
+    bench.say(T0, WRITTEN(push));
+    bench.pass(20, &[T0, T1, I0, I1]);
+    // All that they wait for is there.
+    for progress in 1..50 {
+        bench.pass(1, &[T0, T1, I0]);
+        bench.say(I1, ToController::Heartbeat { progress });
+    }
+    bench.say(I1, WRITTEN(push));
+    bench.pass(29, &[T0, T1, I0, I1]);
+    assert!(matches!(bench.controller.phase, Phase::Pushing(_)), "{:?}", bench.told(T0));
+    bench.pass(3, &[T0, T1, I0, I1]);
+    assert!(bench.reason(T0).contains("waited 30s for inference 0 to"), "{}", bench.reason(T0));
 }
 
 #[test]

@@ -85,8 +85,11 @@ impl Controller {
             // An answer to an attempt that has ended meanwhile.
             _ => return,
         }
-        if let (Stage::Committing, Some(seat)) = (stage, self.seats.get_mut(&member)) {
-            seat.holds = self.committed.map_or(Holds::Nothing, Holds::Version);
+        if let Some(seat) = self.seats.get_mut(&member) {
+            seat.progress_at = now;
+            if stage == Stage::Committing {
+                seat.holds = self.committed.map_or(Holds::Nothing, Holds::Version);
+            }
         }
         if let (Stage::Preparing | Stage::Fencing, Rank::Receiver(rank)) = (stage, member) {
             // It was told all that there is: who writes says what it owes before the stage begins.

@@ -54,6 +54,7 @@ impl InferenceSession {
 
     /// What the controller has this rank do next, but joining, which is done here. `stage` is what it waits for, for errors.
     pub(super) async fn step(&mut self, stage: &'static str) -> Result<Option<InferenceStep>, Error> {
+        self.give_up_dead_rails().await?;
         if !self.line.is_open() || self.member.is_out() {
             self.join().await?;
         }
@@ -92,9 +93,14 @@ impl InferenceSession {
 
     async fn join(&mut self) -> Result<(), Error> {
         self.close_rails().await?;
-        if self.arenas.is_soiled() && !self.member.is_undecided() {
+        self.failed_onward = 0;
+        if self.arenas.is_soiled() && !self.member.is_undecided() && self.renewing.is_none() {
             let arenas = self.arenas.clone();
-            let renewed = tokio::task::spawn_blocking(move || arenas.renew()).await;
+            self.renewing = Some(tokio::task::spawn_blocking(move || arenas.renew()));
+        }
+        if let Some(renewing) = &mut self.renewing {
+            let renewed = renewing.await;
+            self.renewing = None;
             self.arenas = renewed.map_err(|error| std::io::Error::other(error.to_string()))??;
         }
         let local = self.line.open().await?;

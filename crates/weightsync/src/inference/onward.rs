@@ -10,10 +10,12 @@ use rendezvous::{Bank, OnLoss, PushId, ToController, ToMember};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use xfer_exec::Failure;
 
 use super::InferenceSession;
 use crate::connect::PassingOn;
 use crate::error::Error;
+use crate::fabric::{self, FAILED_MAX};
 use crate::pusher::Written;
 use crate::relay::Relay;
 use crate::report::{RailReport, RelayReport};
@@ -36,11 +38,20 @@ pub(super) enum Onward {
     Closing(JoinHandle<()>),
 }
 
-/// A push of which this rank passes a part on: what became of it, once the bell has rung.
+/// A push of which this rank passes a part on: what became of it, once the bell has rung. It rings also where that is never said.
 #[derive(Default)]
 pub(super) struct PushOnward {
     written: Mutex<Option<Written>>,
     bell: Notify,
+}
+
+/// On the thread that passes on, for as long as it may still say something.
+struct Bell(Arc<PushOnward>);
+
+impl Drop for Bell {
+    fn drop(&mut self) {
+        self.0.bell.notify_one();
+    }
 }
 
 impl PushOnward {
@@ -101,12 +112,12 @@ impl InferenceSession {
         // What an attempt that was given up has told by now, and what waits to be read of it, counts for nothing.
         self.exposed.settle()?;
         let onward = Arc::new(PushOnward::default());
-        let told = Arc::clone(&onward);
+        let bell = Bell(Arc::clone(&onward));
         let began = relay.start(push, bank, self.arenas.written(), move |written| {
-            *told.written.lock().unwrap_or_else(PoisonError::into_inner) = Some(written);
-            told.bell.notify_one();
+            *bell.0.written.lock().unwrap_or_else(PoisonError::into_inner) = Some(written);
         });
         if !began {
+            self.failed_onward = FAILED_MAX;
             return Err(THREAD_ENDED.into());
         }
         self.push_onward = Some(onward);
@@ -124,8 +135,18 @@ impl InferenceSession {
     pub(super) fn passed_on(&mut self) -> Result<(), Error> {
         let Some(onward) = self.push_onward.take() else { return Ok(()) };
         let written = onward.written.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let (Onward::Connected(relay), Some(written)) = (&self.onward, written) else { return Ok(()) };
-        let Written { result, timings, rails, summed } = written;
+        let Onward::Connected(relay) = &self.onward else { return Ok(()) };
+        let Some(Written { result, timings, rails, summed }) = written else {
+            self.failed_onward = FAILED_MAX;
+            let message = self.member.relayed(Err(THREAD_ENDED.into()), Vec::new(), Vec::new());
+            return message.map_or(Ok(()), |message| self.line.send(message));
+        };
+        match &result {
+            Ok(_) => self.failed_onward = 0,
+            // Not by what this rank did.
+            Err(Failure::Aborted(_)) => {}
+            Err(_) => self.failed_onward += 1,
+        }
         let (sums, verified) = summed.map(|Summed { sums, report }| (sums, report)).unzip();
         let seconds = timings.total.as_secs_f64();
         let used = relay.rails(&rails);
@@ -144,10 +165,25 @@ impl InferenceSession {
             let rails = used.map(|(name, used)| RailReport::new(name, used.clone())).collect();
             push.passed_on = Some(RelayReport { bytes: *bytes, writes: *writes, seconds, rails, verified });
         }
-        match self.member.relayed(result, fences, sums.unwrap_or_default()) {
-            Some(message) => self.line.send(message),
-            None => Ok(()),
+        let message = self.member.relayed(result, fences, sums.unwrap_or_default());
+        message.map_or(Ok(()), |message| self.line.send(message))
+    }
+
+    /// As a trainer does it: where pushes fail over the rails by which this rank passes on, it hangs up between two of them, to join
+    /// again with fresh ones; but not while these cannot be had.
+    pub(super) async fn give_up_dead_rails(&mut self) -> Result<(), Error> {
+        let is_pushing = self.push.is_some() || self.push_onward.is_some() || self.showing.is_some();
+        let may_join_again = self.line.on_loss != OnLoss::Fail && self.line.is_open();
+        if self.failed_onward < FAILED_MAX || is_pushing || !may_join_again {
+            return Ok(());
         }
+        let failed = std::mem::take(&mut self.failed_onward);
+        let local = self.line.open().await?;
+        if fabric::open(&self.config, self.config.bind.unwrap_or(local)).is_ok() {
+            tracing::warn!(rank = %self.rank(), failed, "passing on fails over its own rails: joining again with fresh ones");
+            self.line.hang_up();
+        }
+        Ok(())
     }
 
     /// Once this returns, nothing of this rank is on its way to others.

@@ -57,9 +57,13 @@ pub struct InferenceSession {
     pub(super) onward: Onward,
     /// Under way; a call that is dropped in the middle leaves it to the next.
     pub(super) push_onward: Option<Arc<PushOnward>>,
+    /// Pushes in a row that failed over the rails by which it passes on.
+    pub(super) failed_onward: u32,
     /// It is written to over libfabric, or was before it closed its rails.
     pub(super) has_rails: bool,
     pub(super) arenas: Arenas,
+    /// Memory is put in the place of what trainers may still write to; a call that is dropped in the middle leaves it to the next.
+    pub(super) renewing: Option<JoinHandle<Result<Arenas, Error>>>,
     pub(super) hooks: Hooks,
     pub(super) params: Vec<DestinationParam>,
     pub(super) push: Option<Push>,
@@ -93,8 +97,10 @@ impl InferenceSession {
             exposed: Exposed::default(),
             onward: Onward::Nothing,
             push_onward: None,
+            failed_onward: 0,
             has_rails: false,
             arenas,
+            renewing: None,
             hooks,
             params,
             push: None,

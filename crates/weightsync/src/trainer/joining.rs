@@ -12,11 +12,8 @@ use super::TrainerSession;
 use crate::connect::{Connected, ConnectedRail, Connecting};
 use crate::endpoint::{Endpoint, RailEndpoint};
 use crate::error::Error;
-use crate::fabric::{self, OpenRail};
+use crate::fabric::{self, FAILED_MAX, OpenRail};
 use crate::line::out_of_turn;
-
-/// Pushes that may fail over a rank's own rails before it takes these for dead. The next push tries again what failed once.
-const FAILED_MAX: u32 = 2;
 
 /// How far the rails of a trainer are.
 pub(super) enum Rails {

@@ -129,7 +129,7 @@ impl Store for GpuMemory {
 
     fn begin(&mut self, regions: Vec<DeviceRange>, told: &[f32]) -> Result<(), String> {
         if let Some(arrivals) = &mut self.arrivals {
-            arrivals.forget();
+            arrivals.forget().map_err(|error| error.to_string())?;
         }
         self.filler.begin(regions, told).map_err(|error| error.to_string())
     }
@@ -161,5 +161,10 @@ impl Store for GpuMemory {
             flushed.map_err(|error| error.to_string())?;
         }
         Ok(())
+    }
+
+    fn forget_arrivals(&mut self) {
+        // What cannot be read then cannot when the next push begins.
+        let _ = self.arrivals.as_mut().map(Arrivals::forget);
     }
 }

@@ -111,7 +111,7 @@ impl CudaRail {
             idle: (0..BATCHES_MAX)
                 .map(|_| kernels.batch().with_room(LIST_BYTES))
                 .collect::<Result<_, _>>()?,
-            untold: Untold::with_capacity(BATCH_WRITES_MAX),
+            untold: Untold::new(),
             done: Vec::new(),
             lost: Vec::new(),
             failed: None,

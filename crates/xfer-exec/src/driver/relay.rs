@@ -60,7 +60,7 @@ impl Store for RelayMemory {
     }
 
     fn begin(&mut self, regions: Vec<Target>, _told: &[f32]) -> Result<(), String> {
-        self.arrivals.forget();
+        self.arrivals.forget().map_err(|error| error.to_string())?;
         self.regions = regions;
         Ok(())
     }
@@ -79,5 +79,10 @@ impl Store for RelayMemory {
 
     fn arrived(&mut self, tags: &mut Vec<u32>) -> Result<(), String> {
         self.arrivals.poll(tags).map(drop).map_err(|error| error.to_string())
+    }
+
+    fn forget_arrivals(&mut self) {
+        // What cannot be read then cannot when the next push begins.
+        let _ = self.arrivals.forget();
     }
 }

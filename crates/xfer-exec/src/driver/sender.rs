@@ -1,7 +1,7 @@
 //! The thread that a rank's rails live on.
 //!
 //! While a push runs it polls; where cores are short, it waits on the rails' wait objects when nothing has moved for
-//! `SPIN_MAX`. Between pushes it sleeps on its command queue.
+//! `SPIN_MAX`. Between pushes it sleeps on its command queue; one that passes on looks up at times and forgets what it was told.
 
 use std::io;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender as ChannelSender, TryRecvError, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender as ChannelSender, TryRecvError, bounded};
 use efa_core::Lease;
 
 use super::{Driver, DriverConfig, Outcome, Step, Store};
@@ -21,6 +21,9 @@ const SPIN_MAX: Duration = Duration::from_micros(100);
 
 /// How often the thread looks at its commands and tells its progress while a push runs.
 const LOOK: Duration = Duration::from_millis(5);
+
+/// How often a thread that passes on reads, between pushes, what it is told.
+const IDLE: Duration = Duration::from_millis(10);
 
 /// Commands that may wait: a session pushes one version at a time, and aborts it once.
 const COMMANDS_MAX: usize = 4;
@@ -158,7 +161,22 @@ pub(crate) fn pin(name: &str, cpus: &[usize]) {
 }
 
 fn serve<M: Store>(driver: &mut Driver<M>, thread: &ThreadConfig, inbox: &Receiver<Command<M::Region>>) {
-    while let Ok(command) = inbox.recv() {
+    let mut passes_on = false;
+    loop {
+        // What an attempt that is over is still told would fill the sockets of those who tell it, and hold up their ends of it.
+        let command = match passes_on {
+            true => inbox.recv_timeout(IDLE),
+            false => inbox.recv().map_err(RecvTimeoutError::from),
+        };
+        let command = match command {
+            Ok(command) => command,
+            Err(RecvTimeoutError::Timeout) => {
+                driver.forget_arrivals();
+                continue;
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
+        passes_on |= matches!(command, Command::PassOn(..));
         match command {
             Command::Push(regions, told, reply) => {
                 thread.progress.store(0, Ordering::Relaxed);

@@ -75,8 +75,7 @@ pub struct LocalRail<S = Lease> {
 impl<S: LocalSource> LocalRail<S> {
     /// A rail to these receivers.
     pub fn new(peers: BTreeMap<ReceiverRank, LocalPeer>) -> Self {
-        let depth = DEPTH as usize;
-        Self { peers, untold: Untold::with_capacity(depth), done: Vec::with_capacity(depth) }
+        Self { peers, untold: Untold::new(), done: Vec::with_capacity(DEPTH as usize) }
     }
 }
 

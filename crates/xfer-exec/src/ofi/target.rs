@@ -169,8 +169,11 @@ impl Rails {
                     Request::Settle(reply) => {
                         // A poll reads so many at a time.
                         let until = Instant::now() + SETTLE_MAX;
-                        while self.poll() && Instant::now() < until {}
-                        let _ = reply.send(Instant::now() < until);
+                        let mut settled = false;
+                        while !settled && Instant::now() < until {
+                            settled = !self.poll();
+                        }
+                        let _ = reply.send(settled);
                     }
                 }
             }

@@ -157,6 +157,29 @@ fn what_was_told_before_a_relay_begins_is_not_heard_later() {
     }
 }
 
+/// Those who still push to it must not find out by their own deadline that it has stopped.
+#[test]
+fn a_relay_that_has_stopped_holds_nobody_up() {
+    // More than a socket holds.
+    let (plan, relays, bytes) = plans(&vec![(1000, 1, true); 200]);
+    let mut weights = LeaseMut::zeroed(bytes as usize).unwrap();
+    let (rails, mut middle): Ends<Lease> = local(&[bytes]);
+    let (onward, _last) = local(&[bytes]);
+    let trainer = trainer(plan, (rails, bytes));
+    let relay = relay(relays, (onward, bytes), middle.arrivals.remove(0));
+    for _ in 0..2 {
+        let (reply, outcome) = mpsc::channel();
+        assert!(relay.pass_on(middle.arenas.clone(), move |outcome| reply.send(outcome).unwrap()));
+        relay.abort("somebody else has failed".into());
+        assert!(outcome.recv_timeout(DEADLINE).unwrap().result.is_err());
+        let (reply, pushed) = mpsc::channel();
+        trainer.push(vec![weights.freeze()], move |outcome| reply.send(outcome).unwrap());
+        let mut pushed = pushed.recv_timeout(2 * DEADLINE).unwrap();
+        pushed.result.unwrap();
+        weights = pushed.regions.remove(0).thaw().unwrap();
+    }
+}
+
 #[test]
 fn a_relay_waits_for_what_does_not_come_until_it_is_told_to_stop() {
     let (_, relays, bytes) = plans(&vec![(1, 10, true)]);

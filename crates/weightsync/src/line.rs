@@ -70,6 +70,12 @@ impl Line {
         if let Some(client) = &self.client {
             return Ok(client.local_addr().ip());
         }
+        // What failed while nobody waited may succeed now.
+        if let Some(connecting) = self.connecting.take_if(|connecting| connecting.is_finished())
+            && let Ok(Ok(client)) = connecting.await
+        {
+            return Ok(self.client.insert(client).local_addr().ip());
+        }
         let connecting = self.connecting.get_or_insert_with(|| {
             tokio::spawn(Client::connect_counting(self.config.clone(), self.progress.clone()))
         });

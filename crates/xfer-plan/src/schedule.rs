@@ -385,7 +385,7 @@ impl Assembly {
             return;
         }
         let loads = self.lane_bytes.entry(fill.to).or_insert_with(|| vec![0; lanes.into()]);
-        fill.lane = (0..).zip(&*loads).min_by_key(|(_, bytes)| **bytes).map_or(0, |(lane, _)| lane);
+        fill.lane = (0..lanes).zip(&*loads).min_by_key(|(_, bytes)| **bytes).map_or(0, |(lane, _)| lane);
         for (index, transfer) in fill.transfers.iter().enumerate() {
             if let Some(bytes) = loads.get_mut(usize::from(fill.lane(index, lanes.into()))) {
                 *bytes = bytes.saturating_add(transfer.bytes());

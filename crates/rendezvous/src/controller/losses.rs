@@ -171,11 +171,14 @@ impl Controller {
             }
             Phase::Pushing(push) => {
                 // While it writes, a rank is late when it makes no progress; otherwise when the stage is. Who passes on waits for
-                // others, and is not late while anybody makes progress.
+                // others: it is not late before all trainers have written, nor while anybody makes progress.
+                let trainers_write = push.waiting.iter().any(|member| matches!(member, Rank::Trainer(_)));
                 let progress_at = |member: &Rank| self.seats.get(member).map(|seat| seat.progress_at);
                 let last_progress_at = self.quotas.keys().filter_map(progress_at).max();
                 let is_late = |member: &Rank| match (push.stage, member) {
-                    (Stage::Writing, Rank::Receiver(_)) => last_progress_at.is_some_and(late),
+                    (Stage::Writing, Rank::Receiver(_)) => {
+                        !trainers_write && last_progress_at.is_some_and(late)
+                    }
                     (Stage::Writing | Stage::Verifying, _) => progress_at(member).is_some_and(late),
                     _ => late(push.since),
                 };

@@ -18,6 +18,7 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const T0: Rank = Rank::Trainer(TrainerRank(0));
 const T1: Rank = Rank::Trainer(TrainerRank(1));
 const I0: Rank = Rank::Receiver(ReceiverRank(0));
+const I1: Rank = Rank::Receiver(ReceiverRank(1));
 
 fn world() -> World {
     World { trainers: 2, inference: 1 }
@@ -337,14 +338,26 @@ fn a_trainer_that_makes_progress_is_not_late() {
     assert!(matches!(bench.controller.phase, Phase::Pushing(_)));
 }
 
-#[test]
-fn who_passes_on_is_not_late_while_others_make_progress() {
+fn relaying() -> Bench {
     const WORLD: World = World { trainers: 2, inference: 2 };
-    const I1: Rank = Rank::Receiver(ReceiverRank(1));
     let options = PlanOptions { relay: Relay::PerHost, ..PlanOptions::default() };
     let config = ControllerConfig { world: WORLD, options, ..config(Verify::Off) };
-    let mut bench =
-        Bench { join: |member| Join { world: WORLD, ..join(member) }, ..Bench::of(config) }.start();
+    Bench { join: |member| Join { world: WORLD, ..join(member) }, ..Bench::of(config) }.start()
+}
+
+#[test]
+fn a_trainer_that_is_late_is_named_without_those_who_wait_for_it() {
+    let mut bench = relaying();
+    let push = bench.begin_to_writing(1);
+    bench.say(I1, ToController::Prepared { push });
+    bench.say(T1, WRITTEN(push));
+    bench.pass(31, &[T0, T1, I0, I1]);
+    assert!(bench.reason(T1).contains("waited 30s for trainer 0 to"), "{}", bench.reason(T1));
+}
+
+#[test]
+fn who_passes_on_is_not_late_while_others_make_progress() {
+    let mut bench = relaying();
     let push = bench.begin_to_writing(1);
     bench.say(I1, ToController::Prepared { push });
     bench.say(T1, WRITTEN(push));

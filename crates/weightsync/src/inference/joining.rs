@@ -54,7 +54,6 @@ impl InferenceSession {
 
     /// What the controller has this rank do next, but joining, which is done here. `stage` is what it waits for, for errors.
     pub(super) async fn step(&mut self, stage: &'static str) -> Result<Option<InferenceStep>, Error> {
-        self.give_up_dead_rails().await?;
         if !self.line.is_open() || self.member.is_out() {
             self.join().await?;
         }

@@ -169,12 +169,11 @@ impl InferenceSession {
         message.map_or(Ok(()), |message| self.line.send(message))
     }
 
-    /// As a trainer does it: where pushes fail over the rails by which this rank passes on, it hangs up between two of them, to join
-    /// again with fresh ones; but not while these cannot be had.
+    /// As a trainer does it: where pushes fail over the rails by which this rank passes on, it hangs up after the last of them, to
+    /// join again with fresh ones; but not while these cannot be had.
     pub(super) async fn give_up_dead_rails(&mut self) -> Result<(), Error> {
-        let is_pushing = self.push.is_some() || self.push_onward.is_some() || self.showing.is_some();
         let may_join_again = self.line.on_loss != OnLoss::Fail && self.line.is_open();
-        if self.failed_onward < FAILED_MAX || is_pushing || !may_join_again {
+        if self.failed_onward < FAILED_MAX || self.push.is_some() || !may_join_again {
             return Ok(());
         }
         let failed = std::mem::take(&mut self.failed_onward);

@@ -153,10 +153,11 @@ impl InferenceSession {
         let until = at_most.and_then(|at_most| tokio::time::Instant::now().checked_add(at_most));
         loop {
             // Not before what it passes on is over: until then the next push waits for this rank.
-            if self.push_onward.is_none()
-                && let Some(error) = self.lost_sight_of.take()
-            {
-                return Err(error);
+            if self.push_onward.is_none() && self.lost_sight_of.is_some() {
+                self.give_up_dead_rails().await?;
+                if let Some(error) = self.lost_sight_of.take() {
+                    return Err(error);
+                }
             }
             match self.shown().await? {
                 Some(report) if report.version >= version => return Ok(report),
@@ -255,12 +256,18 @@ impl InferenceSession {
         if in_place {
             self.hooks.stop(version)?;
         }
-        self.arenas.begin(own.index());
-        self.pass_on(push, bank)?;
-        self.receive_bytes(true);
+        // From here on it is told of the end, also where it does not get ready.
         let (stage, whole) = (Stopwatch::start("write"), std::time::Instant::now());
         let (stages, verified, passed_on) = (Vec::new(), None, None);
         self.push = Some(Push { version, whole, stage, stages, verified, passed_on });
+        let unwritten = self.arenas.clone();
+        self.arenas.begin(own.index());
+        if let Err(reason) = self.pass_on(push, bank) {
+            // Nobody writes to it then: what is served stays what it is.
+            self.arenas = unwritten;
+            return Err(reason);
+        }
+        self.receive_bytes(true);
         self.watch.prepared(version, push, in_place);
         Ok(())
     }

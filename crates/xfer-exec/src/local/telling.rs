@@ -1,7 +1,7 @@
 //! Telling receivers of this host what has arrived, WRITE by WRITE, by its tag.
 //!
-//! The bytes are there before the tag is. Nobody ever waits: a receiver that does not listen holds back the WRITEs to it, and no
-//! others.
+//! The bytes are there before the tag is. Nobody ever waits: a receiver that does not listen holds back the WRITEs to it alone, as
+//! far as the rail's depth allows others beside them.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;

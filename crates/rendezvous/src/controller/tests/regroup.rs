@@ -7,7 +7,6 @@ use proptest::prelude::*;
 
 use super::*;
 
-const I1: Rank = Rank::Receiver(ReceiverRank(1));
 const T2: Rank = Rank::Trainer(TrainerRank(2));
 
 const PLAN: &str = "a plan";

@@ -87,7 +87,9 @@ impl<B> Untold<B> {
                     Ok(false) => break,
                     Err(error) => Err(format!("{to} cannot be told what has arrived: {error}; is it alive?")),
                 };
-                let over = |Arrived { id, from, .. }| Done { id, from, result: result.clone() };
+                // Of a WRITE without a tag nobody has to hear.
+                let result_of = |tag| if tag == NO_TAG { Ok(()) } else { result.clone() };
+                let over = |Arrived { id, from, tag, .. }| Done { id, from, result: result_of(tag) };
                 done.extend(writes.drain(..count).map(over));
             }
         }
@@ -131,5 +133,11 @@ mod tests {
         heard.clear();
         deaf.poll(&mut heard).unwrap();
         assert_eq!((ids(&done), untold.is_empty(), heard), (vec![1, 3, 4, 0, 2], true, vec![0, 2]));
+
+        drop(deaf);
+        done.clear();
+        (5..8).for_each(|number| untold.push(write(number, first, if number == 6 { NO_TAG } else { number })));
+        untold.tell(&mut peers, &mut done);
+        assert_eq!(done.iter().map(|done| done.result.is_ok()).collect::<Vec<_>>(), [false, true, false]);
     }
 }

@@ -13,7 +13,11 @@ use crate::error::Error;
 use crate::memory::Rows;
 
 /// Of the page-locked buffer: at 50 GB/s a third of a millisecond, long beside what a copy costs to begin.
-pub(crate) const LANDING_BYTES: u64 = 16 << 20;
+const LANDING_BYTES: u64 = 16 << 20;
+
+/// Rows that are read at a time have at most so many bytes. A quarter, so that rows of which others have the next three parts are
+/// copied with what lies between them: a kernel that brings them together would wait for its turn on a GPU that computes.
+pub(crate) const BLOCK_BYTES: u64 = LANDING_BYTES / 4;
 
 /// Files that lead to one memory are passed to peers at once, 64 at most: memory is made of no more pieces than this.
 const PIECES_MAX: u64 = 32;
@@ -122,33 +126,36 @@ impl Gpu {
     pub(crate) fn read(&self, from: &DeviceRange, into: &mut [u8]) -> Result<(), Error> {
         let rows = Rows { offset: 0, count: 1, bytes: into.len() as u64, stride: 0 };
         let mut at = 0;
-        self.rows(from, rows, &mut |block| {
+        self.rows(from, rows, &mut |block, _| {
             into.get_mut(at..at + block.len()).unwrap_or_default().copy_from_slice(block);
             at += block.len();
         })
     }
 
-    /// Reads rows one after another, a block at a time; all at once where they have at most [`LANDING_BYTES`] together.
+    /// Reads rows one after another, some at a time; all at once where they have at most [`BLOCK_BYTES`] together. `read` sees
+    /// bytes from the first of these rows to the last, and which these rows are, from their start on.
     pub(crate) fn rows(
         &self,
         from: &DeviceRange,
         rows: Rows,
-        read: &mut dyn FnMut(&[u8]),
+        read: &mut dyn FnMut(&[u8], Rows),
     ) -> Result<(), Error> {
         let outside =
             || gpu_mem::Error::Range { offset: rows.offset, len: rows.bytes, available: from.len() };
         let mut copies = self.copies.lock().unwrap_or_else(PoisonError::into_inner);
-        for block in rows.blocks(LANDING_BYTES) {
-            let extent = block.extent().ok_or_else(outside)?;
-            let extent = from.part(extent)?;
-            let block = match block.count {
-                1 => extent,
-                _ => copies.gather(&self.kernels, &extent, block)?,
+        for block in rows.blocks(BLOCK_BYTES) {
+            let extent = from.part(block.extent().ok_or_else(outside)?)?;
+            let mut landed = Rows { offset: 0, ..block };
+            let memory = if extent.len() <= LANDING_BYTES {
+                extent
+            } else {
+                landed.stride = block.bytes;
+                copies.gather(&self.kernels, &extent, block)?
             };
             let landing = copies.landing(self.device())?;
-            let all = [Span::first(block.len())];
-            let (_, landing) = done(copies.stream.copy_to_host(block.clone(), landing, &all))?;
-            read(landing.bytes().get(..block.len() as usize).unwrap_or_default());
+            let all = [Span::first(memory.len())];
+            let (memory, landing) = done(copies.stream.copy_to_host(memory, landing, &all))?;
+            read(landing.bytes().get(..memory.len() as usize).unwrap_or_default(), landed);
             copies.landing = Some(landing);
         }
         Ok(())
@@ -172,7 +179,7 @@ impl Copies {
     fn gather(&mut self, kernels: &Kernels, extent: &DeviceRange, rows: Rows) -> Result<DeviceRange, Error> {
         let together = match &self.together {
             Some(together) => together.clone(),
-            None => DeviceRange::whole(&Arc::new(kernels.device().alloc(LANDING_BYTES)?)),
+            None => DeviceRange::whole(&Arc::new(kernels.device().alloc(BLOCK_BYTES)?)),
         };
         self.together = Some(together.clone());
         let into = together.part(0..rows.count * rows.bytes)?;

@@ -14,7 +14,7 @@ use xfer_plan::Strided;
 use crate::device::Device;
 use crate::error::Error;
 use crate::fabric::FabricError;
-use crate::gpu::{Gpu, LANDING_BYTES};
+use crate::gpu::{self, Gpu};
 
 /// Equally long rows at equal distances in a memory.
 #[derive(Debug, Clone, Copy)]
@@ -166,18 +166,18 @@ impl Lent {
                 }
                 Some(())
             }
-            Self::Device(gpu, regions) => read_or_log(gpu, regions.get(region)?, rows, read),
+            Self::Device(gpu, regions) => row_by_row(gpu, regions.get(region)?, rows, read),
             Self::Arena(arena) => (region == 0).then(|| arena.rows(rows, read))?,
         }
     }
 }
 
-/// Of a GPU what fits its landing is copied at once, and read there.
+/// Of a GPU a block is copied at once, and read in the host.
 impl ReadRows for Lent {
     fn bytes_max(&self) -> usize {
         match self {
             Self::Host(regions) => regions.bytes_max(),
-            Self::Device(..) | Self::Arena(_) => LANDING_BYTES as usize,
+            Self::Device(..) | Self::Arena(_) => gpu::BLOCK_BYTES as usize,
         }
     }
 
@@ -193,7 +193,9 @@ impl ReadRows for Lent {
                 let Strided { region, offset, stride } = at;
                 let wanted = Rows { offset, count: rows as u64, bytes: row_bytes as u64, stride };
                 let mut done = None;
-                let mut once = |bytes: &[u8]| done = work(bytes, row_bytes);
+                let mut once = |bytes: &[u8], rows: Rows| {
+                    done = usize::try_from(rows.stride).ok().and_then(|stride| work(bytes, stride));
+                };
                 read_or_log(gpu, regions.get(region.index())?, wanted, &mut once)?;
                 done
             }
@@ -284,7 +286,7 @@ impl Exposed {
                 }
                 Some(())
             }
-            Self::Device(gpu, range) => read_or_log(gpu, range, rows, read),
+            Self::Device(gpu, range) => row_by_row(gpu, range, rows, read),
         }
     }
 
@@ -302,7 +304,17 @@ fn outside(error: RangeError) -> Error {
     Error::Memory { what: "the weights", reason: format!("defect: {error}") }
 }
 
-fn read_or_log(gpu: &Gpu, from: &DeviceRange, rows: Rows, read: &mut dyn FnMut(&[u8])) -> Option<()> {
+/// As [`Lent::rows`].
+fn row_by_row(gpu: &Gpu, from: &DeviceRange, rows: Rows, read: &mut dyn FnMut(&[u8])) -> Option<()> {
+    let mut each = |bytes: &[u8], rows: Rows| {
+        for range in rows.ranges().flatten() {
+            read(bytes.get(range.start as usize..range.end as usize).unwrap_or_default());
+        }
+    };
+    read_or_log(gpu, from, rows, &mut each)
+}
+
+fn read_or_log(gpu: &Gpu, from: &DeviceRange, rows: Rows, read: &mut dyn FnMut(&[u8], Rows)) -> Option<()> {
     gpu.rows(from, rows, read).inspect_err(|error| tracing::error!(%error, "cannot read the weights")).ok()
 }
 

@@ -136,7 +136,8 @@ mod tests {
 
         drop(deaf);
         done.clear();
-        (5..8).for_each(|number| untold.push(write(number, first, if number == 6 { NO_TAG } else { number })));
+        (5..8)
+            .for_each(|number| untold.push(write(number, first, if number == 6 { NO_TAG } else { number })));
         untold.tell(&mut peers, &mut done);
         assert_eq!(done.iter().map(|done| done.result.is_ok()).collect::<Vec<_>>(), [false, true, false]);
     }

@@ -193,8 +193,10 @@ impl ReadRows for Lent {
                 let Strided { region, offset, stride } = at;
                 let wanted = Rows { offset, count: rows as u64, bytes: row_bytes as u64, stride };
                 let mut done = None;
-                let mut once = |bytes: &[u8], rows: Rows| {
-                    done = usize::try_from(rows.stride).ok().and_then(|stride| work(bytes, stride));
+                let mut once = |bytes: &[u8], landed: Rows| {
+                    // Rows without a gap between them land as one.
+                    let stride = if landed.count == 1 { row_bytes as u64 } else { landed.stride };
+                    done = usize::try_from(stride).ok().and_then(|stride| work(bytes, stride));
                 };
                 read_or_log(gpu, regions.get(region.index())?, wanted, &mut once)?;
                 done

@@ -249,6 +249,54 @@ async fn ranks_come_back_through_the_host() {
     }
 }
 
+/// Rows with so much between them that they are not brought to the host with it, to be hashed there: copied and cast.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_lie_far_apart_are_compared_too() {
+    const SHAPE: [u64; 2] = [32, 512 << 10];
+    const WANTED: [u64; 2] = [32, 48 << 10];
+    let Some(gpus) = gpus() else { return };
+    let mut config = ServerConfig::loopback(WORLD).unwrap();
+    config.controller.deadline = 5 * DEADLINE;
+    config.controller.verify = Verify::Full;
+    config.controller.options.chunk_bytes_max = 64 << 20;
+    let server = Controller::bind(config).await.unwrap().spawn(|_| {});
+    let session = |rank: u32, number: u32| {
+        let mut config = SessionConfig::new(server.local_addr().to_string(), WORLD, rank);
+        (config.deadline, config.device) = (5 * DEADLINE, Device::Cuda(number % gpus));
+        config
+    };
+    let element = |row: u64, column: u64| (row * 1000 + column % 997) as f32;
+    let trains = async |rank: u32| {
+        let mut trainer = Trainer::new(session(rank, rank));
+        let half = SHAPE[0] / 2;
+        let bounds = TensorBox::new(&[u64::from(rank) * half, 0], &[half, SHAPE[1]]).unwrap();
+        let spec = TensorSpec { name: "w".into(), dtype: DType::F32, shape: SHAPE.to_vec(), bounds };
+        let id = trainer.allocate(vec![spec]).unwrap()[0];
+        let mut session = trainer.connect().await.unwrap();
+        let at = |at: u64| element(u64::from(rank) * half + at / SHAPE[1], at % SHAPE[1]);
+        let bytes: Vec<u8> = (0..half * SHAPE[1]).flat_map(|number| at(number).to_le_bytes()).collect();
+        session.write(id, &bytes).unwrap();
+        for version in 1..=2 {
+            session.push(version).await.unwrap();
+        }
+    };
+    let serves = async |rank: u32| {
+        let mut inference = Inference::new(session(rank, 2 + rank));
+        let first = u64::from(rank) * 100_000;
+        let slice = || ParamMap::tensor("w").slice(TensorBox::new(&[0, first], &WANTED).unwrap());
+        inference.register("half", DType::BF16, &WANTED, slice().cast(DType::BF16)).unwrap();
+        let id = inference.register("whole", DType::F32, &WANTED, slice()).unwrap();
+        let mut session = inference.connect().await.unwrap();
+        session.wait_version(2, None).await.unwrap();
+        let mut bytes = vec![0; (WANTED[0] * WANTED[1] * 4) as usize];
+        session.read(id, 0, &mut bytes).unwrap();
+        let at = |at: u64| element(at / WANTED[1], first + at % WANTED[1]);
+        let expected = (0..WANTED[0] * WANTED[1]).flat_map(|number| at(number).to_le_bytes());
+        assert!(bytes.iter().copied().eq(expected));
+    };
+    tokio::join!(trains(0), trains(1), serves(0), serves(1));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn host_memory_and_gpus_have_nothing_in_common() {
     let Some(gpus) = gpus() else { return };

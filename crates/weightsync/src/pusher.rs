@@ -45,7 +45,7 @@ impl Pusher {
             (Self::Host(sender), Weights::Host(regions)) => {
                 let regions: Vec<Lease> = regions.into_iter().map(LeaseMut::freeze).collect();
                 let lent = || Lent::Host(regions.clone());
-                let summing = outgoing.map(|outgoing| outgoing.start((push, &told), lent()));
+                let summing = outgoing.map(|outgoing| outgoing.start((push, &told), lent(), Arc::default()));
                 sender.push_told(regions, told, move |outcome| {
                     let (regions, written) = written(outcome, summing);
                     reply(thawed(regions), written);
@@ -53,7 +53,7 @@ impl Pusher {
             }
             (Self::Device(sender, gpu), Weights::Device(regions)) => {
                 let lent = || Lent::Device(Arc::clone(gpu), regions.clone());
-                let summing = outgoing.map(|outgoing| outgoing.start((push, &told), lent()));
+                let summing = outgoing.map(|outgoing| outgoing.start((push, &told), lent(), Arc::default()));
                 sender.push_told(regions, told, move |outcome| {
                     let (regions, written) = written(outcome, summing);
                     reply(Some(Weights::Device(regions)), written);

@@ -2,6 +2,7 @@
 //! arrived that an operation waits for.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use efa_core::Target;
 use rendezvous::{Bank, Fence, PushId};
@@ -26,11 +27,13 @@ pub(crate) struct Relay {
     rails: Vec<ConnectedRail>,
     /// What to hash, where the job verifies.
     outgoing: Option<Arc<Outgoing>>,
+    /// The push under way was given up: nobody waits for its hashes either.
+    given_up: Arc<AtomicBool>,
 }
 
 impl Relay {
     pub(crate) fn new(passer: Passer, rails: Vec<ConnectedRail>, outgoing: Option<Arc<Outgoing>>) -> Self {
-        Self { passer, rails, outgoing }
+        Self { passer, rails, outgoing, given_up: Arc::default() }
     }
 
     /// Begins to pass on what arrives in `arena`, to this bank of its receivers. All counts that arrives once this has returned:
@@ -43,16 +46,18 @@ impl Relay {
         arena: Exposed,
         reply: impl FnOnce(Written) + Send + 'static,
     ) -> bool {
-        let outgoing = self.outgoing.clone();
+        // The push before is over.
+        self.given_up.store(false, Ordering::Relaxed);
         let lent = Lent::Arena(arena.clone());
+        let hashing = self.outgoing.clone().map(|outgoing| (outgoing, (push, lent), self.given_up.clone()));
         match (&self.passer, arena) {
             (Passer::Host(sender), Exposed::Host(target)) => {
                 sender.set_attempt(attempt(push, bank));
-                sender.pass_on(vec![target], move |outcome| reply(written(outcome, outgoing, (push, lent))))
+                sender.pass_on(vec![target], move |outcome| reply(written(outcome, hashing)))
             }
             (Passer::Device(sender), Exposed::Device(_, range)) => {
                 sender.set_attempt(attempt(push, bank));
-                sender.pass_on(vec![range], move |outcome| reply(written(outcome, outgoing, (push, lent))))
+                sender.pass_on(vec![range], move |outcome| reply(written(outcome, hashing)))
             }
             _ => false,
         }
@@ -60,6 +65,7 @@ impl Relay {
 
     /// Stops passing on, if it does.
     pub(crate) fn abort(&self, reason: String) {
+        self.given_up.store(true, Ordering::Relaxed);
         match &self.passer {
             Passer::Host(sender) => sender.abort(reason),
             Passer::Device(sender) => sender.abort(reason),
@@ -92,15 +98,15 @@ impl Relay {
     }
 }
 
+/// What to hash, of which push, and until when.
+type Hashing = (Arc<Outgoing>, (PushId, Lent), Arc<AtomicBool>);
+
 /// On the thread of the rails, which have nothing left to do. Only now is everything there that is to be hashed.
-fn written<B>(
-    outcome: Outcome<B>,
-    outgoing: Option<Arc<Outgoing>>,
-    (push, arena): (PushId, Lent),
-) -> Written {
+fn written<B>(outcome: Outcome<B>, hashing: Option<Hashing>) -> Written {
     let Outcome { result, regions, timings, rails } = outcome;
     drop(regions);
-    let hashed = outgoing.filter(|_| result.is_ok());
-    let summed = hashed.and_then(|outgoing| outgoing.start((push, &[]), arena).end(true));
+    let summed = hashing.filter(|_| result.is_ok()).and_then(|(outgoing, (push, arena), given_up)| {
+        outgoing.start((push, &[]), arena, given_up).end(true)
+    });
     Written { result, timings, rails, summed }
 }

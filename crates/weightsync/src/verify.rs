@@ -92,13 +92,18 @@ impl Outgoing {
         Self { quantization: Arc::clone(quantization), ..self }
     }
 
-    /// Begins to hash what the operations send of these regions, with the magnitudes that this rank is `told`.
-    pub(crate) fn start(&self, (push, told): (PushId, &[f32]), regions: Lent) -> Summing {
+    /// Begins to hash what the operations send of these regions, with the magnitudes that this rank is `told`, until it is `given_up`.
+    pub(crate) fn start(
+        &self,
+        (push, told): (PushId, &[f32]),
+        regions: Lent,
+        given_up: Arc<AtomicBool>,
+    ) -> Summing {
         let Self { worker, verify, ops, names, quantization, progress } = self;
         let (ops, names, progress, verify) = (ops.clone(), names.clone(), progress.clone(), *verify);
         let (quantization, told) = (Arc::clone(quantization), told.to_vec());
         let (reply, summed) = oneshot::channel::<Option<Summed>>();
-        let (alone, given_up) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+        let alone = Arc::<AtomicBool>::default();
         let (rails_are_done, stop) = (alone.clone(), given_up.clone());
         worker.run(move || {
             let covered = covered(verify, push, &names);
@@ -188,7 +193,7 @@ impl Summing {
     pub(crate) fn end(self, delivered: bool) -> Option<Summed> {
         let began = Instant::now();
         self.alone.store(true, Ordering::Relaxed);
-        self.given_up.store(!delivered, Ordering::Relaxed);
+        self.given_up.fetch_or(!delivered, Ordering::Relaxed);
         let mut summed = self.summed.blocking_recv().ok().flatten()?;
         summed.report.exposed_seconds = began.elapsed().as_secs_f64();
         Some(summed)

@@ -314,9 +314,13 @@ fn weights_are_free_once_hashing_was_given_up() {
     let mut weights = lease(&pushed.sources[0]);
     for _ in 0..10 {
         let frozen = weights.freeze();
-        let summing = outgoing.start((PushId([3; 16]), &[]), Lent::Host(vec![frozen.clone()]));
+        let summing =
+            outgoing.start((PushId([3; 16]), &[]), Lent::Host(vec![frozen.clone()]), Arc::default());
         std::thread::sleep(Duration::from_micros(200));
         summing.end(false);
         weights = frozen.thaw().expect("the thread that hashes holds them");
     }
+    // A rank that passes on gives up from elsewhere.
+    let (regions, given_up) = (Lent::Host(vec![weights.freeze()]), Arc::new(AtomicBool::new(true)));
+    assert!(outgoing.start((PushId([4; 16]), &[]), regions, given_up).end(true).is_none());
 }

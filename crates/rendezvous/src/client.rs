@@ -187,7 +187,7 @@ impl Link {
         let until = Instant::now() + *deadline;
         let locator = Locator::new(controller, (job, *deadline))?;
         let (pause, attempt_max) = locator.pace(*deadline);
-        let mut reached = None;
+        let mut reached = false;
         loop {
             let attempt_until = until.min(Instant::now() + attempt_max);
             let reason = match timeout_at(attempt_until, self.attempt(&locator, &mut reached)).await {
@@ -196,13 +196,10 @@ impl Link {
                     format!("it hung up during the handshake ({source}); its log may say why; {CHECK}")
                 }
                 Ok(done) => return done,
-                Err(_) => match reached {
-                    Some(peer) if Instant::now() + pause > until => {
-                        let waited = *deadline;
-                        return Err(RendezvousError::Deadline { peer, stage: "the handshake", waited });
-                    }
-                    _ => "no answer".into(),
-                },
+                Err(_) if reached => {
+                    format!("it took the connection and did not answer; is it stopped? {CHECK}")
+                }
+                Err(_) => "no answer".into(),
             };
             if Instant::now() + pause > until {
                 return Err(self.unreachable(reason));
@@ -211,14 +208,14 @@ impl Link {
         }
     }
 
-    /// Finds the controller, connects and proves itself, once. `reached` is who is being talked to.
+    /// Finds the controller, connects and proves itself, once. `reached` where somebody took the connection.
     async fn attempt(
         &self,
         locator: &Locator,
-        reached: &mut Option<SocketAddr>,
+        reached: &mut bool,
     ) -> Result<(Stream, SocketAddr, SocketAddr), RendezvousError> {
         let ClientConfig { controller, secret, transport, .. } = &self.config;
-        *reached = None;
+        *reached = false;
         let address = &locator.find().await?;
         let unreachable = |error: io::Error| match address == controller {
             true => self.unreachable(error.to_string()),
@@ -227,7 +224,7 @@ impl Link {
         let stream = TcpStream::connect(address).await.map_err(unreachable)?;
         let peer = stream.peer_addr().map_err(unreachable)?;
         let local = stream.local_addr().map_err(unreachable)?;
-        *reached = Some(peer);
+        *reached = true;
         let mut stream = transport.connect(stream, peer, address).await?;
         handshake::prove(&mut stream, peer, secret).await.map_err(transport::explained)?;
         Ok((stream, peer, local))

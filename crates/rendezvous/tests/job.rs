@@ -303,17 +303,21 @@ async fn a_controller_that_hangs_up_before_a_word_is_tried_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_controller_that_is_not_there_is_an_error_at_the_deadline() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let controller = listener.local_addr().unwrap().to_string();
-    drop(listener);
-    let deadline = Duration::from_millis(200);
-    let config = ClientConfig {
-        controller,
-        job: rendezvous::JOB_DEFAULT.into(),
-        secret: Secret::none(),
-        transport: Transport::tcp(),
-        deadline,
-    };
-    let error = Client::connect(config).await.map(drop).unwrap_err();
-    assert!(matches!(error, RendezvousError::Unreachable { .. }), "{error}");
+    for is_stopped in [false, true] {
+        // Whose kernel still takes connections, or does not.
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let controller = listener.local_addr().unwrap().to_string();
+        let _stopped = is_stopped.then_some(listener);
+        let deadline = Duration::from_millis(200);
+        let config = ClientConfig {
+            controller,
+            job: rendezvous::JOB_DEFAULT.into(),
+            secret: Secret::none(),
+            transport: Transport::tcp(),
+            deadline,
+        };
+        let error = Client::connect(config).await.map(drop).unwrap_err();
+        assert!(matches!(error, RendezvousError::Unreachable { .. }), "{error}");
+        assert_eq!(error.to_string().contains("is it stopped?"), is_stopped, "{error}");
+    }
 }

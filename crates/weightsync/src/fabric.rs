@@ -23,9 +23,6 @@ mod place;
 
 pub(crate) use place::place;
 
-/// Pushes that may fail over a rank's own rails before it takes these for dead. The next push tries again what failed once.
-pub(crate) const FAILED_MAX: u32 = 2;
-
 /// How to reach peers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Fabric {

@@ -10,9 +10,14 @@ use std::sync::atomic::AtomicU64;
 
 use rendezvous::{Client, ClientConfig, OnLoss, RendezvousError, SessionId, ToController, ToMember};
 use tokio::task::JoinHandle;
+use xfer_plan::Rank;
 
 use crate::config::SessionConfig;
 use crate::error::Error;
+use crate::fabric;
+
+/// Pushes that may fail over a rank's own rails before it takes these for dead. The next push tries again what failed once.
+pub(crate) const FAILED_MAX: u32 = 2;
 
 /// See the module.
 pub(crate) struct Line {
@@ -83,6 +88,25 @@ impl Line {
         self.connecting = None;
         let client = connected.map_err(|error| std::io::Error::other(error.to_string()))??;
         Ok(self.client.insert(client).local_addr().ip())
+    }
+
+    /// A connection may be dead for good though its link is back, and a rail that was given up is not used again. So in a job
+    /// that survives it a rank hangs up between pushes, of which `failed` in a row failed over its own rails, to join again with
+    /// fresh ones; but not before these can be had.
+    pub(crate) async fn give_up_dead_rails(
+        &mut self,
+        (config, rank): (&SessionConfig, Rank),
+        failed: u32,
+    ) -> Result<(), Error> {
+        if failed < FAILED_MAX || self.on_loss == OnLoss::Fail || !self.is_open() {
+            return Ok(());
+        }
+        let local = self.open().await?;
+        if fabric::open(config, config.bind.unwrap_or(local)).is_ok() {
+            tracing::warn!(%rank, failed, "pushes fail over its own rails: joining again with fresh ones");
+            self.hang_up();
+        }
+        Ok(())
     }
 
     /// Hangs up without a word. The controller takes it for a loss.

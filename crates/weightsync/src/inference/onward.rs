@@ -15,7 +15,7 @@ use xfer_exec::Failure;
 use super::InferenceSession;
 use crate::connect::PassingOn;
 use crate::error::Error;
-use crate::fabric::{self, FAILED_MAX};
+use crate::line::FAILED_MAX;
 use crate::pusher::Written;
 use crate::relay::Relay;
 use crate::report::{RailReport, RelayReport};
@@ -167,22 +167,6 @@ impl InferenceSession {
         }
         let message = self.member.relayed(result, fences, sums.unwrap_or_default());
         message.map_or(Ok(()), |message| self.line.send(message))
-    }
-
-    /// As a trainer does it: where pushes fail over the rails by which this rank passes on, it hangs up after the last of them, to
-    /// join again with fresh ones; but not while these cannot be had.
-    pub(super) async fn give_up_dead_rails(&mut self) -> Result<(), Error> {
-        let may_join_again = self.line.on_loss != OnLoss::Fail && self.line.is_open();
-        if self.failed_onward < FAILED_MAX || self.push.is_some() || !may_join_again {
-            return Ok(());
-        }
-        let failed = std::mem::take(&mut self.failed_onward);
-        let local = self.line.open().await?;
-        if fabric::open(&self.config, self.config.bind.unwrap_or(local)).is_ok() {
-            tracing::warn!(rank = %self.rank(), failed, "passing on fails over its own rails: joining again with fresh ones");
-            self.line.hang_up();
-        }
-        Ok(())
     }
 
     /// Once this returns, nothing of this rank is on its way to others.

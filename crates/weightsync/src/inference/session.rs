@@ -154,7 +154,8 @@ impl InferenceSession {
         loop {
             // Not before what it passes on is over: until then the next push waits for this rank.
             if self.push_onward.is_none() && self.lost_sight_of.is_some() {
-                self.give_up_dead_rails().await?;
+                let rank = self.rank();
+                self.line.give_up_dead_rails((&self.config, rank), self.failed_onward).await?;
                 if let Some(error) = self.lost_sight_of.take() {
                     return Err(error);
                 }

@@ -12,7 +12,7 @@ use super::TrainerSession;
 use crate::connect::{Connected, ConnectedRail, Connecting};
 use crate::endpoint::{Endpoint, RailEndpoint};
 use crate::error::Error;
-use crate::fabric::{self, FAILED_MAX, OpenRail};
+use crate::fabric::{self, OpenRail};
 use crate::line::out_of_turn;
 
 /// How far the rails of a trainer are.
@@ -33,7 +33,8 @@ impl Rails {
 impl TrainerSession {
     /// Gets to where [`TrainerSession::push`] may begin a version.
     pub(super) async fn ready(&mut self) -> Result<(), Error> {
-        self.give_up_dead_rails().await?;
+        let rank = Rank::Trainer(TrainerRank(self.config.rank));
+        self.line.give_up_dead_rails((&self.config, rank), self.failed_here).await?;
         while !self.line.is_open() || !self.member.is_idle() {
             if !self.line.is_open() || self.member.is_out() {
                 self.join().await?;
@@ -63,21 +64,6 @@ impl TrainerSession {
                 Some(TrainerStep::Aborted { reason, .. }) => return Err(Error::Incomplete { reason }),
                 Some(_) => return Err(out_of_turn("the job")),
             }
-        }
-        Ok(())
-    }
-
-    /// A connection may be dead for good though its link is back, and a rail that was given up is not used again. So in a job
-    /// that survives it this rank hangs up, to join again with fresh rails; but not before these can be had.
-    async fn give_up_dead_rails(&mut self) -> Result<(), Error> {
-        if self.failed_here < FAILED_MAX || self.line.on_loss == OnLoss::Fail || !self.line.is_open() {
-            return Ok(());
-        }
-        let local = self.line.open().await?;
-        if fabric::open(&self.config, self.config.bind.unwrap_or(local)).is_ok() {
-            let (rank, failed) = (Rank::Trainer(TrainerRank(self.config.rank)), self.failed_here);
-            tracing::warn!(%rank, failed, "pushes fail over its own rails: joining again with fresh ones");
-            self.line.hang_up();
         }
         Ok(())
     }

@@ -168,33 +168,27 @@ fn serve<M: Store>(driver: &mut Driver<M>, thread: &ThreadConfig, inbox: &Receiv
             true => inbox.recv_timeout(IDLE),
             false => inbox.recv().map_err(RecvTimeoutError::from),
         };
-        let command = match command {
-            Ok(command) => command,
-            Err(RecvTimeoutError::Timeout) => {
-                driver.forget_arrivals();
-                continue;
-            }
-            Err(RecvTimeoutError::Disconnected) => return,
-        };
-        passes_on |= matches!(command, Command::PassOn(..));
         match command {
-            Command::Push(regions, told, reply) => {
+            Err(RecvTimeoutError::Disconnected) => return,
+            Err(RecvTimeoutError::Timeout) => driver.forget_arrivals(),
+            Ok(Command::Push(regions, told, reply)) => {
                 thread.progress.store(0, Ordering::Relaxed);
                 driver.begin_told(regions, &told);
                 reply(push(driver, thread, inbox, false));
             }
-            Command::PassOn(regions, begun, reply) => {
+            Ok(Command::PassOn(regions, begun, reply)) => {
+                passes_on = true;
                 thread.progress.store(0, Ordering::Relaxed);
                 driver.begin(regions);
                 let _ = begun.send(());
                 reply(push(driver, thread, inbox, true));
             }
-            Command::Magnitudes(regions, reply) => {
+            Ok(Command::Magnitudes(regions, reply)) => {
                 let result = driver.magnitudes(&regions);
                 reply(Measured { result, regions });
             }
-            Command::Attempt(attempt) => driver.set_attempt(attempt),
-            Command::Abort(_) => {}
+            Ok(Command::Attempt(attempt)) => driver.set_attempt(attempt),
+            Ok(Command::Abort(_)) => {}
         }
     }
 }
